@@ -1,0 +1,68 @@
+"""What an edge function can be: the families, their registry and the parser of their specs.
+
+>>> from karat.basis import parse_basis
+>>> parse_basis("bspline(grid=5)")
+BSpline(grid=5, order=3, range=4.0)
+>>> str(parse_basis("bspline(grid=5)"))
+'bspline(grid=5,order=3,range=4)'
+
+A new family is one file with a frozen dataclass and one line in BASES.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from functools import lru_cache
+
+from karat.basis.activations import ACTIVATIONS, with_base
+from karat.basis.base import Basis, EdgeParameter, LinearBasis
+from karat.basis.bspline import BSpline
+from karat.basis.fourier import Fourier
+from karat.basis.rational import Rational
+from karat.basis.wavelets import DerivativeOfGaussian, MexicanHat, Meyer, Morlet, Shannon
+
+BASES: dict[str, type[Basis]] = {
+    basis.name: basis
+    for basis in (Fourier, BSpline, Rational, MexicanHat, Morlet, DerivativeOfGaussian, Meyer, Shannon)
+}
+
+__all__ = ["ACTIVATIONS", "BASES", "Basis", "EdgeParameter", "LinearBasis", "parse_basis", "with_base"]
+
+
+@lru_cache(maxsize=256)
+def parse_basis(spec: str | Basis) -> Basis:
+    """The basis that a spec such as "fourier(grid=3)", "dog" or "silu+morlet(omega=5)" names.
+
+    Raises ValueError for a malformed spec, an unknown family or option, or a value out of range.
+    """
+    if isinstance(spec, Basis):
+        return spec
+    activation, plus, inner = spec.rpartition("+")
+    if plus:
+        return with_base(parse_basis(inner), activation.strip())
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", spec)
+    if match is None:
+        raise ValueError(f"malformed basis {spec!r}; write it like fourier(grid=3) or dog")
+    name, arguments = match.groups()
+    if name not in BASES:
+        raise ValueError(f"unknown basis {name!r}; choose one of {', '.join(BASES)}")
+    family = BASES[name]
+    known = [field.name for field in dataclasses.fields(family)]  # type: ignore[arg-type]
+    options: dict[str, int | float | str] = {}
+    for part in filter(None, (part.strip() for part in (arguments or "").split(","))):
+        key, equals, text = (piece.strip() for piece in part.partition("="))
+        if not equals or key not in known:
+            takes = f"takes {', '.join(f'{option}=' for option in known)}" if known else "takes no options"
+            raise ValueError(f"malformed option {part!r} in basis {spec!r}; {name} {takes}")
+        options[key] = _value(text)
+    return family(**options)
+
+
+def _value(text: str) -> int | float | str:
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
