@@ -1,0 +1,142 @@
+// The features psi_f of a row of scores, and their pull-back sum_f psi_f' g_f: what differs from basis to basis.
+#pragma once
+#include "simd.h"
+
+namespace karat {
+
+enum Family : int64_t { FOURIER = 0, BSPLINE = 1 };
+enum Base : int64_t { NONE = 0, IDENTITY = 1, SILU = 2, GELU = 3 };  // the first feature, if there is one
+constexpr int MAX_ORDER = 5;
+
+struct Basis {
+  int64_t family, base, grid, order;
+  float range;
+};
+
+inline void base_value_and_slope(int64_t base, vf x, vf& value, vf& slope) {
+  if (base == SILU) {
+    vf sigmoid = 1.0f / (1.0f + exponential(-x));
+    value = x * sigmoid;
+    slope = sigmoid * (1.0f + x * (1.0f - sigmoid));
+  } else if (base == GELU) {  // normal distribution to 1e-7: Abramowitz and Stegun 7.1.26
+    vf bell = exponential(-0.5f * x * x), z = magnitude(x);
+    vf t = 1.0f / (1.0f + 0.23164189f * z);
+    vf p = t * 1.061405429f + -1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t + -0.284496736f;
+    p = p * t + 0.254829592f;
+    vf tail = 0.5f * p * t * bell;
+    vf below = select(x < 0.0f, tail, 1.0f - tail);
+    value = x * below;
+    slope = below + x * bell * 0.398942280401432678f;
+  } else {
+    value = x;
+    slope = splat(1.0f);
+  }
+}
+
+// The order + 1 B-splines that are not zero at x, or their derivatives: `first` is the index of the first of them.
+// A knot lies at each whole number of t = (x + range) / step + order; B_i lives on [i, i + order + 1).
+inline void splines(const Basis& basis, vf x, bool slopes, vi& first, vf* values) {
+  const int k = static_cast<int>(basis.order);
+  const float per_step = static_cast<float>(basis.grid) / (2.0f * basis.range), last = basis.grid + 2.0f * k;
+  vf t = (x + basis.range) * per_step + static_cast<float>(k);
+  vi inside = (t >= 0.0f) & (t < last);
+  t = keep(inside, t);
+  vi whole = __builtin_convertvector(t, vi);
+  vf w = t - __builtin_convertvector(whole, vf);
+  first = whole - k;
+  values[0] = splat(1.0f);
+  for (int d = 1; d <= k; ++d) {
+    vf before = vf{};  // the (j-1)-th of the d splines of degree d - 1
+    for (int j = 0; j <= d; ++j) {
+      vf here = j < d ? values[j] : vf{};
+      if (slopes && d == k) {
+        values[j] = (before - here) * per_step;
+      } else {
+        const float inverse = 1.0f / static_cast<float>(d);
+        values[j] = before * ((w + static_cast<float>(d - j)) * inverse) + here * ((j + 1.0f - w) * inverse);
+      }
+      before = here;
+    }
+  }
+  for (int j = 0; j <= k; ++j) values[j] = keep(inside, values[j]);
+}
+
+// psi[f * ld + j] = psi_f(x[j]) for whole vectors of keys.
+inline void write_features(const Basis& basis, const float* x, float* psi, long ld, long vectors) {
+  for (long at = 0; basis.base != NONE && at < vectors * LANES; at += LANES) {
+    vf value, slope;
+    base_value_and_slope(basis.base, load(x + at), value, slope);
+    store(psi + at, value);
+  }
+  psi += basis.base != NONE ? ld : 0;
+  const long G = basis.grid;
+  if (basis.family == FOURIER) {
+    vi large = {};
+    for (long at = 0; at < vectors * LANES; at += LANES) large |= ~(magnitude(load(x + at)) <= SINCOS_LIMIT);
+    const bool exact = any_lane(large);
+    for (long at = 0; at < vectors * LANES; at += LANES) {
+      vf s, c, s_before = vf{}, c_before = splat(1.0f);
+      if (exact)
+        sincos_exact(load(x + at), s, c);
+      else
+        sincos(load(x + at), s, c);
+      const vf twice = 2.0f * c;
+      for (long m = 0; m < G; ++m) {
+        store(psi + m * ld + at, c);
+        store(psi + (G + m) * ld + at, s);
+        vf c_next = twice * c - c_before, s_next = twice * s - s_before;
+        c_before = c, s_before = s, c = c_next, s = s_next;
+      }
+    }
+  } else {
+    for (long at = 0; at < vectors * LANES; at += LANES) {
+      vf values[MAX_ORDER + 1], score = load(x + at);
+      vi first;
+      splines(basis, score, false, first, values);
+      vf poison = keep(score != score, score);  // NaN stays NaN
+      for (long f = 0; f < G + basis.order; ++f) {
+        vi offset = static_cast<int32_t>(f) - first;
+        vf value = poison;
+        for (int j = 0; j <= basis.order; ++j) value += keep(offset == j, values[j]);
+        store(psi + f * ld + at, value);
+      }
+    }
+  }
+}
+
+// x[j] <- sum_f psi_f'(x[j]) g_f[j]; psi as written above. Fourier: cos(mx)' = -m sin(mx), sin(mx)' = m cos(mx).
+inline void pull_back(const Basis& basis, float* x, const float* psi, const float* g, long ld, long vectors) {
+  const float* base_g = g;
+  if (basis.base != NONE) psi += ld, g += ld;
+  const long G = basis.grid;
+  for (long at = 0; at < vectors * LANES; at += LANES) {
+    vf sum = vf{}, score = load(x + at);
+    if (basis.family == FOURIER) {
+      for (long m = 0; m < G; ++m) {
+        const float *cosine = psi + m * ld + at, *sine = cosine + G * ld;
+        const float *g_cosine = g + m * ld + at, *g_sine = g_cosine + G * ld;
+        sum += (load(cosine) * load(g_sine) - load(sine) * load(g_cosine)) * static_cast<float>(m + 1);
+      }
+    } else {
+      vf slopes[MAX_ORDER + 1];
+      vi first;
+      splines(basis, score, true, first, slopes);
+      for (long f = 0; f < G + basis.order; ++f) {
+        vi offset = static_cast<int32_t>(f) - first;
+        vf slope = vf{};
+        for (int j = 0; j <= basis.order; ++j) slope += keep(offset == j, slopes[j]);
+        sum += slope * load(g + f * ld + at);
+      }
+    }
+    if (basis.base != NONE) {
+      vf value, slope;
+      base_value_and_slope(basis.base, score, value, slope);
+      sum += slope * load(base_g + at);
+    }
+    store(x + at, sum);
+  }
+}
+
+}  // namespace karat

@@ -1,0 +1,75 @@
+"""The table of implementations of basis attention, and how "auto" chooses."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from karat.basis import Basis
+
+
+class Implementation(Protocol):
+    """A module with these functions; shapes as in `karat.basis_attention`."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        u: Tensor,
+        basis: Basis,
+        scale: float,
+        bias: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor: ...
+
+    def backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        u: Tensor,
+        basis: Basis,
+        scale: float,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        needs: tuple[bool, bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+
+    def unsupported(self, q: Tensor, u: Tensor, basis: Basis) -> str | None:
+        """Why this implementation can't serve such a call, or None if it can. Must not import or build anything
+        heavy for a call that it would refuse."""
+
+
+# name -> module, imported when first asked for. "reference" isn't here: it's ordinary PyTorch, outside the operator.
+IMPLEMENTATIONS: dict[str, str] = {
+    "triton": "karat.ops.triton_attention",
+    "cpp": "karat.ops.cpp_attention",
+    "tiled": "karat.ops.tiled",
+}
+
+# What "auto" tries, in order, by device; the last one serves everything.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "tiled"), "cpu": ("cpp", "tiled")}
+PREFERENCE_ELSEWHERE = ("tiled",)
+
+
+def load(name: str) -> Implementation:
+    """The implementation of that name."""
+    return cast(Implementation, importlib.import_module(IMPLEMENTATIONS[name]))
+
+
+def choose(impl: str, q: Tensor, u: Tensor, basis: Basis) -> Implementation:
+    """The implementation to use. Raises ValueError if a named one can't serve the call, saying which can."""
+    if impl != "auto":
+        reason = load(impl).unsupported(q, u, basis)
+        if reason is not None:
+            able = [name for name in IMPLEMENTATIONS if load(name).unsupported(q, u, basis) is None]
+            raise ValueError(
+                f"impl={impl!r} can't serve this call: {reason}; use impl='auto' or one of reference, {', '.join(able)}"
+            )
+        return load(impl)
+    device = "hip" if torch.version.hip and q.device.type == "cuda" else q.device.type
+    names = PREFERENCE.get(device, PREFERENCE_ELSEWHERE)
+    return next(module for module in map(load, names) if module.unsupported(q, u, basis) is None)

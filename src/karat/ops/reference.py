@@ -1,0 +1,47 @@
+"""Basis attention by its definition: eager, short, differentiable any number of times (SPEC §8).
+
+Everything is materialised, features of size M·N·F included: this is what the other implementations must equal,
+and the path for second derivatives and for export.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from karat.basis import Basis, LinearBasis
+
+
+def contract(scores: Tensor, u: Tensor, basis: Basis, mask: Tensor | None = None) -> Tensor:
+    """out[b,h,i,e] = Σ_j mask_ij φ(scores_ij; u[:,j,e]).
+
+    scores (B,H,M,N), u (H,F,N,E) or (B,H,F,N,E), mask broadcastable to (B,H,M,N), True = takes part.
+    Returns (B,H,M,E).
+    """
+    if mask is not None:  # before the functions too, so that a masked score may be anything, inf and NaN included
+        scores = torch.where(mask, scores, 0)
+    if isinstance(basis, LinearBasis):
+        features = basis.features(scores)  # (B,H,M,F,N)
+        if mask is not None:
+            features = torch.where(mask.unsqueeze(-2), features, 0)
+        return features.flatten(-2) @ u.flatten(-3, -2)  # (B,H,M,F·N) (H,F·N,E)
+    packed = u.movedim(-3, 0).unsqueeze(-3)  # (F,[B,]H,1,N,E)
+    edges = basis.edge(scores.unsqueeze(-1), packed)  # (B,H,M,N,E)
+    if mask is not None:
+        edges = torch.where(mask.unsqueeze(-1), edges, 0)
+    return edges.sum(-2)
+
+
+def scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """scale · q kᵀ + bias: (B,H,M,D), (B,H,N,D) -> (B,H,M,N)."""
+    product = q @ k.transpose(-2, -1) * scale
+    return product if bias is None else product + bias
+
+
+def basis_attention(
+    q: Tensor, k: Tensor, u: Tensor, basis: Basis, scale: float, bias: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """See `karat.basis_attention`. Half precision is computed in float32."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    values = scores(q.to(dtype), k.to(dtype), scale, None if bias is None else bias.to(dtype))
+    return contract(values, u.to(dtype), basis, mask).to(q.dtype)

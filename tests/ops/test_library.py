@@ -1,0 +1,71 @@
+"""Basis attention as an operator of torch.library: FLOP counts, compilation, autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from karat import basis_attention
+from karat.basis import parse_basis
+
+B, H, M, N, D, E = 2, 3, 9, 7, 8, 5
+
+
+def inputs(spec: str, *, per_image: bool = False) -> list[Tensor]:
+    shape = (H, parse_basis(spec).num_parameters, N, E)
+    u = (B, *shape) if per_image else shape
+    return [torch.randn(size).requires_grad_() for size in ((B, H, M, D), (B, H, N, D), u)]
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("spec", ["fourier(grid=3)", "silu+bspline", "rational"])
+def test_the_flop_counter_knows_the_operator(spec: str, per_image: bool) -> None:
+    q, k, u = inputs(spec, per_image=per_image)
+    F, pairs = parse_basis(spec).num_parameters, B * H * M * N
+    with FlopCounterMode(display=False) as forward:
+        out = basis_attention(q, k, u, spec)
+    assert forward.get_total_flops() == 2 * pairs * (D + F * E)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    assert backward.get_total_flops() == 2 * pairs * (3 * D + 2 * F * E)
+
+
+@pytest.mark.slow
+# torch's own compiler warns of its internals; what is tested is that nothing of ours breaks the graph.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_compiled_equals_eager() -> None:
+    basis = parse_basis("fourier(grid=2)")
+    mask = torch.rand(1, 1, M, N) > 0.3
+    leaves = [*inputs("fourier(grid=2)"), torch.randn(1, H, M, N).requires_grad_()]
+
+    def function(q: Tensor, k: Tensor, u: Tensor, bias: Tensor) -> Tensor:
+        return basis_attention(2 * q, k, u.sin(), basis, bias=bias, mask=mask).square()
+
+    torch.compiler.reset()
+    results = []
+    for run in (function, torch.compile(function, fullgraph=True)):
+        out = run(*leaves)
+        results.append((out, *torch.autograd.grad(out.sum(), leaves)))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_rounds_the_factors_of_the_scores() -> None:
+    q, k, u = inputs("fourier(grid=2)")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = basis_attention(q, k, u, "fourier(grid=2)")
+    assert out.dtype == torch.bfloat16
+    rounded = basis_attention(q.bfloat16(), k.bfloat16(), u, "fourier(grid=2)")
+    assert torch.equal(out, rounded)
+    exact = basis_attention(*(x.detach().double() for x in (q, k, u)), "fourier(grid=2)", impl="reference")
+    assert (out.double() - exact).norm() <= 2e-2 * exact.norm()
+    gradients = torch.autograd.grad(out.float().sum(), (q, k, u))
+    assert [gradient.dtype for gradient in gradients] == [torch.float32] * 3
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    q, k, u = (x.detach().double() for x in inputs("dog"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert basis_attention(q, k, u, "dog").dtype == torch.float64

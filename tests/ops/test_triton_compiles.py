@@ -1,0 +1,87 @@
+"""The kernels pass Triton's compiler for a Hopper GPU, on any machine.
+
+The interpreter takes a wider language than the compiler does, so running there proves too little. No GPU is needed to
+compile: a stand-in for the driver names the chip.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = """
+import sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import MockTensor
+
+
+class Hopper:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+driver.set_active(Hopper())
+
+from karat.basis import parse_basis
+from karat.ops import triton_launch
+from karat.ops.triton_attention import split_base
+
+
+def compile_only(kernel, programs, tiles, **arguments):
+    arguments |= {"BM": tiles.queries, "BN": tiles.keys, "num_warps": tiles.warps, "num_stages": tiles.stages}
+    if arguments["q"].dtype == torch.float32:
+        arguments["PRECISION"] = "tf32x3"
+    mocked = {name: MockTensor(x.dtype) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    shared = kernel.warmup(grid=(1,), **mocked).metadata.shared
+    assert shared <= 227 * 1024, (kernel.fn.__name__, shared)  # what a block may use of a multiprocessor's
+    print(kernel.fn.__name__, shared)
+
+
+triton_launch._launch = compile_only
+spec, dtype, head, width, more = sys.argv[1:]
+basis, dtype, head, width = parse_basis(spec), getattr(torch, dtype), int(head), int(width)
+B, H, N = 4, 3, 197
+with torch.device("meta"):
+    q = torch.empty(B, N, 3, H, head, dtype=dtype)[:, :, 0].transpose(1, 2)
+    grad = torch.empty(B, H, N, width, dtype=dtype)
+    u = torch.empty(*([B] if width > 16 else []), H, basis.num_parameters, N, width)
+    bias, mask = torch.empty(1, H, N, N), torch.empty(B, 1, N, N, dtype=torch.bool)
+if more == "plain":
+    bias = mask = None
+call = triton_launch.Call(q, q, u, *split_base(basis), 0.125, bias, mask)
+triton_launch.forward(call)
+triton_launch.backward(call, grad, (True, True, True, bias is not None))
+"""
+
+CASES = [
+    ("fourier(grid=3)", "bfloat16", 64, 12, "plain"),
+    ("fourier(grid=3)", "float32", 128, 128, "plain"),
+    ("gelu+bspline(grid=10)", "float16", 32, 12, "mask and bias"),
+    ("rational", "bfloat16", 64, 12, "plain"),
+    ("shannon", "float32", 64, 12, "mask and bias"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case)))
+def test_compiles(case: tuple[object, ...]) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SCRIPT, *map(str, case)]
+    child = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert child.returncode == 0, child.stderr[-3000:]
+    kernels = {line.split()[0].removeprefix("basis_attention_") for line in child.stdout.splitlines()}
+    wanted = {"fwd_kernel", "bwd_dq_kernel", "bwd_dkdu_kernel"}
+    assert kernels == (wanted if case[-1] == "plain" else wanted | {"bwd_dbias_kernel"})

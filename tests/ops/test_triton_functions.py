@@ -1,0 +1,99 @@
+"""The kernels' own sine, activations and splines, elementwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from karat.basis import parse_basis
+from karat.basis.activations import ACTIVATIONS
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from karat.ops import triton_attention  # noqa: E402
+from karat.ops.triton_features import spline  # noqa: E402
+from karat.ops.triton_functions import activation, activation_slope, sincos  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    triton_attention.unsupported(torch.empty(1, 1, 1, 1, device=DEVICE), torch.empty(1), parse_basis("dog"))
+    is not None,
+    reason="neither a GPU that the kernels serve nor Triton's interpreter",
+)
+
+
+@triton.jit
+def sincos_kernel(x, cos, sin, EXACT: tl.constexpr, SIZE: tl.constexpr):
+    o = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    b_cos, b_sin = sincos(tl.load(x + o), EXACT)
+    tl.store(cos + o, b_cos)
+    tl.store(sin + o, b_sin)
+
+
+@triton.jit
+def activation_kernel(x, value, slope, BASE: tl.constexpr, SIZE: tl.constexpr):
+    o = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    b_x = tl.load(x + o)
+    tl.store(value + o, activation(b_x, BASE))
+    tl.store(slope + o, activation_slope(b_x, BASE))
+
+
+@triton.jit
+def spline_kernel(x, value, slope, ORDER: tl.constexpr, SIZE: tl.constexpr):
+    o = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    b_value, b_slope = spline(tl.load(x + o), ORDER)
+    tl.store(value + o, b_value)
+    tl.store(slope + o, b_slope)
+
+
+def pair(kernel: Any, x: Tensor, setting: object) -> tuple[Tensor, Tensor]:
+    first, second = torch.empty_like(x), torch.empty_like(x)
+    kernel[(len(x) // 1024,)](x, first, second, setting, 1024)
+    return first.double(), second.double()
+
+
+@pytest.mark.parametrize(("exact", "bound", "growth"), [(True, 1e-6, 0.0), (False, 3e-5, 1.2e-7)])
+@pytest.mark.parametrize("largest", [3.2, 100.0, 1e3])
+def test_error_of_sine_and_cosine(exact: bool, bound: float, growth: float, largest: float) -> None:
+    x = torch.empty(64 * 1024, device=DEVICE).uniform_(-largest, largest)
+    x[:2001] = torch.pi / 2 * torch.arange(-1000, 1001, device=DEVICE) * min(1.0, largest / 1600)
+    cos, sin = pair(sincos_kernel, x, exact)
+    allowed = bound + growth * x.double().abs()
+    assert ((cos - x.double().cos()).abs() <= allowed).all()
+    assert ((sin - x.double().sin()).abs() <= allowed).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy notes inf - inf
+@pytest.mark.parametrize("exact", [True, False])
+def test_sine_of_anything_stays_bounded_and_of_nan_is_nan(exact: bool) -> None:
+    x = torch.logspace(3, 30 if exact else 7, 1024, device=DEVICE)
+    for wave in pair(sincos_kernel, x, exact):
+        assert wave.abs().max() <= 1 + 1e-4
+    for odd in (torch.nan, torch.inf):
+        for wave in pair(sincos_kernel, torch.full((1024,), odd, device=DEVICE), exact):
+            assert wave.isnan().all()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_and_their_slopes(name: str) -> None:
+    x = torch.linspace(-9, 9, 4096, device=DEVICE)
+    value, slope = pair(activation_kernel, x, name)
+    torch.testing.assert_close(value, ACTIVATIONS[name].value(x.double()), rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(slope, ACTIVATIONS[name].slope(x.double()), rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("order", range(1, triton_attention.LARGEST_ORDER + 1))
+def test_spline_of_whole_knots(order: int) -> None:
+    from scipy.interpolate import BSpline
+
+    x = torch.linspace(-1.003, order + 2.001, 2048, device=DEVICE)
+    exact = BSpline.basis_element(range(order + 2), extrapolate=False)
+    points = x.double().cpu().numpy()
+    value, slope = pair(spline_kernel, x, order)
+    for got, function in ((value, exact), (slope, exact.derivative())):
+        wanted = torch.from_numpy(function(points)).nan_to_num(0)
+        torch.testing.assert_close(got.cpu(), wanted, rtol=0, atol=5e-6)
