@@ -1,0 +1,158 @@
+"""How an operator starts.
+
+"paper": the draws of SPEC §2, W as a linear layer's. "default": random draws scaled so that, for scores of unit
+variance, O = σ(A) V starts with the variance of V's entries, E Σ_n σ_kn² = 1, exactly in expectation over the
+scores for the numbers drawn: the moments of every edge function are integrated, not estimated.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from karat.basis import LinearBasis
+from karat.edges import EdgeLayer
+from karat.orders import FULL
+from karat.simplex import simplex_projection
+
+if TYPE_CHECKING:
+    from karat.operator import KArAtOperator
+
+NODES, REACH = (
+    129,
+    6.0,
+)  # trapezoidal rule on [-6, 6]: spectrally accurate for smooth functions times a Gaussian
+CHUNK_NUMBERS = 1 << 22
+SAMPLES = 4096
+FEW_TOKENS = 64  # up to here what the last layer sees is neither normal nor independent enough: it's sampled
+
+
+@torch.no_grad()
+def initialise(op: KArAtOperator) -> None:
+    """Draw all of the operator's parameters by its configuration. Does nothing on the meta device."""
+    if next(op.parameters()).is_meta:
+        return
+    if op.gate is not None:
+        nn.init.zeros_(op.gate)
+    layers: list[EdgeLayer] = op.edge_layers
+    for layer in layers:
+        _draw(layer, op.config.init)
+    if op.config.init == "paper":
+        if op.W is not None:
+            bound = op.W.shape[-1] ** -0.5
+            nn.init.uniform_(op.W, -bound, bound)
+        return
+    if op.W is not None:
+        for head in op.W:
+            _semi_orthogonal(head)
+    if op.order.layer_shapes[0] == "NR":  # Φ̂ first: each of its R numbers starts with unit power
+        _scale(layers[0], _moments(layers[0])[1].diagonal(dim1=-2, dim2=-1).rsqrt().unsqueeze(1))
+    if op.order.projector_shape == "NR":  # W last
+        mean, power = _moments(layers[0])
+        if op.config.simplex == "rank":
+            power = _power_on_simplex(mean, power)
+        assert op.W is not None
+        out = torch.einsum("hnp,hpr,hnr->h", op.W.to(power), power, op.W.to(power))
+        op.W.mul_(out.rsqrt().to(op.W)[:, None, None])
+        return
+    last = layers[-1]
+    if op.order is not FULL and (op.num_tokens <= FEW_TOKENS or last.inputs > op.num_tokens):
+        out = _sampled_power(op)
+    elif len(layers) == 2:  # Φ₂ sees what Φ̂ is: a sum over many keys, near normal, with a mean of its own
+        mean, power = _moments(layers[0])
+        spread = (power.diagonal(dim1=-2, dim2=-1) - mean.square()).clamp(min=0).sqrt()
+        out = _moments(last, mean, spread, diagonal=True)[1].sum(-1)
+    else:
+        out = _moments(last, diagonal=True)[1].sum(-1)
+    _scale(last, out.rsqrt()[:, None, None])
+
+
+def _draw(layer: EdgeLayer, init: str) -> None:
+    for group in layer.basis.parameters:
+        if group.name == "base":
+            continue
+        parameter = getattr(layer, group.name)
+        nn.init.normal_(parameter, group.mean, group.std)
+        if init == "default" and group.default_std is not None:
+            parameter.mul_(parameter.new_tensor(group.default_std)[:, None, None])
+    if layer.basis_scale is not None:
+        nn.init.ones_(layer.basis_scale)
+    if layer.base_scale is not None:
+        nn.init.ones_(layer.base_scale)
+        if init == "default" and layer.has_base:  # one more random coefficient
+            nn.init.normal_(layer.base_scale)
+
+
+def _semi_orthogonal(matrix: Tensor) -> None:
+    """Unit rows and, where there are no more of them than columns, orthogonal; else orthogonal columns."""
+    nn.init.orthogonal_(matrix)
+    if matrix.shape[0] > matrix.shape[1]:
+        return
+    matrix.div_(matrix.norm(dim=1, keepdim=True).clamp(min=1e-12))
+
+
+def _scale(layer: EdgeLayer, factor: Tensor) -> None:
+    """Multiply the amplitudes of all edges; factor (H,1,P) or (H,1,1)."""
+    factor = factor.nan_to_num(posinf=1.0)
+    for parameter in layer.amplitudes:
+        parameter.mul_((factor.unsqueeze(1) if parameter.dim() == 4 else factor).to(parameter))
+
+
+def _moments(
+    layer: EdgeLayer, mean: Tensor | None = None, std: Tensor | None = None, *, diagonal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """E[y_p] (H,P) and E[y_p y_r] (H,P,P), or its diagonal (H,P), for y_p = Σ_q φ_pq(x_q).
+
+    The x_q are independent, N(mean, std²) with mean and std (H,Q); standard normal if not given.
+    """
+    u = layer.packed().double().transpose(0, 1)  # (F,H,Q,P)
+    z = torch.linspace(-REACH, REACH, NODES, dtype=u.dtype, device=u.device)
+    weights = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi) * (2 * REACH / (NODES - 1))
+    x = z[:, None, None].expand(NODES, u.shape[1], u.shape[2])
+    product = "hp" if diagonal else "hpr"
+    second_axis = "p" if diagonal else "r"
+    if mean is not None and std is not None:
+        x = mean + std * x
+    elif isinstance(layer.basis, LinearBasis):  # moments of the features suffice, whatever the number of edges
+        psi = torch.stack(layer.basis.feature_list(z))  # (F,nodes)
+        first = torch.einsum("f,fhqp->hqp", psi @ weights, u)
+        mixed = torch.einsum("fg,fhqp->ghqp", psi * weights @ psi.t(), u)
+        second = torch.einsum(f"fhqp,fhq{second_axis}->{product}", mixed, u)
+        return _with_means(first, second, diagonal)
+    nodes = max(1, CHUNK_NUMBERS // u[0].numel())
+    first, second = u.new_zeros(u.shape[1:]), u.new_zeros(())
+    for some, weight in zip(x.split(nodes), weights.split(nodes), strict=True):
+        phi = layer.basis.edge(some.unsqueeze(-1), u.unsqueeze(1))  # (nodes,H,Q,P)
+        first = first + torch.einsum("g,ghqp->hqp", weight, phi)
+        second = second + torch.einsum(f"g,ghqp,ghq{second_axis}->{product}", weight, phi, phi)
+    return _with_means(first, second, diagonal)
+
+
+def _with_means(first: Tensor, second: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
+    """From Σ_q E[φ_pq φ_rq] to E[y_p y_r], given E[φ_pq] (H,Q,P): the inputs are independent."""
+    total = first.sum(1)
+    if diagonal:
+        return total, second - first.square().sum(1) + total.square()
+    within = torch.einsum("hqp,hqr->hpr", first, first)
+    return total, second - within + total.unsqueeze(-1) * total.unsqueeze(-2)
+
+
+def _power_on_simplex(mean: Tensor, power: Tensor) -> Tensor:
+    """E[s sᵀ] (H,R,R) for s the simplex projection of a normal y with this mean (H,R) and E[y yᵀ]; sampled."""
+    covariance = power - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+    noise = torch.randn(len(mean), SAMPLES, mean.shape[-1], dtype=mean.dtype, device=mean.device)
+    s = simplex_projection(mean.unsqueeze(1) + noise @ root.transpose(-2, -1))
+    return s.transpose(-2, -1) @ s / SAMPLES
+
+
+def _sampled_power(op: KArAtOperator) -> Tensor:
+    """E Σ_n σ_n² (H,) over standard normal scores."""
+    weight = op.edge_layers[0].packed()
+    scores = torch.randn(1, weight.shape[0], SAMPLES, op.num_tokens, dtype=weight.dtype, device=weight.device)
+    sigma = op.order.sigma(op, op.order.hidden_of_scores(op, scores, None))
+    return sigma.double().square().sum(-1).mean((0, 2))

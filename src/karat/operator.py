@@ -1,0 +1,224 @@
+"""The learnable operator that takes softmax's place: σ(A), or σ(A) v without forming σ."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from karat.config import KArAtConfig
+from karat.edges import EdgeLayer
+from karat.initialise import initialise
+from karat.masks import row_patterns, safe_softmax, softmax_attention
+from karat.orders import FULL, ORDERS
+from karat.simplex import simplex_projection
+
+
+class KArAtOperator(nn.Module):
+    """σ: a learnable map of each row of attention scores to a row of attention, each head its own (paper §3; SPEC §1).
+
+    Low rank, order W∘Φ:  Φ̂(A)_k,p = Σ_q φ_pq(A_k,q),  σ(A)_k,n = Σ_p W_n,p Φ̂(A)_k,p;  see `karat.orders` for the
+    others, `KArAtConfig` for the settings. Heads in `softmax_heads` keep softmax and have no parameters here.
+
+    `op(scores)` gives σ to look at, `op.attend(q, k, v)` the output to run with; they agree.
+
+    Args:
+        num_heads: H, all heads.
+        num_tokens: N, the number of keys. The number of queries is free.
+        config: the settings, or their short name.
+
+    Parameters: `layers[i]` (an EdgeLayer each), `W` (H',N,R) or (H',R,N) or None, `gate` (H',) with
+    residual="softmax"; H' counts the heads that learn.
+
+    >>> op = KArAtOperator(num_heads=3, num_tokens=17, config="g3b")
+    >>> q, k, v = torch.randn(3, 2, 3, 17, 8).unbind()
+    >>> torch.allclose(op.attend(q, k, v), op(q @ k.transpose(-2, -1) * 8**-0.5) @ v, atol=1e-5)
+    True
+    """
+
+    def __init__(self, num_heads: int, num_tokens: int, config: KArAtConfig | str) -> None:
+        super().__init__()
+        for name, value in (("num_heads", num_heads), ("num_tokens", num_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        self.config = config = KArAtConfig.parse(config)
+        self.num_heads, self.num_tokens = num_heads, num_tokens
+        self.softmax_heads = config.softmax_head_indices(num_heads)
+        self.karat_heads = tuple(head for head in range(num_heads) if head not in self.softmax_heads)
+        self.order = FULL if config.rank is None else ORDERS[config.order]
+        sizes = {"N": num_tokens, "R": config.rank or 0}
+        learning = len(self.karat_heads)
+        self.layers = nn.ModuleList(
+            EdgeLayer(learning, sizes[shape[0]], sizes[shape[1]], config.edge_basis, config.edge_scales)
+            for shape in self.order.layer_shapes
+        )
+        shape = self.order.projector_shape
+        self.W = nn.Parameter(torch.empty(learning, sizes[shape[0]], sizes[shape[1]])) if shape else None
+        self.gate = nn.Parameter(torch.empty(learning)) if config.residual else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, by the configuration's `init`."""
+        initialise(self)
+
+    @property
+    def edge_layers(self) -> list[EdgeLayer]:
+        """`layers`, by their type."""
+        return list(self.layers)  # type: ignore[arg-type]
+
+    @property
+    def projector(self) -> Tensor | None:
+        """W: (H',N,R) in order WPhi, (H',R,N) in PhiW, None otherwise."""
+        return self.W
+
+    def projector_as(self, x: Tensor) -> Tensor:
+        """W in x's precision."""
+        assert self.W is not None
+        return self.W.to(x.dtype)
+
+    def edges(self, x: Tensor, layer: int = 0) -> Tensor:
+        """φ_pq(x), the value of every edge function: x (...,) -> (...,H',P,Q), in x's precision.
+
+        By the definition and independent of the fast path: the way to read, plot and check what was learned.
+        `layer` is 0, or 1 for Φ₂ in order PhiPhi.
+        """
+        if not 0 <= layer < len(self.layers):
+            raise ValueError(f"layer must be 0 to {len(self.layers) - 1} in order {self.config.order}, got {layer}")
+        return self.edge_layers[layer].edges(x)
+
+    def forward(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        """σ(scores): (B,H,M,N) -> (B,H,M,N), in the scores' precision.
+
+        `mask` is boolean, broadcastable to (B,H,M,N), True = may attend: a pair that may not adds exactly zero to
+        the operator's sums and has exactly zero weight in σ.
+
+        Raises ValueError for a number of heads or keys that isn't the operator's.
+        """
+        self._check(scores.shape[1], scores.shape[-1])
+        mask = _four_axes(mask)
+        dtype = torch.promote_types(scores.dtype, torch.float32)
+        values = scores.to(dtype)
+        if not self.softmax_heads:
+            return self._sigma_of_scores(values, mask).to(scores.dtype)
+        learned = self._sigma_of_scores(values[:, self.karat_heads], _heads(mask, self.karat_heads))
+        fixed = safe_softmax(values[:, self.softmax_heads], _heads(mask, self.softmax_heads))
+        return self._in_order(learned, fixed).to(scores.dtype)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+    ) -> Tensor:
+        """σ(scale · q kᵀ + bias) v: (B,H,M,D), (B,H,N,D), (B,H,N,D) -> (B,H,M,D).
+
+        Nothing of size M·N is kept wherever SPEC §8 allows it. σ is formed, and kept for the backward pass, with
+        `dropout_p` > 0, with simplex="row", with a mask of pairs (unless its rows are of at most four kinds and
+        N > 128; always under torch.compile), and, for bases that aren't linear in their parameters, in every order
+        but W∘Φ.
+
+        Args:
+            scale: factor of q·k; None means 1/√D.
+            bias: added to the scores, broadcastable to (B,H,M,N).
+            mask: boolean, broadcastable to (B,H,M,N), True = may attend; see `forward`.
+            dropout_p: probability of dropping an entry of σ.
+
+        Raises:
+            ValueError: a number of heads or keys that isn't the operator's.
+        """
+        self._check(q.shape[1], k.shape[2])
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        bias, mask = _four_axes(bias), _four_axes(mask)
+        if not self.softmax_heads:
+            return self._attend(q, k, v, factor, bias, mask, dropout_p)
+        parts = []
+        for heads, attend in ((self.karat_heads, self._attend), (self.softmax_heads, softmax_attention)):
+            some = _heads(bias, heads), _heads(mask, heads)
+            parts.append(attend(q[:, heads], k[:, heads], v[:, heads], factor, *some, dropout_p))
+        return self._in_order(*parts)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        dropout_p: float,
+    ) -> Tensor:
+        if dropout_p > 0:
+            sigma = self._finished(self.order.sigma(self, self.order.hidden(self, q, k, scale, bias, mask)), mask)
+            if self.gate is not None:
+                scores = q @ k.transpose(-2, -1) * scale
+                sigma = safe_softmax(scores if bias is None else scores + bias, mask) + self._gated(sigma)
+            return F.dropout(sigma, dropout_p) @ v
+        out = self._operator_attend(q, k, v, scale, bias, mask)
+        if self.gate is None:
+            return out
+        return softmax_attention(q, k, v, scale, bias, mask) + self._gated(out)
+
+    def _operator_attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """The operator's part, without softmax and gate."""
+        order = self.order
+        if self.config.simplex != "row" and (mask is None or mask.shape[2] == 1):  # a mask of keys
+            kept = v if mask is None else torch.where(mask.transpose(-2, -1), v, 0)
+            return order.attend(self, q, k, kept, scale, bias, mask)
+        hidden = order.hidden(self, q, k, scale, bias, mask)
+        if self.config.simplex != "row" and order is not FULL and mask is not None:
+            patterns = row_patterns(mask)
+            if patterns is not None:  # O_k = hidden_k · (what v becomes under k's kind of mask), kind by kind
+                rows = [
+                    torch.where(member, order.apply(self, hidden, torch.where(keys, v, 0)), 0)
+                    for member, keys in patterns
+                ]
+                return torch.stack(rows).sum(0)
+        return self._finished(order.sigma(self, hidden), mask) @ v
+
+    def _sigma_of_scores(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        sigma = self._finished(self.order.sigma(self, self.order.hidden_of_scores(self, scores, mask)), mask)
+        return sigma if self.gate is None else safe_softmax(scores, mask) + self._gated(sigma)
+
+    def _finished(self, sigma: Tensor, mask: Tensor | None) -> Tensor:
+        if self.config.simplex == "row":
+            return simplex_projection(sigma, mask)
+        return sigma if mask is None else torch.where(mask, sigma, 0)
+
+    def _gated(self, x: Tensor) -> Tensor:
+        assert self.gate is not None
+        return self.gate.to(x.dtype)[:, None, None] * x
+
+    def _in_order(self, learned: Tensor, fixed: Tensor) -> Tensor:
+        """Heads that learn and heads that don't, (B,·,M,·) each, back in the order of the model's heads."""
+        places = [*self.karat_heads, *self.softmax_heads]
+        return torch.cat([learned, fixed.to(learned.dtype)], dim=1)[:, [places.index(h) for h in range(self.num_heads)]]
+
+    def _check(self, heads: int, keys: int) -> None:
+        if heads != self.num_heads:
+            raise ValueError(
+                f"the operator has {self.num_heads} heads, the input {heads}; build it with num_heads={heads}"
+            )
+        if keys != self.num_tokens:
+            raise ValueError(
+                f"the operator was made for {self.num_tokens} tokens and got {keys}; carry the model to the new "
+                "token grid with karat.resample_tokens(model, img_size=...), or build the operator with "
+                f"num_tokens={keys}"
+            )
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, num_tokens={self.num_tokens}, config={self.config}"
+
+
+def _four_axes(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.dim() == 4 else x.reshape((1,) * (4 - x.dim()) + x.shape)
+
+
+def _heads(x: Tensor | None, heads: tuple[int, ...]) -> Tensor | None:
+    return x if x is None or x.shape[1] == 1 else x[:, heads]

@@ -1,0 +1,37 @@
+"""Command-line options by tyro, whose complaints become one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+Parsed = TypeVar("Parsed")
+
+
+@contextlib.contextmanager
+def one_line_errors(command: str) -> Iterator[None]:
+    """Within, a parser that prints a framed complaint to stderr and exits raises ValueError with its words instead.
+
+    Help, which exits with status 0, passes through.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            yield
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        lines = [re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", line).strip() for line in complaint.getvalue().splitlines()]
+        words = " ".join(filter(None, lines)) or "the options can't be read"
+        raise ValueError(
+            f"{re.sub(' +', ' ', words)}" + ("" if "--help" in words else f" ({command} --help)")
+        ) from None
+
+
+def parse(parser: Callable[[], Parsed], command: str) -> Parsed:
+    """What `parser`, a call of tyro's, returns. Raises ValueError for options that can't be read."""
+    with one_line_errors(command):
+        return parser()

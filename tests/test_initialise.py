@@ -1,0 +1,73 @@
+"""The default start: O = σ(A)V has the variance of V's entries; the paper's draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from karat import KArAtConfig, KArAtOperator
+from karat.basis import BASES
+
+SPECS = [*BASES, "fourier(grid=1)", "fourier(grid=11)", "bspline(grid=5,order=2,range=1)"]
+FORMS = [(None, "WPhi"), *((rank, order) for rank in (2, 12, 40) for order in ("WPhi", "PhiW", "PhiPhi"))]
+
+
+@pytest.mark.parametrize("tokens", [9, 65])
+@pytest.mark.parametrize(("rank", "order"), FORMS)
+@pytest.mark.parametrize("basis", SPECS)
+def test_output_starts_with_the_variance_of_v(basis: str, rank: int | None, order: str, tokens: int) -> None:
+    op = KArAtOperator(8, tokens, KArAtConfig(basis=basis, rank=rank, order=order))
+    with torch.no_grad():
+        sigma = op(torch.randn(8, 8, 48, tokens))
+        out = sigma @ torch.randn(8, 8, tokens, 16)
+    assert out.var().item() == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("tokens", [197, 785])
+def test_at_the_sizes_of_vision_transformers(tokens: int) -> None:
+    for config in ("g1b", "g3b", "g3b,rank=2", "g3b,order=PhiW", "g3b,order=PhiPhi", "bspline-b"):
+        op = KArAtOperator(3, tokens, config)
+        q, k, v = torch.randn(3, 2, 3, tokens, 64).unbind()
+        with torch.no_grad():
+            assert op.attend(q, k, v).var().item() == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("settings", [{"edge_scales": True}, {"edge_scales": True, "base": "silu"}, {"base": "gelu"}])
+def test_with_scales_and_base(settings: dict) -> None:
+    for order in ("WPhi", "PhiW", "PhiPhi") if settings.get("edge_scales") else ("WPhi",):
+        op = KArAtOperator(8, 65, KArAtConfig(order=order, **settings))
+        with torch.no_grad():
+            power = op(torch.randn(4, 8, 64, 65)).square().sum(-1).mean().item()
+        assert power == pytest.approx(1, abs=0.2)
+
+
+def test_simplex_before_w() -> None:
+    op = KArAtOperator(8, 65, "g3b,simplex=rank")
+    with torch.no_grad():
+        assert op(torch.randn(4, 8, 64, 65)).square().sum(-1).mean().item() == pytest.approx(1, abs=0.2)
+
+
+def test_paper_draws() -> None:
+    op = KArAtOperator(8, 197, "g3b,init=paper")
+    assert op.layers[0].coefficients.std().item() == pytest.approx(1, abs=0.02)
+    wavelet = KArAtOperator(8, 197, "morlet-b,init=paper").layers[0]
+    assert wavelet.weight.std().item() == pytest.approx(1, abs=0.03)
+    assert (wavelet.translation == 0).all()
+    assert (wavelet.dilation == 1).all()
+    rational = KArAtOperator(8, 197, "rational-b,init=paper").layers[0]
+    assert rational.numerator.std().item() == pytest.approx(1, abs=0.02)
+    assert rational.denominator.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_same_seed_same_operator() -> None:
+    states = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        states.append(KArAtOperator(2, 17, "g3b").state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_meta_device_draws_nothing() -> None:
+    with torch.device("meta"):
+        op = KArAtOperator(3, 197, "g3b,rank=None")
+    assert all(parameter.is_meta for parameter in op.parameters())
