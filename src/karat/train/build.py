@@ -1,0 +1,155 @@
+"""The parts of a training run that settings describe: model, losses, mixing, the accelerator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from timm import get_pretrained_cfg, is_model
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+
+from karat.config import KArAtConfig
+from karat.models import create_model
+from karat.train.data import DEFAULT_SIZE
+from karat.train.ema import WeightAverage
+from karat.train.init import Fate, load_init
+from karat.train.optim import create_optimizer, create_schedule
+from karat.train.randomness import seed_everything
+from karat.train.recipes import Recipe
+from karat.train.settings import Settings
+from karat.train.state import bare
+
+PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def create_accelerator(settings: Settings) -> Accelerator:
+    """accelerate's view of this process: device, precision, and DDP or FSDP as the launcher says.
+
+    ValueError when the precision needs a device that is not there.
+    """
+    # A second run in the same process may ask for another precision; the process group stays.
+    AcceleratorState._reset_state()
+    published = KArAtConfig.parse(settings.attention).edge_scales == "published"
+    # the published s_b gets no gradient while b = 0 (SPEC §2): DDP has to be told that parameters may stay unused
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=published)]
+    return Accelerator(
+        mixed_precision=PRECISION[settings.amp_dtype],
+        cpu=settings.device == "cpu",
+        kwargs_handlers=handlers,
+        step_scheduler_with_optimizer=False,
+    )
+
+
+def input_size(model: str) -> int:
+    """The side of the images that timm's model of this name takes; 224 where it does not say."""
+    name = model.removeprefix("karat_").partition("(")[0]  # deep_kan(order=5) has settings behind its name
+    cfg = get_pretrained_cfg(name) if is_model(name.split(".")[0]) else None
+    return cfg.input_size[-1] if cfg is not None else DEFAULT_SIZE
+
+
+def build_model(settings: Settings, num_classes: int, in_chans: int) -> nn.Module:
+    """The model of a run, on the CPU, initialised from torch's present random state."""
+    recipe = settings.recipe
+    extra: dict[str, Any] = settings.model_kwargs()
+    if recipe.drop:
+        extra["drop_rate"] = recipe.drop
+    if recipe.drop_path:
+        extra["drop_path_rate"] = recipe.drop_path
+    return create_model(
+        settings.model, attention=settings.attention, num_classes=num_classes, in_chans=in_chans, **extra
+    )
+
+
+def create_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix, or None when both alphas are 0. ValueError for an odd batch, which it can't pair."""
+    if not (recipe.mixup or recipe.cutmix):
+        return None
+    if recipe.batch_size % 2:
+        raise ValueError(f"batch_size={recipe.batch_size}: mixup and cutmix pair images and need an even batch")
+    return Mixup(
+        mixup_alpha=recipe.mixup,
+        cutmix_alpha=recipe.cutmix,
+        prob=recipe.mixup_prob,
+        switch_prob=recipe.mixup_switch_prob,
+        mode=recipe.mixup_mode,
+        label_smoothing=recipe.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def create_loss(recipe: Recipe) -> nn.Module:
+    """Cross-entropy for training: with soft targets under mixing, with smoothing otherwise."""
+    if recipe.mixup or recipe.cutmix:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing else nn.CrossEntropyLoss()
+
+
+def mix(mixup: Mixup | None, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch and its targets, mixed where mixing is on; a last odd batch leaves its final image out."""
+    if mixup is None:
+        return images, labels
+    even = len(images) // 2 * 2
+    if even == 0:
+        return images, nn.functional.one_hot(labels, mixup.num_classes).to(images.dtype)
+    mixed: tuple[Tensor, Tensor] = mixup(images[:even].clone(), labels[:even])
+    return mixed
+
+
+@dataclass
+class Parts:
+    """What an update needs, ready on its device."""
+
+    settings: Settings
+    accelerator: Accelerator
+    model: nn.Module  # as accelerate wrapped it
+    bare: nn.Module  # without the wrapper
+    optimizer: AcceleratedOptimizer
+    schedule: Scheduler
+    ema: WeightAverage | None
+    mixup: Mixup | None
+    loss: nn.Module
+    parameters: int
+    loaded: list[Fate]  # what --init took over, kept or dropped
+
+
+def assemble(
+    settings: Settings, accelerator: Accelerator, *, classes: int, in_chans: int, updates_per_epoch: int
+) -> Parts:
+    """Build everything from the settings' seed; afterwards every process has random states of its own."""
+    recipe = settings.recipe
+    seed_everything(settings.seed)
+    model = build_model(settings, classes, in_chans)
+    loaded = [] if settings.init is None else load_init(model, settings)
+    if settings.grad_checkpointing:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)
+    count = sum(p.numel() for p in model.parameters())
+    total_batch = recipe.batch_size * settings.grad_accum_steps * accelerator.num_processes
+    optimizer = create_optimizer(model, recipe, total_batch)
+    if settings.compile:
+        model.compile()
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    plain = bare(accelerator, wrapped)
+    seed_everything(settings.seed + accelerator.process_index)  # processes mix and drop differently
+    return Parts(
+        settings=settings,
+        accelerator=accelerator,
+        model=wrapped,
+        bare=plain,
+        optimizer=prepared,
+        schedule=create_schedule(prepared.optimizer, recipe, updates_per_epoch),
+        ema=None if recipe.model_ema_decay is None else WeightAverage(plain, recipe.model_ema_decay),
+        mixup=create_mixup(recipe, classes),
+        loss=create_loss(recipe),
+        parameters=count,
+        loaded=loaded,
+    )

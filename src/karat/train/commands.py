@@ -1,0 +1,121 @@
+"""The commands that train and evaluate: each one typed dataclass, parsed by tyro, handed to the module that acts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+
+from karat.options import parse
+from karat.train import runs
+from karat.train.recipes import get_recipe
+from karat.train.settings import AUTO, Settings, preset_for
+
+
+@dataclass(frozen=True)
+class Compare(Settings):
+    """Train several attentions on the same data with the same seeds; print one table, draw one figure of curves."""
+
+    attentions: tyro.conf.Positional[tuple[str, ...]] = ("softmax", "g3b", "g3u")
+    """The attentions to compare, e.g. softmax g3b g3u; with an MLP behind a stroke, e.g. softmax/grkan g3b/kan."""
+    seeds: int = 1
+    """Runs of each attention, with seeds seed, seed+1, ...; from two on the table shows mean ± deviation."""
+    attention: tyro.conf.Suppress[str] = "softmax"
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure top-1 and top-5 of a run's weights; also saved as RUN/eval.json."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+    weights: Literal["last", "best", "ema"] = "last"
+    """Weights of the last epoch, of the epoch with the highest top-1, or averaged ones."""
+    data: str | None = None
+    """Another data set to evaluate on; none: the run's own evaluation images."""
+    img_size: int | None = None
+    """Another input size: position embeddings and operators are resampled; none: the run's own."""
+    batch_size: int | None = None
+    """Images per batch; none: the run's own."""
+    workers: int | None = None
+    """Processes that load data; none: as the run had."""
+    device: Literal["auto", "cpu"] | None = None
+    """auto: the accelerator when there is one; none: as the run had."""
+
+
+def _defaults(arguments: Sequence[str]) -> Settings:
+    """The defaults that the command line's own --recipe, --data, --init, --model and --resume imply.
+
+    They decide what the other options' defaults are, so they are read first; all else is left to the full parser.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name, default in (("recipe", AUTO), ("data", "digits"), ("model", AUTO), ("init", None)):
+        first.add_argument(f"--{name}", default=default)
+    for name in ("resume", "output"):
+        first.add_argument(f"--{name}", default=None)
+    known, _ = first.parse_known_args(list(arguments))
+    asked = None if known.resume is None else known.output if known.resume == AUTO else known.resume
+    if asked is not None and runs.is_run(Path(asked)):
+        saved, _ = runs.read_config(Path(asked))
+        return replace(saved, resume=known.resume, output=Path(asked), overwrite=False)
+    name = preset_for(known.recipe, known.data, known.model, None if known.init == "None" else known.init)
+    return Settings(recipe=get_recipe(name))
+
+
+def train(arguments: Sequence[str]) -> None:
+    """karat train."""
+    settings = parse(
+        lambda: tyro.cli(Settings, args=arguments, prog="karat train", default=_defaults(arguments)), "karat train"
+    )
+    from karat.train.engine import Trainer
+
+    console = Console()
+    trainer = Trainer(settings, console=console)
+    summary = trainer.fit()
+    if trainer.main:
+        console.print(
+            f"finished: top-1 {summary['top1']:.2f} % (best {summary['best']['top1']:.2f} % in epoch "
+            f"{summary['best']['epoch']}), {summary['parameters']:,} parameters\nrun: {summary['folder']}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def compare(arguments: Sequence[str]) -> None:
+    """karat compare."""
+    defaults = _defaults(arguments)
+    own = {f.name: getattr(defaults, f.name) for f in fields(Settings) if f.name != "attention"}
+    parsed = parse(
+        lambda: tyro.cli(Compare, args=arguments, prog="karat compare", default=Compare(**own)), "karat compare"
+    )
+    settings = Settings(**{f.name: getattr(parsed, f.name) for f in fields(Settings)})
+    from karat.train.compare import compare as run
+
+    run(parsed.attentions, settings, seeds=parsed.seeds, console=Console())
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """karat eval."""
+    parsed = parse(lambda: tyro.cli(Evaluate, args=arguments, prog="karat eval"), "karat eval")
+    from karat.train.measure import evaluate_run
+
+    result = evaluate_run(
+        parsed.run,
+        weights=parsed.weights,
+        data=parsed.data,
+        img_size=parsed.img_size,
+        batch_size=parsed.batch_size,
+        workers=parsed.workers,
+        device=parsed.device,
+    )
+    Console().print(
+        f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  loss {result['eval_loss']:.4f}  "
+        f"({result['images']} images)\nsaved: {parsed.run / 'eval.json'}",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,176 @@
+"""Images and labels as they lie on disk or in memory, not yet decoded: what every `--data` turns into.
+
+A source is a sequence of records (encoded image, label, name); the name is what an error message points
+at. A stream is the same without random access. Neither knows anything of batches or augmentation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+
+class Record(NamedTuple):
+    """One sample: the encoded image (bytes, path, array, PIL image), its class, its name for messages."""
+
+    image: Any
+    label: int
+    name: str
+
+
+class Source(Protocol):
+    """A sequence of records whose labels are known without opening an image."""
+
+    labels: np.ndarray  # (n,) int64
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Record: ...
+
+
+class Stream(Protocol):
+    """Records in an order of its own; `length` of them an epoch."""
+
+    length: int
+
+    def records(self, *, seed: int, rank: int, world_size: int) -> Iterator[tuple[int, Record]]:
+        """(number, record) of this process's share; the numbers of all processes together are disjoint."""
+        ...
+
+
+def is_stream(source: Source | Stream) -> TypeIs[Stream]:
+    """Whether the records come in an order of their own."""
+    return hasattr(source, "records")
+
+
+def size_of(source: Source | Stream) -> int:
+    """How many records an epoch has."""
+    return source.length if is_stream(source) else len(source)
+
+
+@dataclass
+class ArraySource:
+    """Images already decoded: uint8 (n,H,W) or (n,H,W,3)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    title: str
+
+    def __post_init__(self) -> None:
+        self.labels = np.asarray(self.labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Record:
+        return Record(self.images[index], int(self.labels[index]), f"{self.title}[{index}]")
+
+
+class FileSource:
+    """One image file a sample. The names are one numpy array of bytes: a million of them stay small."""
+
+    def __init__(self, paths: Sequence[str], labels: Sequence[int]) -> None:
+        self.paths = np.array([path.encode("utf-8", "surrogateescape") for path in paths])
+        self.labels = np.asarray(labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Record:
+        path = self.paths[index].decode("utf-8", "surrogateescape")
+        return Record(path, int(self.labels[index]), path)
+
+
+class SubsetSource:
+    """Chosen samples of another source."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self.source = source
+        self.indices = np.asarray(indices)
+        self.labels = np.asarray(source.labels)[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[int(self.indices[index])]
+
+
+@dataclass
+class Splits:
+    """What a `--data` was found to be: training and evaluation parts, classes, and what they look like."""
+
+    train: Source | Stream
+    eval: Source | Stream
+    class_names: tuple[str, ...]
+    in_chans: int = 3
+    native_size: int | None = None  # the side that all images share, where they do
+    mirror: bool = True  # False: a mirrored image may belong to another class (digits)
+
+
+def hold_out(source: Source, *, share: float = 0.1) -> tuple[Source, Source]:
+    """Split one source into training and evaluation parts, `share` of every class (at least one image) held out.
+
+    The choice depends on the records' names alone: the same folder splits alike on every machine, and
+    adding an image moves no other. A class of one image stays in training.
+    """
+    labels = np.asarray(source.labels)
+    rank = np.array([_digest(_name(source, i)) for i in range(len(source))], dtype=np.uint64)
+    held = np.zeros(len(source), dtype=bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = max(1, round(share * len(members))) if len(members) > 1 else 0
+        held[members[np.argsort(rank[members], kind="stable")[:count]]] = True
+    if not held.any():
+        raise ValueError(
+            f"{_name(source, 0)} and the other {len(source) - 1} images leave none to evaluate on: every class "
+            "has one image; add images, or put some into a val/ subfolder"
+        )
+    return SubsetSource(source, np.flatnonzero(~held)), SubsetSource(source, np.flatnonzero(held))
+
+
+def _digest(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
+
+
+def _name(source: Source, index: int) -> str:
+    split_name = getattr(source, "split_name", None)  # a folder's names without the folder, so that it can move
+    return split_name(index) if split_name is not None else source[index].name
+
+
+def take_fraction(source: Source | Stream, fraction: float) -> Source | Stream:
+    """A fixed random subset with that fraction of the samples, at least one (a stream just ends earlier)."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"data fraction {fraction}: give a value in (0, 1]")
+    if fraction == 1:
+        return source
+    if is_stream(source):
+        source.length = max(1, round(fraction * source.length))
+        return source
+    order = np.random.default_rng(0).permutation(len(source))
+    return SubsetSource(source, np.sort(order[: max(1, round(fraction * len(source)))]))
+
+
+def check_labels(source: Source | Stream, num_classes: int, where: str) -> None:
+    """Raises ValueError for a label outside [0, num_classes). A stream's are checked as they come."""
+    if is_stream(source):
+        return
+    labels = np.asarray(source.labels)
+    for bad in np.flatnonzero((labels < 0) | (labels >= num_classes))[:1]:
+        raise_label(int(labels[bad]), num_classes, f"{where} ({source[int(bad)].name})")
+
+
+def raise_label(label: int, num_classes: int, where: str) -> None:
+    """The ValueError for a label outside [0, num_classes)."""
+    if label < 0:
+        raise ValueError(f"{where} has label {label}: it is not labelled; choose another split or remove it")
+    raise ValueError(
+        f"{where} has label {label}, but num_classes is {num_classes}; "
+        f"give --num-classes {label + 1} or more, or leave it out"
+    )

@@ -1,0 +1,141 @@
+"""Files that are either whole or absent: atomic writes, safetensors in and out, manifests of digests.
+
+Everything is first written beside its target, forced to disk and then renamed, so that a process killed at any moment
+leaves the old file or the new one, never half of either. Nothing here unpickles anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+
+
+def sync(path: Path) -> None:
+    """Force a file or a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text to `path`, whole or not at all; OSError names the file."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        sync(draft)
+        os.replace(draft, path)
+        sync(path.parent)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON value to `path` atomically. Floats keep every bit (repr round-trips)."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; ValueError names the file that is missing or malformed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write named tensors as safetensors to `path` (not atomic: use inside a draft folder, or `replace_tensors`)."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, path, metadata=dict(metadata or {}) | {"format": "pt"})
+        sync(path)
+    except SafetensorError as error:  # its writer reports a full disk through its own exception
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write named tensors as safetensors to `path`, whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_tensors(draft, tensors, metadata)
+        os.replace(draft, path)
+        sync(path.parent)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Read a safetensors file; ValueError when it is missing, cut short or no such file at all."""
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Put `source` at `target` atomically, as a hard link where the file system has them."""
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    draft.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, draft)
+        except OSError:
+            shutil.copyfile(source, draft)
+            sync(draft)
+        os.replace(draft, target)
+        sync(target.parent)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise OSError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file of `folder` with its size and SHA-256; written last, so its presence vouches for the rest."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
+    table = {path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in files}
+    write_json(folder / MANIFEST, table)
+
+
+def first_difference(folder: Path) -> str | None:
+    """What differs first between `folder` and its manifest, in words; None when it is whole."""
+    try:
+        table = read_json(folder / MANIFEST)
+    except ValueError as error:
+        return str(error)
+    if not isinstance(table, dict):
+        return f"{folder / MANIFEST} is not a table of files"
+    for name, entry in table.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{path} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}"
+        found = digest(path)
+        if found != entry["sha256"]:
+            return f"{path} has SHA-256 {found[:12]}…, its manifest says {entry['sha256'][:12]}…"
+    return None

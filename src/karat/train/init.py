@@ -1,0 +1,182 @@
+"""Fine-tuning's start: weights of another model, taken over as far as they fit, with an account of it.
+
+The source is a run's folder, a safetensors file or `hub:NAME` (timm's pretrained weights). A token grid of another
+size is resampled first (position embeddings and operators, SPEC §9); a head for other classes starts fresh; operators
+start fresh where the source has none or others, as in softmax -> KArAt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from timm import create_model as create_timm_model
+from timm.layers import resample_abs_pos_embed
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+
+from karat.config import KArAtConfig
+from karat.models import create_model
+from karat.train import files, runs
+from karat.train.checkpoint import load_weights
+from karat.train.optim import operator_parameters
+from karat.train.settings import Settings
+
+LOADED, RESIZED, FRESH, DROPPED = "loaded", "resized", "fresh", "dropped"
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of one part of a model: loaded, resized, fresh (the model's own) or dropped (the source's)."""
+
+    part: str
+    fate: str
+    tensors: int
+    parameters: int
+
+
+def table(fates: list[Fate], source: str) -> Table:
+    """The account as a table for the terminal."""
+    drawn = Table(title=f"weights from {source}", title_justify="left")
+    for column in ("part", "fate"):
+        drawn.add_column(column)
+    for column in ("tensors", "parameters"):
+        drawn.add_column(column, justify="right")
+    for fate in fates:
+        drawn.add_row(fate.part, fate.fate, str(fate.tensors), f"{fate.parameters:,}")
+    return drawn
+
+
+def load_init(model: nn.Module, settings: Settings) -> list[Fate]:
+    """Give `model` the weights that `settings.init` names, as far as they fit; returns what became of each part.
+
+    Raises ValueError when the source is missing, was tampered with, or shares no weight with the model.
+    """
+    assert settings.init is not None
+    weights, same_operator = read_source(settings.init, model, settings)
+    return transplant(model, weights, settings.init, same_operator=same_operator)
+
+
+def read_source(source: str, model: nn.Module, settings: Settings) -> tuple[dict[str, Tensor], bool]:
+    """The source's weights on the model's token grid, and whether its operators mean the same as the model's."""
+    side = _side(model)
+    if source.startswith("hub:"):
+        name = source.removeprefix("hub:")
+        try:
+            pretrained = create_timm_model(name, pretrained=True)
+        except Exception as error:  # timm raises RuntimeError, the Hub's client its own kinds
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"--init {source}: cannot be loaded ({reason}); is the name timm's and a network there?"
+            ) from error
+        return _on_grid(pretrained, side).state_dict(), True
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _read_run(path, settings, side)
+    if not path.is_file():
+        raise ValueError(f"--init {source}: no such run or file; give a run's folder, a safetensors file or hub:NAME")
+    return files.read_tensors(path), True
+
+
+def _read_run(folder: Path, settings: Settings, side: int | None) -> tuple[dict[str, Tensor], bool]:
+    theirs, facts = runs.read_config(folder)
+    source = create_model(
+        theirs.model,
+        attention=theirs.attention,
+        num_classes=facts["num_classes"],
+        in_chans=facts["in_chans"],
+        **theirs.model_kwargs(),
+    )
+    load_weights(source, runs.read_weights(folder), str(folder))
+    mine, other = KArAtConfig.parse(settings.attention), KArAtConfig.parse(theirs.attention)
+    same = all(getattr(mine, name) == getattr(other, name) for name in ("basis", "order", "base", "sharing"))
+    return _on_grid(source, side).state_dict(), same
+
+
+def _side(model: nn.Module) -> int | None:
+    """The side of the images that a model takes, where it says so."""
+    size: Any = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return None if size is None else int(size[0])
+
+
+def _on_grid(source: nn.Module, side: int | None) -> nn.Module:
+    if side is None or _side(source) in (None, side):
+        return source
+    from karat.resample import resample_tokens
+
+    return resample_tokens(source, img_size=side)
+
+
+def transplant(
+    model: nn.Module, weights: Mapping[str, Tensor], source: str, *, same_operator: bool = True
+) -> list[Fate]:
+    """Copy into `model` every weight of the same name and shape; position embeddings and input channels are adapted."""
+    own = model.state_dict()
+    operators = set(operator_parameters(model))
+    counts: dict[tuple[str, str], list[int]] = {}
+
+    def note(name: str, fate: str, tensor: Tensor) -> None:
+        entry = counts.setdefault((_part(name, model, operators), fate), [0, 0])
+        entry[0] += 1
+        entry[1] += tensor.numel()
+
+    taken: dict[str, Tensor] = {}
+    for name, target in own.items():
+        found = weights.get(name)
+        if found is not None and name in operators and not same_operator:
+            found = None
+        adapted = None if found is None else _adapt(name, found, target, model)
+        if adapted is None:
+            note(name, FRESH, target)
+        else:
+            assert found is not None
+            taken[name] = adapted
+            note(name, LOADED if adapted.shape == found.shape else RESIZED, target)
+    for name, tensor in weights.items():
+        if name not in taken:
+            note(name, DROPPED, tensor)
+    if not taken:
+        first = next(iter(weights), "nothing")
+        raise ValueError(f"--init {source}: it shares no weight with the model (it has {first!r}, …)")
+    model.load_state_dict({**own, **taken})
+    return [Fate(part, fate, *numbers) for (part, fate), numbers in sorted(counts.items())]
+
+
+def _adapt(name: str, found: Tensor, target: Tensor, model: nn.Module) -> Tensor | None:
+    """`found` in the shape of `target`, or None where it can't be brought there."""
+    if found.shape == target.shape:
+        return found
+    if name == "pos_embed" and found.ndim == 3 and found.shape[2] == target.shape[2]:
+        prefix: Any = getattr(model, "num_prefix_tokens", 1)
+        try:
+            return resample_abs_pos_embed(found, list(model.patch_embed.grid_size), num_prefix_tokens=prefix)  # type: ignore[union-attr, arg-type]
+        except (RuntimeError, AssertionError):  # no square number of tokens
+            return None
+    if name.startswith("patch_embed") and found.ndim == 4 and found.shape[2:] == target.shape[2:]:
+        try:
+            return (
+                torch.as_tensor(adapt_input_conv(target.shape[1], found)) if found.shape[0] == target.shape[0] else None
+            )
+        except NotImplementedError:
+            return None
+    return None
+
+
+def _part(name: str, model: nn.Module, operators: set[str]) -> str:
+    if name in operators or ".operator." in name:
+        return "operators"
+    config: Any = getattr(model, "pretrained_cfg", {})
+    heads = config.get("classifier", "head")
+    if name.startswith((heads,) if isinstance(heads, str) else tuple(heads)):
+        return "head"
+    pieces = name.split(".")
+    return f"{pieces[0]}: {pieces[2]}" if pieces[0] == "blocks" and len(pieces) > 2 else pieces[0]
+
+
+def as_json(fates: list[Fate]) -> list[dict[str, Any]]:
+    """The account as plain values."""
+    return [asdict(fate) for fate in fates]

@@ -1,0 +1,76 @@
+"""The accuracy of a finished or unfinished run's weights: what `karat eval` prints and saves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from karat.train import runs
+from karat.train.build import build_model, create_accelerator, input_size
+from karat.train.checkpoint import load_weights
+from karat.train.data import load_data
+from karat.train.evaluate import evaluate
+from karat.train.files import write_json
+
+
+def load_run(folder: Path, weights: str = "last") -> nn.Module:
+    """A run's model with its weights ("last", "best" or "ema"), in evaluation mode, on the CPU.
+
+    Raises ValueError when the folder is no run, or its weights are missing or were tampered with.
+    """
+    settings, facts = runs.read_config(folder)
+    model = build_model(settings, facts["num_classes"], facts["in_chans"])
+    load_weights(model, runs.read_weights(folder, weights), str(runs.weights_path(folder, weights)))
+    return model.eval()
+
+
+def evaluate_run(
+    folder: Path,
+    *,
+    weights: str = "last",
+    data: str | None = None,
+    img_size: int | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Top-1, top-5 and loss of a run on its evaluation images, or on another data set's; also saved as eval.json.
+
+    Another `img_size` resamples position embeddings and operators to the new token grid (SPEC §9).
+    Raises ValueError for data whose labels the model does not have, and as `load_run` does.
+    """
+    settings, facts = runs.read_config(folder)
+    if device is not None:
+        settings = replace(settings, device=device)  # type: ignore[arg-type]
+    accelerator = create_accelerator(settings)
+    model = load_run(folder, weights)
+    side = settings.img_size or input_size(settings.model)
+    if img_size is not None and img_size != side:
+        from karat.resample import resample_tokens
+
+        model, side = resample_tokens(model, img_size=img_size), img_size
+    loaded = load_data(
+        data or settings.data,
+        img_size=side,
+        recipe=settings.recipe,
+        batch_size=batch_size,
+        workers=settings.workers if workers is None else workers,
+        seed=settings.seed,
+        on_bad_image=settings.on_bad_image,
+        num_classes=facts["num_classes"],
+        fraction=settings.data_fraction if data is None else 1.0,
+        data_dir=settings.data_dir,
+        num_samples=settings.num_samples if data is None else None,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    if loaded.in_chans != facts["in_chans"]:
+        raise ValueError(f"{data} has {loaded.in_chans} channels, the model takes {facts['in_chans']}")
+    measured = evaluate(model.to(accelerator.device), loaded.eval, accelerator)
+    result = {"run": str(folder), "weights": weights, "data": data or settings.data, "img_size": side, **measured}
+    if accelerator.is_main_process:
+        write_json(folder / "eval.json", result)
+    return result

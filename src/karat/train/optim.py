@@ -1,0 +1,85 @@
+"""Optimiser and schedule, from timm's factories, with the operator's parameters in groups of their own.
+
+The rule for KArAt's parameters (basis coefficients, W, edge scales, gates): no weight decay unless
+`coefficient_weight_decay` asks for it, because decay pulls every edge function towards zero, and with it the whole
+attention; and the learning rate of the rest unless `coefficient_lr` gives another one. The ratio of the two rates is
+kept by the schedule. Biases, norms and what a model lists in `no_weight_decay()` are not decayed either.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from karat.operator import KArAtOperator
+from karat.train.recipes import Recipe
+
+
+def operator_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The learnable parameters of every KArAt operator in `model`, each once, by name."""
+    owned = {id(p) for m in model.modules() if isinstance(m, KArAtOperator) for p in m.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) in owned}
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Groups for the optimiser: decayed, not decayed, by layer where `layer_decay` is set, and the operator's own."""
+    own = operator_parameters(model)
+    listed = getattr(model, "no_weight_decay", set)
+    keep = set(own) | set(listed())
+    if recipe.layer_decay is None:
+        groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=keep)
+    else:
+        groups = param_groups_layer_decay(
+            model, recipe.weight_decay, no_weight_decay_list=keep, layer_decay=recipe.layer_decay
+        )
+    ratio = 1.0 if recipe.coefficient_lr is None else recipe.coefficient_lr / recipe.lr
+    owned = {id(p) for p in own.values()}
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        facts = {key: value for key, value in group.items() if key in ("weight_decay", "lr_scale")}
+        rest = [p for p in group["params"] if id(p) not in owned]
+        mine = [p for p in group["params"] if id(p) in owned]
+        if rest:
+            split.append(facts | {"params": rest})
+        if mine:
+            scale = facts.get("lr_scale", 1.0) * ratio
+            split.append({"params": mine, "weight_decay": recipe.coefficient_weight_decay, "lr_scale": scale})
+    return split
+
+
+def create_optimizer(model: nn.Module, recipe: Recipe, total_batch: int) -> torch.optim.Optimizer:
+    """timm's optimiser `recipe.opt` at the rate lr x total_batch / 512. ValueError when timm has no such optimiser."""
+    return create_optimizer_v2(
+        parameter_groups(model, recipe),
+        opt=recipe.opt,
+        lr=recipe.scaled_lr(total_batch),
+        weight_decay=recipe.weight_decay,
+        eps=recipe.opt_eps,
+        betas=recipe.opt_betas,
+    )
+
+
+def create_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, updates_per_epoch: int) -> Scheduler:
+    """timm's schedule, stepped per update: it is a function of the number of updates and keeps no state."""
+    total = recipe.epochs * updates_per_epoch
+    warmup = min(math.ceil(recipe.warmup_epochs * updates_per_epoch), max(total - 1, 0))
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=recipe.sched,
+        num_epochs=max(total, 1),
+        warmup_epochs=warmup,
+        warmup_lr=recipe.warmup_lr,
+        min_lr=recipe.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=1,
+    )
+    if scheduler is None:
+        raise ValueError(f"sched {recipe.sched!r} is no schedule: use cosine, or constant for an unchanging rate")
+    return scheduler

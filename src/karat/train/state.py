@@ -1,0 +1,80 @@
+"""A run's tensors gathered from, and given back to, whatever layout the launcher chose: one process, DDP or FSDP2.
+
+Names are those of the bare model, so a checkpoint written under one layout resumes under another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as sharded
+
+from karat.train.checkpoint import load_weights, pack_optimizer, unpack_optimizer
+
+WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def bare(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The model without DDP's wrapper (FSDP2 shards in place and has none)."""
+    unwrapped: nn.Module = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+    return unwrapped
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether parameters are sharded; ValueError for FSDP's first version, whose layout hides parameters."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return False
+    if not accelerator.is_fsdp2:
+        raise ValueError("FSDP version 1 is not served: set fsdp_version: 2 (FSDP_VERSION=2) for the launcher")
+    return True
+
+
+def names_of(model: nn.Module) -> dict[nn.Parameter, str]:
+    """The name of each parameter, shared ones under their first name."""
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def model_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
+    """The model's whole state by bare names; on the main process under FSDP."""
+    if is_sharded(accelerator):
+        return dict(sharded.get_model_state_dict(model, options=WHOLE))  # type: ignore[arg-type]
+    return bare(accelerator, model).state_dict()
+
+
+def load_model_state(accelerator: Accelerator, model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Give the model the weights read from `source`; ValueError names the first difference."""
+    if is_sharded(accelerator):
+        expected: dict[str, Any] = dict(sharded.get_model_state_dict(model))
+        for name, tensor in expected.items():
+            if name not in weights or weights[name].shape != tensor.shape:
+                raise ValueError(f"{source} does not fit the model at {name!r}")
+        sharded.set_model_state_dict(model, weights, options=WHOLE)  # type: ignore[arg-type]
+        return
+    load_weights(bare(accelerator, model), weights, source)
+
+
+def optimizer_state(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's whole state as tensors named `parameter/entry`."""
+    if is_sharded(accelerator):
+        state: Any = sharded.get_optimizer_state_dict(model, optimizer, options=WHOLE)
+        return {f"{name}/{key}": value for name, entry in state["state"].items() for key, value in entry.items()}
+    return pack_optimizer(optimizer, names_of(bare(accelerator, model)))
+
+
+def load_optimizer_state(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, packed: dict[str, Tensor]
+) -> None:
+    """Give the optimiser back what `optimizer_state` took; learning rates and decay stay the settings' own."""
+    if not is_sharded(accelerator):
+        unpack_optimizer(optimizer, names_of(bare(accelerator, model)), packed)
+        return
+    state: Any = sharded.get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    entries: dict[str, dict[str, Tensor]] = {}
+    for full_name, value in packed.items():
+        name, key = full_name.rsplit("/", 1)
+        entries.setdefault(name, {})[key] = value
+    sharded.set_optimizer_state_dict(model, optimizer, state | {"state": entries}, options=WHOLE)

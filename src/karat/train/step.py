@@ -1,0 +1,79 @@
+"""One update: forward, backward, clipping, and the decision whether its numbers may touch the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from karat.train.build import Parts, mix
+
+Batch = tuple[Tensor, Tensor]
+
+
+def chunks(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    """Lists of `size` batches, the last one shorter where they do not divide."""
+    while chunk := list(islice(batches, size)):
+        yield chunk
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an update did: the mean training loss, the gradient's norm before clipping, and whether it counted."""
+
+    loss: float
+    norm: float
+    applied: bool
+    fault: bool  # not applied because a number was not finite (fp16's scale overflowing is no fault)
+
+
+def update(parts: Parts, step: int, group: list[Batch]) -> Outcome:
+    """Update the weights from a group of batches whose gradients are averaged; a non-finite one leaves them alone.
+
+    Where nothing was applied the gradients stay in place, for a diagnosis; the next update clears them.
+
+    Args:
+        step: how many updates came before, which fixes the learning rate.
+        group: batches of images (B,C,height,width) and labels (B,).
+    """
+    accelerator, recipe = parts.accelerator, parts.settings.recipe
+    parts.optimizer.zero_grad()
+    parts.schedule.step_update(step)
+    losses = []
+    for index, batch in enumerate(group):
+        images, labels = (part.to(accelerator.device, non_blocking=True) for part in batch)
+        if parts.settings.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        images, targets = mix(parts.mixup, images, labels)
+        last = index == len(group) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(parts.model):
+            loss = parts.loss(parts.model(images), targets)
+            accelerator.backward(loss / len(group))
+        losses.append(loss.detach())
+    limit = recipe.clip_grad if recipe.clip_grad is not None else math.inf
+    norm = accelerator.clip_grad_norm_(parts.model.parameters(), limit)
+    mean = torch.stack(losses).mean()
+    if accelerator.num_processes > 1:
+        mean = accelerator.reduce(mean, "mean")
+    loss_value, norm_value = torch.stack([mean.float(), norm.detach().float()]).tolist()
+    if math.isfinite(loss_value) and math.isfinite(norm_value):
+        parts.optimizer.step()
+        if parts.ema is not None:
+            parts.ema.update()
+        return Outcome(loss_value, norm_value, applied=True, fault=False)
+    scaler = accelerator.scaler
+    harmless = scaler is not None and math.isfinite(loss_value) and scaler.get_scale() > 1
+    if scaler is not None:
+        scaler.update()  # it noted the overflow when the gradients were unscaled, and lowers its scale
+    return Outcome(loss_value, norm_value, applied=False, fault=not harmless)
+
+
+def bad_gradients(parts: Parts) -> list[str]:
+    """The parameters whose gradient of the last update is not finite, in the model's order."""
+    named = parts.bare.named_parameters()
+    return [name for name, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]

@@ -1,0 +1,168 @@
+"""The command line: what it says, what it writes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import options, outcome, tiny
+
+from karat import cli
+from karat.train import runs
+from karat.train.commands import Compare
+from karat.train.recipes import RECIPES
+from karat.train.settings import Settings, resolve
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "eval"])
+def test_every_option_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert "--data" in said
+    if command != "eval":
+        for name in ("--mixup-switch-prob", "--amp-dtype", "--resume", "--recipe", "--coefficient-lr"):
+            assert name in said
+
+
+def test_every_setting_and_recipe_value_is_documented() -> None:
+    """tyro reads the strings below the fields: an option without one would have no help."""
+    import inspect
+    import re
+
+    for kind in (Settings, type(RECIPES["vit"]), Compare):
+        source = inspect.getsource(kind)
+        own = [name for name in kind.__annotations__ if name not in ("recipe", "attention")]
+        for name in own:
+            assert re.search(rf"\n    {name}: [^\n]*\n    \"\"\"", source), f"{kind.__name__}.{name}"
+
+
+def test_train_evaluate_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert cli.main(["train", *options(run, attention="g3b", epochs=2, model_ema_decay=0.9)]) == 0
+    said = capsys.readouterr().out
+    assert "epoch 2/2" in said
+    assert "finished: top-1" in said
+    for name in ("config.json", "metrics.jsonl", "model.safetensors", "ema.safetensors", "summary.json"):
+        assert (run / name).is_file()
+    last = runs.read_history(run)[-1]
+    for weights in ("last", "best", "ema"):
+        assert cli.main(["eval", str(run), "--weights", weights]) == 0
+        measured = json.loads((run / "eval.json").read_text())
+        assert measured["weights"] == weights
+        if weights == "last":
+            assert measured["top1"] == last["top1"]
+            assert measured["eval_loss"] == pytest.approx(last["eval_loss"], abs=1e-7)
+        if weights == "ema":
+            assert measured["top1"] == last["ema_top1"]
+    assert cli.main(["train", "--resume", str(run)]) == 0  # everything comes from config.json; nothing is left to do
+    assert cli.main(["train", *options(run, attention="g3b", epochs=2, model_ema_decay=0.9)]) == 2
+    assert "--resume auto" in capsys.readouterr().err
+
+
+def test_config_repeats_the_run(tmp_path: Path) -> None:
+    assert cli.main(["train", *options(tmp_path / "first", attention="g3u", epochs=1)]) == 0
+    settings, facts = runs.read_config(tmp_path / "first")
+    assert facts["num_classes"] == 10
+    assert set(facts["versions"]) >= {"karat", "torch", "timm", "python"}
+    again = Settings.from_dict({**settings.as_dict(), "output": str(tmp_path / "second")})
+    from karat.train.engine import train
+
+    train(again)
+    assert outcome(tmp_path / "first") == outcome(tmp_path / "second")
+
+
+def test_evaluation_at_another_size_resamples(tmp_path: Path) -> None:
+    assert cli.main(["train", *options(tmp_path / "run", attention="g3b", epochs=1)]) == 0
+    assert cli.main(["eval", str(tmp_path / "run"), "--img-size", "16"]) == 0
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["img_size"] == 16
+
+
+def test_compare_makes_table_figure_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = options(tmp_path / "out", epochs=1)
+    assert cli.main(["compare", "softmax", "g3b", "--seeds", "2", *line]) == 0
+    said = capsys.readouterr().out
+    assert "±" in said
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
+    table = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [row["attention"] for row in table["rows"]] == ["softmax", "g3b"]
+    for row in table["rows"]:
+        single = [runs.read_history(Path(run))[-1]["top1"] for run in row["runs"]]
+        assert row["top1"] == pytest.approx(sum(single) / 2)
+        assert row["top1_deviation"] == pytest.approx(abs(single[0] - single[1]) / 2**0.5)
+    assert table["rows"][1]["parameters"] > table["rows"][0]["parameters"]
+    # a comparison that was cut off goes on: finished runs are not trained again
+    before = (tmp_path / "out" / "softmax-s0" / "metrics.jsonl").read_text()
+    assert cli.main(["compare", "softmax", "g3b", "--seeds", "2", *line, "--resume", "auto"]) == 0
+    assert (tmp_path / "out" / "softmax-s0" / "metrics.jsonl").read_text() == before
+
+
+def test_output_is_named_after_the_run_and_never_overwritten_unasked(tmp_path: Path) -> None:
+    line = [word for word in options(tmp_path, epochs=1) if word not in ("--output", str(tmp_path))]
+    first = tmp_path / "runs" / "digits-vit_tiny_patch16_224-softmax-s0"
+    assert cli.main(["train", *line]) == 0
+    assert cli.main(["train", *line]) == 0
+    assert (first / "model.safetensors").is_file()
+    assert (first.with_name(first.name + "-2") / "model.safetensors").is_file()
+    assert cli.main(["train", *line, "--resume", "auto"]) == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_recipe_presets_are_defaults_that_options_override() -> None:
+    from karat.train.commands import _defaults
+
+    assert _defaults(["--recipe", "vit", "--lr", "1"]).recipe == RECIPES["vit"]
+    assert _defaults(["--data", "digits"]).recipe == RECIPES["digits"]
+    assert _defaults(["--data=torch/cifar10"]).recipe == RECIPES["quick"]
+    assert _defaults(["--data", "hfds/x", "--model", "swin_tiny_patch4_window7_224"]).recipe == RECIPES["swin"]
+    assert _defaults(["--data", "hfds/x", "--init", "hub:y"]).recipe == RECIPES["finetune"]
+    assert Settings.make(data="hfds/x", epochs=7).recipe == RECIPES["vit"].override(epochs=7)
+
+
+def test_auto_is_resolved_before_it_is_written() -> None:
+    small = resolve(Settings(data="torch/cifar10"))
+    assert (small.model, small.img_size, small.patch_size) == ("vit_tiny_patch16_224", 32, 4)
+    large = resolve(Settings(data="hfds/imagenet"))
+    assert (large.model, large.img_size, large.preset) == ("vit_tiny_patch16_224", None, "vit")
+    chosen = resolve(Settings(data="digits", embed_dim=48))
+    assert chosen.embed_dim == 48
+
+
+def test_settings_survive_json(tmp_path: Path) -> None:
+    settings = tiny(tmp_path, attention="g3b,rank=4", clip_grad=None, scale=(0.5, 1.0))
+    assert Settings.from_dict(json.loads(json.dumps(settings.as_dict()))) == settings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_end_the_process_with_their_status(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    run = tmp_path / "run"
+    line = [sys.executable, "-m", "karat", "train", *options(run, epochs=10_000)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env)
+    for _ in range(600):
+        if (run / "metrics.jsonl").exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "Traceback" not in said
+    assert runs.read_history(run)
+
+
+def test_small_real_images_get_a_small_model(shared_data: Path) -> None:
+    chosen = resolve(Settings(data=str(shared_data / "cifar10")))
+    assert (chosen.img_size, chosen.patch_size) == (32, 4)

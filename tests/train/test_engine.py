@@ -1,0 +1,285 @@
+"""What the training loop promises: faults counted, signals obeyed after saving, several processes as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from helpers import NOISY, outcome, python, tiny
+from PIL import Image
+
+from karat.train import checkpoint, files, runs, step
+from karat.train.engine import Trainer, train
+from karat.train.faults import TrainingDiverged
+from karat.train.snapshot import take
+
+
+class Poisoned(Trainer):
+    """Its batches hold a NaN from the update `start` on, every `period`-th."""
+
+    start, period = 2, 3
+
+    def _next(self, batches):  # type: ignore[no-untyped-def]
+        group = super()._next(batches)
+        if (
+            group is not None
+            and self.progress.step >= self.start
+            and (self.progress.step - self.start) % self.period == 0
+        ):
+            group = [(images.clone().index_fill_(0, torch.tensor([0]), torch.nan), labels) for images, labels in group]
+        return group
+
+
+def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path) -> None:
+    summary = Poisoned(tiny(tmp_path / "run", model_ema_decay=0.9)).fit()
+    last = runs.read_history(tmp_path / "run")[-1]
+    assert summary["finished"]
+    assert last["bad_steps"] == len(range(2, last["step"], 3))
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert all(torch.isfinite(t).all() for t in files.read_tensors(tmp_path / "run" / name).values())
+    assert torch.isfinite(torch.tensor(last["train_loss"]))
+
+
+def test_a_skipped_step_leaves_weights_and_moments_alone(tmp_path: Path) -> None:
+    trainer = Trainer(tiny(tmp_path / "run", attention="g3b"))
+    images, labels = next(iter(trainer.data.train))
+    step.update(trainer.parts, 5, [(images, labels)])
+    before = take(trainer.parts, trainer.progress)
+    kept = {name: tensor.clone() for name, tensor in {**before.model, **before.optimizer}.items()}
+    done = step.update(trainer.parts, 6, [(images * torch.inf, labels)])
+    assert done.fault
+    assert not done.applied
+    after = take(trainer.parts, trainer.progress)
+    for name, tensor in {**after.model, **after.optimizer}.items():
+        assert torch.equal(tensor, kept[name]), name
+
+
+def test_too_many_non_finite_steps_stop_with_a_diagnosis_and_the_last_good_state(tmp_path: Path) -> None:
+    trainer = Poisoned(tiny(tmp_path / "run", attention="g3b", max_bad_steps=1))
+    with pytest.raises(TrainingDiverged, match=r"2 updates had a non-finite loss.*pixels"):
+        trainer.fit()
+    found = checkpoint.newest(tmp_path / "run")
+    assert found is not None
+    assert all(torch.isfinite(t).all() for t in found[0].model.values())
+    summary = train(tiny(tmp_path / "run", attention="g3b", max_bad_steps=50, resume="auto"))
+    assert summary["finished"]
+
+
+def test_diagnosis_names_the_block_and_its_score_range(tmp_path: Path) -> None:
+    trainer = Trainer(tiny(tmp_path / "run", attention="g3b", max_bad_steps=0))
+    with torch.no_grad():  # finite weights whose product overflows in the second block
+        trainer.parts.bare.blocks[1].attn.qkv.weight.mul_(1e38)  # type: ignore[union-attr, operator]
+        trainer.parts.bare.blocks[1].norm1.weight.mul_(1e3)  # type: ignore[union-attr, operator]
+    with pytest.raises(TrainingDiverged, match=r"blocks\.1\..* attention scores in blocks\.1\.attn: "):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["update", "evaluation"])
+def test_a_signal_leaves_a_run_that_resumes_bit_equal(tmp_path: Path, number: signal.Signals, where: str) -> None:
+    trainer = Trainer(tiny(tmp_path / "run", attention="g3b", **NOISY))
+
+    def strike() -> None:
+        if trainer.progress.step == 12:
+            os.kill(os.getpid(), number)
+
+    class Striking:
+        def __init__(self, loader: object) -> None:
+            self.loader = loader
+
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            os.kill(os.getpid(), number)
+            yield from self.loader  # type: ignore[misc]
+
+    if where == "update":
+        trainer.after_step = strike  # type: ignore[method-assign]
+    else:
+        trainer.data.__dict__["eval"] = Striking(trainer.data.eval)
+    expected = KeyboardInterrupt if number == signal.SIGINT else SystemExit
+    with pytest.raises(expected) as stopped:
+        trainer.fit()
+    if number == signal.SIGTERM:
+        assert stopped.value.code == 143
+    assert trainer.progress.epoch < 3
+    train(tiny(tmp_path / "run", attention="g3b", resume="auto", **NOISY))
+    train(tiny(tmp_path / "whole", attention="g3b", **NOISY))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_gradients_of_accumulated_batches_are_those_of_one_batch(tmp_path: Path) -> None:
+    """Data order is by position, so two batches of 8 are the batch of 16."""
+    losses = []
+    for values in ({"batch_size": 16}, {"batch_size": 8, "grad_accum_steps": 2}):
+        folder = tmp_path / str(values["batch_size"])
+        train(tiny(folder, attention="g3b", hflip=0.0, train_crop_mode="pad", **values))
+        losses.append([line["eval_loss"] for line in runs.read_history(folder)])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_grad_checkpointing_changes_no_loss(tmp_path: Path) -> None:
+    for name, on in (("off", False), ("on", True)):
+        train(tiny(tmp_path / name, attention="g3b", grad_checkpointing=on, epochs=1))
+    plain, recomputed = (runs.read_history(tmp_path / name)[-1]["train_loss"] for name in ("off", "on"))
+    assert plain == pytest.approx(recomputed, abs=1e-6)
+
+
+def test_bfloat16_trains(tmp_path: Path) -> None:
+    summary = train(tiny(tmp_path / "run", attention="g3b", amp_dtype="bfloat16", epochs=1))
+    assert summary["finished"]
+    weights = files.read_tensors(tmp_path / "run" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_trajectory_keeps_every_epoch_from_the_start(tmp_path: Path) -> None:
+    train(tiny(tmp_path / "run", checkpoints="trajectory"))
+    kept = sorted((tmp_path / "run" / runs.TRAJECTORY).iterdir())
+    assert [path.stem for path in kept] == [f"epoch-{number:04d}" for number in range(4)]
+    last = files.read_tensors(kept[-1])
+    assert all(torch.equal(last[n], t) for n, t in files.read_tensors(tmp_path / "run" / "model.safetensors").items())
+
+
+def test_universal_operator_is_saved_once(tmp_path: Path) -> None:
+    train(tiny(tmp_path / "run", attention="g3u", epochs=1, model_ema_decay=0.9))
+    for name in ("model.safetensors", "ema.safetensors"):
+        names = files.read_tensors(tmp_path / "run" / name)
+        assert sum(name.endswith("coefficients") for name in names) == 1
+
+
+def test_a_dead_data_worker_is_an_error_after_a_checkpoint(tmp_path: Path) -> None:
+    folder = images(tmp_path / "data")
+    settings = tiny(
+        tmp_path / "run", data=str(folder), workers=1, train_crop_mode="rrc", data_fraction=1.0, batch_size=4
+    )
+    trainer = Trainer(settings)
+
+    def strike() -> None:
+        if trainer.progress.step == 2:
+            for worker in psutil.Process().children():
+                worker.kill()
+
+    trainer.after_step = strike  # type: ignore[method-assign]
+    with pytest.raises(OSError, match=r"worker died.*saved at step"):
+        trainer.fit()
+    found = checkpoint.newest(tmp_path / "run")
+    assert found is not None
+    assert found[0].state["step"] >= 2
+
+
+def test_a_worker_that_dies_in_the_middle_of_an_update_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal that reports the death may arrive when half of the weights are new: that state isn't saved."""
+    trainer = Trainer(tiny(tmp_path / "run", recovery_interval=1))
+    real = step.update
+
+    def interrupted(parts: step.Parts, number: int, group: list[step.Batch]) -> step.Outcome:
+        outcome = real(parts, number, group)
+        if number == 2:
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+        return outcome
+
+    monkeypatch.setattr(step, "update", interrupted)
+    with pytest.raises(OSError, match=r"worker died.*go on from the last checkpoint"):
+        trainer.fit()
+    found = checkpoint.newest(tmp_path / "run")
+    assert found is not None
+    assert found[0].state["step"] == 2
+
+
+def test_other_errors_are_not_blamed_on_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(tiny(tmp_path / "run"))
+
+    def broken(*arguments: object) -> step.Outcome:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(step, "update", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        trainer.fit()
+
+
+def images(root: Path, count: int = 24) -> Path:
+    """A folder of two classes of small images."""
+    generator = torch.Generator().manual_seed(0)
+    for index in range(count):
+        kind = root / "train" / f"class{index % 2}"
+        kind.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (12, 12, 3), generator=generator, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(kind / f"{index}.png")
+    return root
+
+
+def test_a_bad_image_ends_the_run_by_name_or_is_counted(tmp_path: Path) -> None:
+    folder = images(tmp_path / "data")
+    (folder / "train" / "class0" / "0.png").write_bytes(b"no image")
+    values = {"data": str(folder), "train_crop_mode": "rrc", "data_fraction": 1.0, "batch_size": 4, "epochs": 1}
+    with pytest.raises(ValueError, match=r"0\.png"):
+        train(tiny(tmp_path / "stopped", **values))
+    train(tiny(tmp_path / "skipped", on_bad_image="skip", **values))
+    assert runs.read_history(tmp_path / "skipped")[-1]["bad_images"] == 1
+
+
+def test_signals_are_left_alone_outside_the_main_thread(tmp_path: Path) -> None:
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train(tiny(tmp_path / "run", epochs=1))))
+    thread.start()
+    thread.join()
+    assert results[0]["finished"]
+
+
+DISTRIBUTED = """
+import json, sys
+from pathlib import Path
+from helpers import tiny
+from karat.train import engine, step
+losses, plain = [], step.update
+def noted(*arguments):
+    done = plain(*arguments)
+    losses.append(done.loss)
+    return done
+step.update = noted
+values = json.loads(sys.argv[2])
+trainer = engine.Trainer(tiny(Path(sys.argv[1]), attention="g3b", **values))
+summary = trainer.fit()
+if trainer.main:
+    trainer.folder.joinpath("losses.json").write_text(json.dumps(losses))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_evaluate_as_one_and_resume(tmp_path: Path) -> None:
+    """The loss of 10 and more updates equals that of one process with the same total batch; so do all counts."""
+    script = tmp_path / "run.py"
+    script.write_text(DISTRIBUTED)
+    launch = (
+        "import sys; from torch.distributed.run import main; "
+        "main(['--nproc_per_node', '2', '--master_port', '0', '--rdzv_backend', 'c10d', '--rdzv_endpoint', "
+        "'localhost:0', *sys.argv[1:]])"
+    )
+    one = {"batch_size": 16, "data_fraction": 0.11}
+    two = {"batch_size": 8, "data_fraction": 0.11}
+    done = python(DISTRIBUTED, str(tmp_path / "one"), json.dumps(one))
+    assert done.returncode == 0, done.stderr
+    done = python(launch, str(script), str(tmp_path / "two"), json.dumps(two))
+    assert done.returncode == 0, done.stderr
+    single, double = (json.loads((tmp_path / name / "losses.json").read_text()) for name in ("one", "two"))
+    assert len(single) >= 10
+    assert single == pytest.approx(double, abs=1e-5)
+    for left, right in zip(runs.read_history(tmp_path / "one"), runs.read_history(tmp_path / "two"), strict=True):
+        assert left["images"] == right["images"]
+        assert left["top1"] == right["top1"]
+        assert left["eval_loss"] == pytest.approx(right["eval_loss"], abs=1e-5)
+    # the same two processes, stopped after the second epoch's checkpoint and resumed, end bit-equal
+    for path in checkpoint.listed(tmp_path / "two")[1:]:
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    before = outcome(tmp_path / "two")
+    done = python(launch, str(script), str(tmp_path / "two"), json.dumps({**two, "resume": "auto"}))
+    assert done.returncode == 0, done.stderr
+    assert outcome(tmp_path / "two") == before
