@@ -1,0 +1,90 @@
+"""`karat paper [TABLE [ROW]]`: options, parsed by tyro."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from karat.options import parse
+from karat.paper.entries import rows, table_number
+from karat.paper.results import compare
+from karat.paper.run import run_row, scaled_command
+from karat.paper.show import commands, measured_beside, notes, one_row, one_table, overview
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The published figures: list the tables, print one, explain one row, run it, set results beside it."""
+
+    table: tyro.conf.Positional[str | None] = None
+    """table1, table2, ...; none lists the tables, or with --results searches all of them."""
+    row: tyro.conf.Positional[int | None] = None
+    """A row of the table, counted from 1: its settings and its command."""
+    run: int | None = None
+    """Run that row of the table, as `karat train` would."""
+    scale: float = 1.0
+    """With --run: this fraction of the epochs and of the data."""
+    results: tuple[Path, ...] = ()
+    """Folders of runs whose results are put beside the published figures."""
+    data: str | None = None
+    """With --run: the same images elsewhere, e.g. a folder of parquet files."""
+    data_dir: str | None = None
+    """With --run: where torch/NAME lies or is downloaded to; none: $KARAT_DATA or ~/.cache/karat."""
+    init: str | None = None
+    """With --run, for fine-tuned rows: start from this RUN, FILE or hub:NAME instead of the row's own ImageNet run."""
+    output: str | None = None
+    """With --run: the run's folder; none: the row's own, below runs/paper."""
+    batch_size: int | None = None
+    """With --run: images per batch; none: the row's own."""
+    workers: int | None = None
+    """With --run: processes that load data."""
+    amp_dtype: str | None = None
+    """With --run: float32, bfloat16 or float16."""
+    device: str | None = None
+    """With --run: auto or cpu."""
+
+
+def paper(arguments: Sequence[str]) -> None:
+    """karat paper."""
+    parsed = parse(lambda: tyro.cli(Paper, args=arguments, prog="karat paper"), "karat paper")
+    console = Console()
+    if parsed.run is not None:
+        if parsed.table is None:
+            raise ValueError(f"--run {parsed.run}: of which table? e.g. karat paper table1 --run {parsed.run}")
+        (entry,) = rows(parsed.table, parsed.run)
+        names = ("data", "data_dir", "init", "output", "batch_size", "workers", "amp_dtype", "device")
+        extra = {
+            f"--{name.replace('_', '-')}": str(getattr(parsed, name))
+            for name in names
+            if getattr(parsed, name) is not None
+        }
+        if entry.setup.kind != "cost":
+            console.print(scaled_command(entry, parsed.scale, extra), highlight=False, soft_wrap=True)
+        measured_beside(entry, run_row(entry, parsed.scale, extra), console)
+    elif parsed.results:
+        found = compare(rows(parsed.table), parsed.results)
+        if not found:
+            raise ValueError("none of these runs has the model, attention and data of a published row")
+        for number in dict.fromkeys(entry.table for entry, _ in found):
+            console.print(one_table(number, [pair for pair in found if pair[0].table == number]))
+            _lines(console, notes(number))
+    elif parsed.row is not None:
+        (entry,) = rows(parsed.table, parsed.row)
+        console.print(one_row(entry))
+        _lines(console, [entry.command or f"not run: {entry.runnable[1]}"])
+    elif parsed.table is not None:
+        number = table_number(parsed.table)
+        console.print(one_table(number))
+        _lines(console, [*notes(number), "", *commands(number)])
+    else:
+        console.print(overview())
+
+
+def _lines(console: Console, lines: Sequence[str]) -> None:
+    """Unwrapped, so that a command can be copied."""
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,113 @@
+"""published.csv as entries: read once, found by table and row."""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib import resources
+
+from karat.paper.setup import Setup, command_line, read_setup
+
+# The tables that hold figures, and what is in them (Tables 5, 6 and 9 to 11 hold settings).
+TABLES = {
+    1: "ViT-Base, Small and Tiny: accuracy and parameters",
+    2: "fine-tuned from ImageNet-1K",
+    3: "ConViT-Tiny and Swin-Tiny",
+    4: "attention transferred from a trained teacher",
+    7: "base activations",
+    8: "other bases",
+    12: "detection and segmentation (ViTDet, COCO)",
+    13: "parameters, operations and memory",
+    14: "deep B-spline KAN classifiers",
+    15: "grid sizes",
+    16: "ranks of ViT-Base",
+    17: "simplex projection",
+    18: "low ranks: accuracy and cost",
+    19: "orders of the operator",
+    20: "hybrid heads",
+}
+METRICS = {"params_M": "parameters (M)", "gpu_memory_GB_batch32": "GPU memory (GB, batch 32)", "GFLOPs": "GFLOPs"}
+COST_METRICS = ("params_M", "activation_params_M", "GFLOPs")  # what can be measured without training
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One published figure: `row` counts from 1 within its table; value in percent for accuracies and AP."""
+
+    table: int
+    row: int
+    model: str
+    variant: str
+    dataset: str
+    metric: str
+    value: float
+    note: str
+
+    @cached_property
+    def setup(self) -> Setup:
+        """The settings behind the figure."""
+        return read_setup(self.model, self.variant, self.dataset, self.note)
+
+    @property
+    def command(self) -> str:
+        """The command that measures it; empty for a row that can't be run here (see `runnable`)."""
+        if not self.runnable[0]:
+            return ""
+        if self.setup.kind == "cost":
+            return f"karat paper table{self.table} --run {self.row}"
+        return command_line(self.setup.options())
+
+    @property
+    def runnable(self) -> tuple[bool, str]:
+        """Whether the figure can be measured here, and why not."""
+        reason = self.setup.why_not()
+        if reason is None and self.setup.kind == "cost" and self.metric not in COST_METRICS:
+            reason = _COST_REASONS[self.metric]
+        return reason is None, reason or ""
+
+
+_COST_REASONS = {
+    "activation_GFLOPs": "the paper counts the activation's elementwise operations by a formula it does not give",
+    "gpu_memory_GB_batch32": "measured on the paper's GPU; `karat bench memory` measures this machine",
+}
+
+
+@cache
+def _entries() -> tuple[Entry, ...]:
+    text = resources.files("karat.paper").joinpath("published.csv").read_text(encoding="utf-8")
+    entries: list[Entry] = []
+    counts: dict[int, int] = {}
+    for line in csv.DictReader(text.splitlines()):
+        table = int(line["table"])
+        counts[table] = counts.get(table, 0) + 1
+        words = (line["model"], line["variant"], line["dataset"], line["metric"])
+        entries.append(Entry(table, counts[table], *words, float(line["value"]), line["note"]))
+    return tuple(entries)
+
+
+def table_number(table: str | int) -> int:
+    """1 for 1, "1" and "table1". Raises ValueError for a table that holds no figures."""
+    found = re.fullmatch(r"(?:table)?\s*(\d+)", str(table).strip().lower())
+    if found is None or int(found[1]) not in TABLES:
+        raise ValueError(f"no table {table!r}; those with figures are {', '.join(f'table{n}' for n in TABLES)}")
+    return int(found[1])
+
+
+def rows(table: str | int | None = None, row: int | None = None) -> list[Entry]:
+    """The published figures: all 468, those of one table ("table1" or 1), or one row of it (counted from 1).
+
+    Raises ValueError for a table or row that isn't there.
+    """
+    if table is None:
+        if row is not None:
+            raise ValueError(f"row {row} of which table? give both")
+        return list(_entries())
+    number = table_number(table)
+    found = [entry for entry in _entries() if entry.table == number]
+    if row is None:
+        return found
+    if not 1 <= row <= len(found):
+        raise ValueError(f"table{number} has rows 1 to {len(found)}, not {row}")
+    return [found[row - 1]]

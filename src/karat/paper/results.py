@@ -1,0 +1,91 @@
+"""What was measured beside what was published: runs matched to rows by model, attention and data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from karat.config import KArAtConfig
+from karat.paper.entries import Entry
+from karat.paper.setup import DATASETS, MODELS
+from karat.train import runs
+from karat.train.settings import Settings
+
+ALIASES = {"imagenet": "imagenet1k", "ilsvrc2012": "imagenet1k", "fashionmnist": "fashion_mnist"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run's result: top-1 and top-5 in percent after its last epoch."""
+
+    run: str
+    dataset: str
+    settings: Settings
+    top1: float
+    top5: float
+    epochs: int
+
+    @property
+    def caveat(self) -> str:
+        """In what the run is less than the published one; empty if in nothing."""
+        s, parts = self.settings, []
+        if self.epochs < s.recipe.epochs:
+            parts.append(f"{self.epochs} of {s.recipe.epochs} epochs done")
+        if s.data_fraction < 1:
+            parts.append(f"{s.data_fraction:.2g} of the data")
+        if any(getattr(s, name) is not None for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")):
+            parts.append("another size of model")
+        return ", ".join(parts)
+
+
+def read_run(folder: str | Path) -> Measured:
+    """A finished or unfinished run's result. Raises ValueError when it is no run or has no finished epoch."""
+    path = Path(folder)
+    settings, _ = runs.read_config(path)
+    history: list[dict[str, Any]] = runs.read_history(path)
+    if not history:
+        raise ValueError(f"{path} has no finished epoch to compare")
+    last = history[-1]
+    return Measured(str(folder), dataset_of(settings.data), settings, last["top1"], last["top5"], len(history))
+
+
+def dataset_of(data: str) -> str:
+    """The published name of the data set that a `--data` means, by its last part; "" for one that isn't published.
+
+    >>> dataset_of("../shared/data/cifar10"), dataset_of("hfds/uoft-cs/cifar100"), dataset_of("digits")
+    ('cifar10', 'cifar100', '')
+    """
+    last = data.rstrip("/").split("/")[-1].lower().replace("-", "")
+    name = ALIASES.get(last, last)
+    return name if name in DATASETS else ""
+
+
+def matching(entry: Entry, measured: Sequence[Measured]) -> list[Measured]:
+    """The runs of the entry's model, attention and data set, trained the way of its kind (from scratch or not).
+
+    Edge scales, initialisation and implementation may differ: they are ways to the same operator.
+    """
+    if entry.setup.kind not in ("train", "finetune") or entry.metric not in ("top1", "top5"):
+        return []
+    wanted, tuned = plain(entry.setup.config), entry.setup.kind == "finetune"
+    return [
+        m
+        for m in measured
+        if m.dataset == entry.dataset
+        and m.settings.model in (entry.setup.model, f"karat_{MODELS[entry.model]}")
+        and plain(KArAtConfig.parse(m.settings.attention)) == wanted
+        and (m.settings.init is not None) == tuned
+    ]
+
+
+def plain(config: KArAtConfig) -> KArAtConfig:
+    """The configuration without what does not change which function can be learned."""
+    return replace(config, edge_scales=False, init="default", impl="auto")
+
+
+def compare(entries: Sequence[Entry], folders: Sequence[str | Path]) -> list[tuple[Entry, Measured]]:
+    """Every (published figure, run) that belong together. Raises ValueError for a folder that is no run."""
+    measured = [read_run(folder) for folder in folders]
+    return [(entry, run) for entry in entries for run in matching(entry, measured)]

@@ -1,0 +1,177 @@
+"""From a published row's words to the settings of a run: model, attention, data, recipe, and what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from dataclasses import dataclass, replace
+
+from karat.config import KArAtConfig
+from karat.train.recipes import RECIPES
+
+MODELS = {
+    "vit_tiny": "vit_tiny_patch16_224",
+    "vit_small": "vit_small_patch16_224",
+    "vit_base": "vit_base_patch16_224",
+    "convit_tiny": "convit_tiny",
+    "swin_tiny": "swin_tiny_patch4_window7_224",
+    "vitdet_base": "vit_base_patch16_224",  # the backbone
+    "deep_kan": "deep_kan",  # with its settings in parentheses behind it
+}
+# data set -> (--data, classes)
+DATASETS: dict[str, tuple[str, int]] = {
+    "cifar10": ("torch/cifar10", 10),
+    "cifar100": ("torch/cifar100", 100),
+    "imagenet1k": ("torch/imagenet", 1000),
+    "svhn": ("torch/svhn", 10),
+    "flowers102": ("torch/flowers102", 102),
+    "stl10": ("torch/stl10", 10),
+    "mnist": ("torch/mnist", 10),
+    "fashion_mnist": ("torch/fashion_mnist", 10),
+    "coco": ("coco", 80),
+}
+COUNTED_CLASSES = {"vit_small": 1000}  # Tables 1 and 13 count Small with 1000 classes, the others with 10
+DETECTION_ITERATIONS = 184_375  # of batch 32 on COCO's 118,287 training images: 50 epochs (Table 11)
+DEEP_KAN = re.compile(r"deep_kan order=(\d+) grid=(\d+) range=\(-(\d+),\3\) layers=\((\d+),(\d+)\)")
+
+# Kinds of rows whose machinery may be missing: the module that brings it, and what to call it.
+MACHINERY = {
+    "transfer": ("karat.train.transfer", "attention transfer"),
+    "detect": ("karat.detect", "detection"),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a row was measured with.
+
+    kind: "train" (from scratch), "finetune" (from an ImageNet run), "transfer" (Table 4), "detect" (Table 12) or
+        "cost" (parameters, operations, memory; no training).
+    model: a name for `karat.create_model` (the backbone's for detection); attention: a `KArAtConfig` spec.
+    data, num_classes, recipe, epochs, batch_size: of the run; recipe "" where none of ours applies. The paper gives
+        none for fine-tuning (Table 2) and deep KANs (Table 14): theirs are our `finetune` and `quick`.
+    init: the run to start from, or "random"; teacher: the run whose attention is transferred, "" otherwise.
+    """
+
+    kind: str
+    model: str
+    attention: str
+    data: str
+    num_classes: int
+    recipe: str = ""
+    epochs: int = 0
+    batch_size: int = 0
+    init: str = "random"
+    teacher: str = ""
+
+    @property
+    def config(self) -> KArAtConfig:
+        """The attention's configuration."""
+        return KArAtConfig.parse(self.attention)
+
+    @property
+    def output(self) -> str:
+        """The folder that this row's run is kept in, and where rows that build on it look for it."""
+        return _run_name(self.data, self.model, self.attention, suffix={"transfer": "-transfer"}.get(self.kind, ""))
+
+    def why_not(self) -> str | None:
+        """Why this row can't be run here; None when it can."""
+        if self.kind not in MACHINERY:
+            return None
+        module, name = MACHINERY[self.kind]
+        if importlib.util.find_spec(module) is None:
+            return f"this version of karat has no {name}"
+        return f"{name}: run its own command, `karat paper` trains classifiers only"
+
+    def options(self) -> dict[str, str]:
+        """`karat train`'s options for this row. Raises ValueError for a row that is not a training run."""
+        if self.kind not in ("train", "finetune"):
+            raise ValueError(f"a {self.kind} row is no run of karat train")
+        options = {
+            "--model": self.model,
+            "--attention": self.attention,  # softmax where the model has none (deep KANs)
+            "--data": self.data,
+            "--recipe": self.recipe,
+            "--epochs": str(self.epochs),
+            "--batch-size": str(self.batch_size),
+            "--output": self.output,
+        }
+        return options | ({"--init": self.init} if self.kind == "finetune" else {})
+
+
+def command_line(options: dict[str, str]) -> str:
+    """`karat train` with these options, quoted for a shell."""
+    return "karat train " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options.items())
+
+
+def attention_spec(variant: str) -> str:
+    """The `KArAtConfig` spec of a variant as published.csv writes it: as the paper ran it, with both edge scales.
+
+    "rational(m=5,n=4),blockwise" -> "rational(m=5,n=4)-b", "simplex" -> simplex="rank" (Algorithm 2; the paper's §3
+    places it on the rows, which is simplex="row"), softmax_heads=0 and "softmax,softmax_heads=12" -> nothing said.
+    Order PhiPhi takes our default init: with coefficients from N(0,1) in both stages the gradients of twelve blocks
+    reach 1e25, and their norm overflows in float32. Raises ValueError for a variant that can't be read.
+
+    >>> attention_spec("g11b,order=PhiPhi,softmax_heads=2")
+    'g11b,order=PhiPhi,edge_scales=published,softmax_heads=2'
+    """
+    name, *options = _split(variant)
+    if name == "softmax":
+        return "softmax"
+    kept = []
+    for option in options:
+        if option in ("blockwise", "universal"):
+            name = f"{name}-{option[0]}"
+        elif option == "simplex":
+            kept.append("simplex=rank")
+        elif option != "softmax_heads=0":
+            kept.append(option)
+    config = KArAtConfig.parse(",".join([name, *kept, "edge_scales=published"]))
+    return str(config if config.order == "PhiPhi" else replace(config, init="paper"))
+
+
+def read_setup(model: str, variant: str, dataset: str, note: str) -> Setup:
+    """The settings of one row of published.csv. Raises ValueError naming what can't be read."""
+    if model not in MODELS:
+        raise ValueError(f"unknown model {model!r}; known are {', '.join(MODELS)}")
+    if dataset and dataset not in DATASETS:
+        raise ValueError(f"unknown data set {dataset!r}; known are {', '.join(DATASETS)}")
+    name = MODELS[model]
+    if not dataset:
+        return Setup("cost", name, attention_spec(variant), "", COUNTED_CLASSES.get(model, 10))
+    data, classes = DATASETS[dataset]
+    if model == "deep_kan":
+        found = DEEP_KAN.fullmatch(variant)
+        if found is None:
+            raise ValueError(f"can't read the deep KAN {variant!r}")
+        quick = RECIPES["quick"]
+        # published.csv writes the range as (-I,I), as the paper does; SplineLinear's grids are [-I, I]
+        name = "deep_kan(order={},grid={},range={},layers=({},{}))".format(*found.groups())
+        return Setup("train", name, "softmax", data, classes, "quick", quick.epochs, quick.batch_size)
+    if dataset == "coco":
+        start = "random" if "init=random" in note else _run_name("torch/imagenet", name, "softmax")
+        epochs = round(DETECTION_ITERATIONS * 32 / 118_287)
+        return Setup("detect", name, attention_spec(variant), data, classes, epochs=epochs, batch_size=32, init=start)
+    recipe = next((family for family in ("convit", "swin") if model.startswith(family)), "vit")
+    batch_size = RECIPES[recipe].batch_size if dataset == "imagenet1k" else 32  # SPEC §4
+    common = (name, attention_spec(variant.split("<-")[0]), data, classes)
+    if "<-" in variant:
+        teacher, attention = variant.split("<-")[1].split("+")
+        run = _run_name(data, MODELS[teacher], attention_spec(attention))
+        return Setup("transfer", *common, recipe, RECIPES[recipe].epochs, batch_size, teacher=run)
+    if "fine-tuned" in note:
+        tune = RECIPES["finetune"]
+        start = _run_name("torch/imagenet", name, common[1])
+        return Setup("finetune", *common, "finetune", tune.epochs, tune.batch_size, init=start)
+    return Setup("train", *common, recipe, RECIPES[recipe].epochs, batch_size)
+
+
+def _run_name(data: str, model: str, attention: str, suffix: str = "") -> str:
+    short = attention.replace(",edge_scales=published", "").replace(",init=paper", "")
+    return "runs/paper/" + re.sub("[(),]+", "-", f"{data.removeprefix('torch/')}-{model}-{short}{suffix}").strip("-")
+
+
+def _split(variant: str) -> list[str]:
+    """Cut at the commas outside of parentheses."""
+    return re.split(r",(?![^(]*\))", variant)
