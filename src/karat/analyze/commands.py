@@ -1,0 +1,131 @@
+"""The commands that look at runs: `karat analyze`, `karat report`, `karat explore`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from karat.analyze.study import Options
+from karat.options import parse
+
+What = Literal["curves", "cost", "attention", "spectrum", "functions", "weights", "landscape", "hessian", "sweep"]
+Format = Literal["png", "svg", "pdf"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analyze(Options):
+    """Look at one thing in one run or several: figures, numbers and arrays, in RUN/analysis/WHAT."""
+
+    what: tyro.conf.Positional[What]
+    """What to look at."""
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """The folders of the runs."""
+    formats: tuple[Format, ...] = ("png",)
+    """File formats of the figures."""
+    output: Path | None = None
+    """Another folder for the result; none: the first run's analysis/WHAT."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Options):
+    """Write one self-contained HTML page about one run or several side by side; it opens offline."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """The folders of the runs."""
+    sections: tuple[str, ...] = ()
+    """Sections of the page; none: all of them."""
+    output: Path | None = None
+    """The page's file; none: the first run's report.html."""
+    points: int = 11
+    images: int = 4
+    eigenvalues: int = 1
+    probes: int = 5
+    hessian_samples: int = 16
+
+
+@dataclass(frozen=True)
+class Explore:
+    """Look into a run in the browser: drop an image, pick a block and a head."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+    weights: Literal["last", "best", "ema"] = "last"
+    """Weights of the last epoch, of the epoch with the highest top-1, or averaged ones."""
+    host: str = "127.0.0.1"
+    """Address to serve on; 0.0.0.0 lets other machines in."""
+    port: int = 7860
+    """Port to serve on."""
+    browser: bool = True
+    """Open the page in the browser."""
+
+
+@contextmanager
+def _bar(console: Console, text: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that appears with the first of many points."""
+    with ExitStack() as stack:
+        shown: list[tuple[Progress, TaskID]] = []
+
+        def advance(done: int, total: int) -> None:
+            if not shown:
+                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+                progress = stack.enter_context(Progress(*columns, console=console, transient=True))
+                shown.append((progress, progress.add_task(text)))
+            progress, task = shown[0]
+            progress.update(task, completed=done, total=total)
+
+        yield advance
+
+
+def _options(parsed: Analyze | Report) -> Options:
+    return Options(**{f.name: getattr(parsed, f.name) for f in fields(Options)})
+
+
+def analyze(arguments: Sequence[str]) -> None:
+    """karat analyze."""
+    parsed = parse(lambda: tyro.cli(Analyze, args=arguments, prog="karat analyze"), "karat analyze")
+    from karat.analyze.studies import STUDIES
+    from karat.analyze.studies_loss import FOLDER
+    from karat.analyze.study import open_subjects
+
+    console = Console()
+    with _bar(console, parsed.what) as progress:
+        subjects = open_subjects(parsed.runs, _options(parsed), progress)
+        study = STUDIES[parsed.what](subjects)
+    folder = parsed.output or subjects[0].run.folder / FOLDER / parsed.what
+    for note in study.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    for path in study.write(folder, parsed.formats):
+        console.print(str(path), highlight=False, soft_wrap=True)
+
+
+def report(arguments: Sequence[str]) -> None:
+    """karat report."""
+    parsed = parse(lambda: tyro.cli(Report, args=arguments, prog="karat report"), "karat report")
+    from karat.analyze.report import SECTIONS, write_report
+
+    console = Console()
+    with _bar(console, "landscape") as progress:
+        path = write_report(
+            parsed.runs,
+            _options(parsed),
+            output=parsed.output,
+            sections=parsed.sections or tuple(SECTIONS),
+            announce=lambda name: console.print(f"{name} …", highlight=False),
+            progress=progress,
+        )
+    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+
+
+def explore(arguments: Sequence[str]) -> None:
+    """karat explore."""
+    parsed = parse(lambda: tyro.cli(Explore, args=arguments, prog="karat explore"), "karat explore")
+    from karat.analyze.explore import serve
+
+    serve(parsed.run, weights=parsed.weights, host=parsed.host, port=parsed.port, browser=parsed.browser)

@@ -1,0 +1,125 @@
+"""Training curves, weights along training, cost beside softmax, sweeps over one setting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from karat.analyze.figures.style import COLOURS, finish, line_style, looks, new_figure, whole_epochs
+from karat.analyze.sweep import Sweep
+from karat.analyze.weights import Histograms
+
+PANELS = {"train_loss": "training loss", "eval_loss": "evaluation loss", "top1": "top-1 (%)"}
+
+
+def draw_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Training loss, evaluation loss and top-1 per epoch, one line a run (lines of metrics.jsonl by run)."""
+    with looks():
+        figure = new_figure(9.3, 2.6)
+        axes = figure.subplots(1, len(PANELS))
+        for panel, (key, title) in zip(axes, PANELS.items(), strict=True):
+            for index, (name, history) in enumerate(histories.items()):
+                lines = [line for line in history if key in line]
+                marker = "o" if len(lines) < 3 else None
+                epochs = [line["epoch"] for line in lines]
+                values = [line[key] for line in lines]
+                panel.plot(epochs, values, label=name, marker=marker, markersize=3, **line_style(index))
+            finish(panel, title, "epoch")
+            whole_epochs(panel)
+        axes[-1].legend()
+    return figure
+
+
+def draw_histograms(found: Sequence[Histograms], moments: Sequence[str], epochs: Sequence[int]) -> Figure:
+    """Each kind of weight in a panel, its histogram at some epochs of training, named by `moments`."""
+    columns = min(4, len(found))
+    rows = -(-len(found) // columns)
+    with looks():
+        figure = new_figure(2.5 * columns, 2.0 * rows + 0.2)
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for panel, kind in zip(axes, found, strict=False):
+            for index, (moment, epoch) in enumerate(zip(moments, epochs, strict=True)):
+                counts = kind.counts[kind.epochs.index(epoch)].numpy()
+                panel.stairs(
+                    counts / max(counts.sum(), 1), kind.bin_edges.numpy(), label=f"{moment} ({epoch})", **_stairs(index)
+                )
+            panel.set_yscale("log")
+            panel.yaxis.set_minor_formatter(NullFormatter())
+            finish(panel, kind.kind, "value", "share")
+        axes[0].legend()
+        for panel in axes[len(found) :]:
+            panel.set_visible(False)
+    return figure
+
+
+def _stairs(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % len(COLOURS)], "linewidth": 1.0}
+
+
+def draw_divergence(found: Sequence[Histograms]) -> Figure:
+    """How far each kind's histogram lies from the one it began with, by epoch."""
+    with looks():
+        figure = new_figure(4.6, 2.8)
+        panel = figure.subplots()
+        for index, kind in enumerate(found):
+            panel.plot(kind.epochs, kind.from_start.numpy(), label=kind.kind, **line_style(index))
+        finish(panel, "weights against the start", "epoch", "divergence (bits)")
+        whole_epochs(panel)
+        panel.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def draw_cost(rows: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Bars of what runs cost: one panel a quantity, one bar a run; rows by run, {quantity: value}."""
+    quantities = list(dict.fromkeys(name for row in rows.values() for name in row))
+    columns = min(3, len(quantities))
+    lines = -(-len(quantities) // columns)
+    with looks():
+        figure = new_figure(2.9 * columns + 0.8, (0.32 * len(rows) + 0.55) * lines)
+        axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
+        for panel, name in zip(axes.flatten(), quantities, strict=False):
+            known = {place: row[name] for place, row in enumerate(rows.values()) if name in row}
+            colours = [COLOURS[place % len(COLOURS)] for place in known]
+            bars = panel.barh(list(known), list(known.values()), color=colours, height=0.6)
+            panel.bar_label(bars, fmt="{:,.4g}", fontsize=7, padding=2)
+            panel.set_xlim(0, 1.3 * max([*known.values(), 1e-12]))
+            finish(panel, name)
+            panel.set_xticks([])
+        axes[0, 0].set_yticks(range(len(rows)), list(rows))
+        axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
+        for panel in axes.flatten()[len(quantities) :]:
+            panel.set_visible(False)
+    return figure
+
+
+def draw_sweep(sweep: Sweep) -> Figure:
+    """Top-1 over the setting that the runs differ in, mean ± deviation over seeds, one line a group."""
+    numeric = all(isinstance(value, int | float) for value in sweep.values)
+    places = list(sweep.values) if numeric else list(range(len(sweep.values)))
+    with looks():
+        figure = new_figure(4.4, 3.0)
+        panel = figure.subplots()
+        for index, (name, line) in enumerate(sweep.lines.items()):
+            known = [i for i, value in enumerate(line.mean) if value is not None]
+            panel.errorbar(
+                [places[i] for i in known],
+                np.array([line.mean[i] for i in known], dtype=float),
+                yerr=[line.deviation[i] or 0.0 for i in known],
+                marker="o",
+                markersize=4,
+                capsize=2,
+                label=name or None,
+                **line_style(index),
+            )
+        if sweep.reference:
+            for index, (name, value) in enumerate(sweep.reference.items()):
+                panel.axhline(value, color="#777777", linewidth=0.9, linestyle=":", label=name if index < 3 else None)
+        panel.set_xticks(places, [str(value) for value in sweep.values])
+        finish(panel, "", sweep.setting, "top-1 (%)")
+        if any(sweep.lines) or sweep.reference:
+            panel.legend()
+    return figure

@@ -1,0 +1,163 @@
+"""What the edges learned: curves φ_pq, distributions of coefficients and of W, the formulas nearest to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from karat.convert import attention_sites, karat_operators
+from karat.edges import EdgeLayer
+from karat.operator import KArAtOperator
+
+# Values of edges evaluated at a time: 2^24 numbers are 64 MiB in float32.
+CHUNK_NUMBERS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Some edge functions of one head: x (X,), values (E,X), and each one's output p and input q, (E,) each."""
+
+    x: Tensor
+    values: Tensor
+    outputs: Tensor
+    inputs: Tensor
+
+    def joined(self, other: Curves) -> Curves:
+        """These functions, then those of another selection on the same x."""
+        mine, others = ((c.values, c.outputs, c.inputs) for c in (self, other))
+        return Curves(self.x, *(torch.cat(pair) for pair in zip(mine, others, strict=True)))
+
+
+def operators_of(model: nn.Module) -> dict[str, KArAtOperator]:
+    """The model's learnable operators by module name, a universal one once.
+
+    Raises ValueError for a model without any.
+    """
+    found = karat_operators(model)
+    if not found:
+        raise ValueError("this model has no learnable attention: edge functions need a KArAt run, such as g3b")
+    return found
+
+
+def operator_of_block(model: nn.Module, block: int) -> KArAtOperator | None:
+    """The operator that serves a block, shared or its own; None where the block keeps softmax.
+
+    Raises ValueError for a block that isn't there.
+    """
+    sites = attention_sites(model)
+    if not 0 <= block < len(sites):
+        raise ValueError(f"block {block} isn't there: the model has blocks 0 to {len(sites) - 1}")
+    found: KArAtOperator | None = getattr(sites[block].module, "operator", None)
+    return found
+
+
+def learned_head(op: KArAtOperator, head: int) -> int:
+    """The place of a head of the model among those that learn. Raises ValueError for one that keeps softmax."""
+    if not 0 <= head < op.num_heads:
+        raise ValueError(f"head {head} isn't there: the block has heads 0 to {op.num_heads - 1}")
+    if head not in op.karat_heads:
+        learning = ", ".join(map(str, op.karat_heads))
+        raise ValueError(f"head {head} keeps softmax and has no edge functions; those that learn are {learning}")
+    return op.karat_heads.index(head)
+
+
+@torch.no_grad()
+def curves(
+    op: KArAtOperator, head: int, x: Tensor, *, layer: int = 0, edges: int | None = None, spread: bool = True
+) -> Curves:
+    """Edge functions φ_pq of one head on the points x (X,), by `op.edges`.
+
+    Args:
+        edges: how many; None means all P·Q.
+        spread: the chosen ones are spread evenly over the layer; False takes the ones of largest amplitude
+            (mean square on x).
+
+    Raises ValueError for a head that isn't there or keeps softmax, or a layer that isn't there.
+    """
+    place = learned_head(op, head)
+    width = len(op.karat_heads) * _layer(op, layer).inputs * _layer(op, layer).outputs
+    step = max(1, CHUNK_NUMBERS // width)
+    P, Q = _layer(op, layer).outputs, _layer(op, layer).inputs
+    count = P * Q if edges is None else min(edges, P * Q)
+    if count < 1:
+        raise ValueError(f"edges must be >= 1, got {edges}")
+    if spread:
+        chosen = torch.linspace(0, P * Q - 1, count).round().long()
+        # Evenly through the flat list would visit one input again and again where Q divides the step.
+        chosen = (chosen + torch.arange(count)) % (P * Q) if count < P * Q else chosen
+    else:
+        energy = sum(op.edges(part, layer)[..., place, :, :].square().sum(0) for part in x.split(step))
+        assert isinstance(energy, Tensor)
+        chosen = energy.flatten().topk(count).indices
+    parts = [op.edges(part, layer)[..., place, :, :].flatten(-2)[:, chosen] for part in x.split(step)]
+    return Curves(x, torch.cat(parts).T.contiguous(), chosen // Q, chosen % Q)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How numbers of one kind are spread in one head: mean, deviation, quantiles 5/25/50/75/95 %, a histogram."""
+
+    name: str
+    head: int
+    mean: float
+    std: float
+    quantiles: Tensor  # (5,)
+    counts: Tensor  # (bins,)
+    bin_edges: Tensor  # (bins + 1,)
+
+
+def coefficients(op: KArAtOperator, *, bins: int = 50) -> list[Distribution]:
+    """Distributions of every learned group of numbers (coefficients, scales, W), per head that learns.
+
+    Groups of layer Φ₂ in order PhiPhi are named "2/..."; the heads of one group share their bins.
+    """
+    groups: dict[str, Tensor] = {}
+    for index, layer in enumerate(op.layers):
+        prefix = f"{index + 1}/" if len(op.layers) > 1 else ""
+        groups |= {f"{prefix}{name}": parameter for name, parameter in layer.named_parameters()}
+    if op.W is not None:
+        groups["W"] = op.W
+    found = []
+    for name, parameter in groups.items():
+        values = parameter.detach().float().cpu()
+        low, high = float(values.min()), float(values.max())
+        if low == high:
+            low, high = low - 0.5, high + 0.5
+        bin_edges = torch.linspace(low, high, bins + 1)
+        for place, head in enumerate(op.karat_heads):
+            mine = values[place].flatten()
+            found.append(
+                Distribution(
+                    name=name,
+                    head=head,
+                    mean=float(mine.mean()),
+                    std=float(mine.std(unbiased=False)),
+                    quantiles=_quantiles(mine),
+                    counts=torch.histc(mine, bins, low, high),
+                    bin_edges=bin_edges,
+                )
+            )
+    return found
+
+
+def score_range(scores: Tensor, deviations: float = 3.0) -> tuple[float, float]:
+    """Where the scores of a block lie, mean ± `deviations` standard deviations: the stretch worth plotting."""
+    mean, std = float(scores.mean()), float(scores.std())
+    reach = max(deviations * std, 1e-3)
+    return mean - reach, mean + reach
+
+
+def _layer(op: KArAtOperator, layer: int) -> EdgeLayer:
+    if not 0 <= layer < len(op.layers):
+        raise ValueError(f"layer must be 0 to {len(op.layers) - 1} in order {op.config.order}, got {layer}")
+    chosen: EdgeLayer = op.layers[layer]  # type: ignore[assignment]
+    return chosen
+
+
+def _quantiles(values: Tensor) -> Tensor:
+    # torch.quantile refuses more than 2^24 numbers; order statistics of the sorted list serve any size.
+    ordered = values.sort().values
+    places = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]) * (len(ordered) - 1)
+    return ordered[places.round().long()]

@@ -1,0 +1,207 @@
+"""One self-contained HTML page about one or several runs: it opens offline and asks nothing of the network."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from karat.analyze.figures import encode
+from karat.analyze.loading import trajectory
+from karat.analyze.studies import STUDIES
+from karat.analyze.study import Options, Study, Subject, open_subjects
+from karat.train.files import write_text
+
+REPORT = "report.html"
+# Larger drawings are embedded as pixels: a browser is slow with ten thousands of strokes.
+MOST_SVG_BYTES = 200_000
+
+# What the page shows, in order, with a sentence on how to read it.
+SECTIONS: dict[str, str] = {
+    "curves": "Loss on the training images (with augmentation and smoothing) and on the evaluation images.",
+    "cost": "Multiply-adds are those of all matrix products of one image's forward pass, as run here.",
+    "attention": "What the class token looks at in the chosen block, head by head (negative values clipped; without a "
+    "class token the mean over all patches), and the flow through all blocks. Outlined: the fewest patches that hold "
+    "half of the dominant head's mass; that head is the one whose map has the largest energy.",
+    "spectrum": "Singular values of scores A and of attention σ(A): mean over heads and images, least to greatest "
+    "shaded; dots mark the break of the scree plot.",
+    "functions": "Edge functions over the range of scores that occurs (mean ± 3 deviations). Coloured: the strongest "
+    "edges of a head with the nearest simple formula (dotted) and its error, as a share of the function's deviation.",
+    "weights": "How the weights are spread at the start, the middle and the end, and the Jensen-Shannon divergence "
+    "from the start.",
+    "landscape": "Loss on a fixed subset of images without augmentation, on a plane through the trained weights "
+    "(white dot). Along the path: the two main directions of the checkpoints; otherwise random directions, scaled "
+    "filter by filter.",
+    "hessian": "Top eigenvalues and trace of the loss's Hessian on a small subset of images: larger is sharper.",
+}
+SHOWN_SETTINGS = (
+    *("model", "attention", "data", "img_size", "patch_size", "embed_dim", "depth", "num_heads"),
+    *("init", "seed", "amp_dtype", "grad_accum_steps", "preset"),
+)
+SHOWN_RECIPE = (
+    *("opt", "lr", "coefficient_lr", "weight_decay", "clip_grad", "sched", "epochs", "warmup_epochs", "min_lr"),
+    *("batch_size", "model_ema_decay", "aa", "mixup", "cutmix", "smoothing", "drop_path"),
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as the page holds it."""
+
+    name: str
+    source: str  # a data: address
+
+
+@dataclass(frozen=True)
+class Section:
+    """One study on the page."""
+
+    name: str
+    title: str
+    text: str
+    pictures: list[Picture]
+    notes: list[str]
+    numbers: str  # JSON
+
+
+def build_report(
+    subjects: Sequence[Subject],
+    *,
+    sections: Sequence[str] = tuple(SECTIONS),
+    announce: Callable[[str], None] | None = None,
+) -> str:
+    """The page about opened runs, side by side.
+
+    A section that can't be had (no trajectory checkpoints, no learnable attention) says so in its place. Where a run
+    has no path, its landscape is drawn along random directions.
+
+    Raises ValueError for an unknown section.
+    """
+    unknown = next((name for name in sections if name not in SECTIONS), None)
+    if unknown is not None:
+        raise ValueError(f"unknown section {unknown!r}; choose from {', '.join(SECTIONS)}")
+    made = []
+    for name in sections:
+        if announce:
+            announce(name)
+        made.append(_section(name, subjects))
+    page = resources.files("karat.analyze").joinpath("report.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(page).render(
+        title=", ".join(s.label for s in subjects),
+        labels=[s.label for s in subjects],
+        results=_results(subjects),
+        settings=_settings(subjects),
+        sections=made,
+        version=metadata.version("karat"),
+    )
+
+
+def write_report(
+    folders: Sequence[Path],
+    options: Options,
+    *,
+    output: Path | None = None,
+    sections: Sequence[str] = tuple(SECTIONS),
+    announce: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write the page about some runs to `output`, by default the first one's report.html; its path."""
+    subjects = open_subjects(folders, options, progress)
+    path = subjects[0].run.folder / REPORT if output is None else output
+    page = build_report(subjects, sections=sections, announce=announce)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page)
+    return path
+
+
+def _section(name: str, subjects: Sequence[Subject]) -> Section:
+    try:
+        study = _landscape(subjects) if name == "landscape" else STUDIES[name](subjects)
+    except ValueError as error:
+        study = Study(name, notes=[str(error)])
+    title = study.title if study.figures else {"hessian": "curvature", "functions": "edge functions"}.get(name, name)
+    return Section(
+        name=name,
+        title=title,
+        text=SECTIONS[name],
+        pictures=[Picture(key, _embedded(figure)) for key, figure in study.figures.items()],
+        notes=study.notes,
+        numbers=json.dumps(_rounded(study.numbers), indent=1, ensure_ascii=False) if study.numbers else "",
+    )
+
+
+def _landscape(subjects: Sequence[Subject]) -> Study:
+    missing = []
+    for s in subjects:
+        try:
+            found = trajectory(s.run.folder)
+        except ValueError as error:
+            missing.append(f"{error}; random directions are drawn instead")
+        else:
+            if len(found) < 3:
+                missing.append(f"{s.run.folder} has only {len(found)} trajectory checkpoints, which span no plane")
+    if not missing:
+        return STUDIES["landscape"](subjects)
+    drawn = [replace_options(s, directions="random") for s in subjects]
+    study = STUDIES["landscape"](drawn)
+    study.notes += missing
+    return study
+
+
+def replace_options(subject: Subject, **changes: Any) -> Subject:
+    """The same run under other options."""
+    return Subject(subject.run, subject.label, replace(subject.options, **changes), subject.progress)
+
+
+def _embedded(figure: Any) -> str:
+    drawing, kind = encode(figure, "svg"), "svg+xml"
+    if len(drawing) > MOST_SVG_BYTES:
+        drawing, kind = encode(figure, "png", dpi=140), "png"
+    return f"data:image/{kind};base64,{base64.b64encode(drawing).decode()}"
+
+
+def _results(subjects: Sequence[Subject]) -> dict[str, list[str]]:
+    rows: dict[str, list[str]] = {
+        name: [] for name in ("top-1", "best top-1", "evaluation loss", "parameters", "epochs", "seconds an epoch")
+    }
+    for s in subjects:
+        history = s.run.history
+        best = max((line["top1"] for line in history), default=None)
+        seconds = sum(line["seconds"] for line in history) / len(history) if history else None
+        cells = (
+            f"{history[-1]['top1']:.2f} %" if history else "–",
+            "–" if best is None else f"{best:.2f} %",
+            f"{history[-1]['eval_loss']:.4f}" if history else "–",
+            f"{s.run.facts.get('parameters', 0):,}",
+            str(len(history)),
+            "–" if seconds is None else f"{seconds:.2f}",
+        )
+        for name, cell in zip(rows, cells, strict=True):
+            rows[name].append(cell)
+    return rows
+
+
+def _settings(subjects: Sequence[Subject]) -> dict[str, list[str]]:
+    plain = [s.run.settings.as_dict() for s in subjects]
+    rows = {name: [_cell(one[name]) for one in plain] for name in SHOWN_SETTINGS}
+    return rows | {name: [_cell(one["recipe"][name]) for one in plain] for name in SHOWN_RECIPE}
+
+
+def _cell(value: Any) -> str:
+    return "–" if value is None else str(value)
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to six digits, for reading; non-finite ones as text, which JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(inner) for inner in value]
+    return float(f"{value:.6g}") if isinstance(value, float) and abs(value) < float("inf") else value

@@ -1,0 +1,129 @@
+"""What one look at some runs gives: figures, arrays and numbers; and the runs opened for it, each part once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from torch import Tensor, nn
+
+from karat.analyze.attention import BlockAttention, attention_of
+from karat.analyze.landscape import Progress
+from karat.analyze.loading import Run, Samples, labels_of, open_run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Options:
+    """How runs are looked at; every study takes what concerns it."""
+
+    weights: Literal["last", "best", "ema"] = "last"
+    """Weights of the last epoch, of the epoch with the highest top-1, or averaged ones."""
+    block: int | None = None
+    """The block to look at, counted from 0; none: the last one."""
+    head: int | None = None
+    """The head to look at, counted from 0; none: all, or the dominant one."""
+    images: int = 8
+    """How many evaluation images attention and spectra are computed on."""
+    image: Path | None = None
+    """An image file to look at instead of the run's data (attention, spectrum)."""
+    mask: Path | None = None
+    """With --image: the object's mask in that image's pixels, white on black; maps are measured against it."""
+    box: tuple[float, float, float, float] | None = None
+    """With --image: the object's box x0 y0 x1 y1 in that image's pixels, instead of a mask."""
+    signed: bool = False
+    """Keep negative values in maps; off: clipped, as in the paper's figures."""
+    directions: Literal["path", "random"] = "path"
+    """Plane of the landscape: along the path of training, or two filter-normalised random directions."""
+    points: int = 21
+    """Points a side of the landscape."""
+    reach: float = 1.0
+    """With random directions: how far the landscape reaches, in lengths of the filters."""
+    samples: int = 128
+    """Images that the loss of a landscape is computed on."""
+    split: Literal["train", "eval"] = "train"
+    """Which part of the data they come from; without augmentation in either case."""
+    eigenvalues: int = 3
+    """How many top eigenvalues of the Hessian."""
+    probes: int = 10
+    """Random vectors for the trace of the Hessian."""
+    hessian_samples: int = 32
+    """Images that the Hessian is computed on; one graph holds them all."""
+    seed: int = 0
+    """Seed of random directions and probes."""
+    sweep: str | None = None
+    """The setting to draw a sweep along, e.g. grid, rank, order or basis; none: the one with the most values."""
+
+
+@dataclass
+class Study:
+    """The outcome: figures by name, numbers (plain values for JSON), arrays by name, and notes on what is missing."""
+
+    title: str
+    figures: dict[str, Figure] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def write(self, folder: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+        """Write figures (in each of `formats`), numbers.json and arrays.npz into a folder; the paths written."""
+        from karat.analyze.figures import save
+
+        folder.mkdir(parents=True, exist_ok=True)
+        written = [save(figure, folder / f"{name}.{form}") for name, figure in self.figures.items() for form in formats]
+        if self.numbers:
+            path = folder / "numbers.json"
+            path.write_text(json.dumps(self.numbers, indent=1) + "\n", encoding="utf-8")
+            written.append(path)
+        if self.arrays:
+            path = folder / "arrays.npz"
+            plain: Mapping[str, Any] = {name: array.numpy() for name, array in self.arrays.items()}
+            np.savez_compressed(path, **plain)
+            written.append(path)
+        return written
+
+
+@dataclass
+class Subject:
+    """A run under study: its model, samples and recorded attention, each made when first asked for."""
+
+    run: Run
+    label: str
+    options: Options
+    progress: Progress | None = None
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model with the weights that the options name."""
+        return self.run.model(self.options.weights)
+
+    @cached_property
+    def samples(self) -> Samples:
+        """The images to look at: the run's data, or the one image that the options name."""
+        image = self.options.image
+        return self.run.samples(self.options.images) if image is None else self.run.image(image)
+
+    @cached_property
+    def loss_samples(self) -> Samples:
+        """The images that losses are computed on."""
+        return self.run.samples(self.options.samples, self.options.split)
+
+    @cached_property
+    def attention(self) -> list[BlockAttention]:
+        """Scores and σ of every block on `samples`."""
+        return attention_of(self.model, self.samples.images)
+
+
+def open_subjects(folders: Sequence[Path], options: Options, progress: Progress | None = None) -> list[Subject]:
+    """Runs opened by their folders, labelled so that no two are called alike. Raises ValueError for none."""
+    if not folders:
+        raise ValueError("name at least one run's folder")
+    opened = [open_run(folder) for folder in folders]
+    return [Subject(run, label, options, progress) for run, label in zip(opened, labels_of(opened), strict=True)]

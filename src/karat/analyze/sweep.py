@@ -1,0 +1,103 @@
+"""Runs that differ in one setting of the operator, as curves: G, R, order, basis, sharing, ..."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from karat.config import KArAtConfig
+
+
+@dataclass(frozen=True)
+class Line:
+    """Top-1 at each value of the setting, over its seeds; None where no run has it, or one seed has no deviation."""
+
+    mean: tuple[float | None, ...]
+    deviation: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What the runs differ in, the values it takes, one line for each combination of the other settings.
+
+    `reference` holds what the setting doesn't apply to: softmax.
+    """
+
+    setting: str
+    values: tuple[Any, ...]
+    lines: dict[str, Line]
+    reference: dict[str, float]
+
+
+def settings_of(attention: str) -> dict[str, Any]:
+    """An attention's settings as a flat table: the basis's own options (grid, order, ...) beside the operator's.
+
+    >>> settings_of("g5u,rank=4")["grid"], settings_of("g5u,rank=4")["sharing"]
+    (5, 'universal')
+    """
+    config = KArAtConfig.parse(attention)
+    flat = dataclasses.asdict(config)
+    if config.is_softmax:
+        return flat
+    family, options = re.fullmatch(r"(\w+)(?:\((.*)\))?", config.basis).groups()  # type: ignore[union-attr]
+    flat["basis"] = family
+    for option in filter(None, (options or "").split(",")):
+        name, value = option.split("=")
+        name = f"{family} {name}" if name in flat else name  # bspline's order isn't the operator's
+        flat[name] = float(value) if re.fullmatch(r"-?[\d.]+(e-?\d+)?", value) else value
+        if isinstance(flat[name], float) and flat[name].is_integer():
+            flat[name] = int(flat[name])
+    return flat
+
+
+def sweep(results: Sequence[tuple[str, float]], setting: str | None = None) -> Sweep:
+    """Curves from (attention, top-1) of any number of runs.
+
+    `setting` is the one to draw along, such as "grid", "rank", "order", "basis" or "sharing"; None takes the one
+    with the most values.
+
+    Raises ValueError where no setting differs, or the named one doesn't.
+    """
+    learned = [(settings_of(name), top1) for name, top1 in results if name != "softmax"]
+    fixed = [top1 for name, top1 in results if name == "softmax"]
+    names = dict.fromkeys(name for settings, _ in learned for name in settings)
+    taken = {name: {_key(settings.get(name)) for settings, _ in learned} for name in names}
+    varied = {name: len(values) for name, values in taken.items() if len(values) > 1}
+    if setting is None and varied:
+        setting = max(varied, key=lambda name: varied[name])
+    if setting is None or setting not in varied:
+        differing = ", ".join(varied) or "nothing"
+        asked = "a sweep" if setting is None else f"a sweep over {setting!r}"
+        raise ValueError(f"{asked} needs runs that differ in it; these differ in {differing}")
+    learned = [(settings, top1) for settings, top1 in learned if setting in settings]
+    values = _ordered([settings[setting] for settings, _ in learned])
+    others = [name for name in varied if name != setting]
+    groups: dict[str, dict[str, list[float]]] = {}
+    for settings, top1 in learned:
+        group = ", ".join(f"{name} {settings[name]}" for name in others if name in settings)
+        groups.setdefault(group, {}).setdefault(_key(settings[setting]), []).append(top1)
+    lines = {}
+    for group, found in groups.items():
+        seeds = [found.get(_key(value), []) for value in values]
+        lines[group] = Line(
+            mean=tuple(statistics.fmean(s) if s else None for s in seeds),
+            deviation=tuple(statistics.stdev(s) if len(s) > 1 else None for s in seeds),
+        )
+    return Sweep(setting, tuple(values), lines, {"softmax": statistics.fmean(fixed)} if fixed else {})
+
+
+def _key(value: Any) -> str:
+    return repr(value)
+
+
+def _ordered(values: Sequence[Any]) -> list[Any]:
+    unique = list({_key(value): value for value in values}.values())
+    return sorted(unique, key=lambda value: (not isinstance(value, int | float), value if _is_number(value) else 0))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
