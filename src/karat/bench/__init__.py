@@ -1,0 +1,1 @@
+"""Side-by-side measurements: attention alone, training steps, memory, scaling, throughput (`karat bench ...`)."""

@@ -1,0 +1,76 @@
+"""Peak process memory of a training step, each way in a process of its own.
+
+What is counted: the process's highest resident memory during the steps, minus that of the idle process, which has
+imported everything and built nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+
+import psutil
+import torch
+
+from karat.bench.step import build, step_of
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Peak:
+    """MiB: the model at rest above the idle process, and the peak of a step above the idle process."""
+
+    model: float
+    step: float
+
+
+def measure(name: str, attention: str, way: str, *, batch: int = 16, device: str = "cpu", steps: int = 3) -> Peak:
+    """Peak of `steps` training steps of one model, in a fresh process (CPU) or as the allocator counts it (GPU).
+
+    Raises RuntimeError with the child's last line if it fails.
+    """
+    arguments = [name, attention, way, str(batch), device, str(steps)]
+    child = subprocess.run([sys.executable, "-m", "karat.bench.memory", *arguments], capture_output=True, text=True)
+    if child.returncode:
+        raise RuntimeError(
+            f"measuring {way} of {name} failed: {(child.stderr.strip() or 'no message').splitlines()[-1]}"
+        )
+    return Peak(**json.loads(child.stdout.splitlines()[-1]))
+
+
+def _resident() -> int:
+    return psutil.Process().memory_info().rss
+
+
+def peak() -> int:
+    """Highest resident memory so far, bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows: psutil has it there
+        return psutil.Process().memory_info().peak_wset
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _child(name: str, attention: str, way: str, batch: int, device: str, steps: int) -> Peak:
+    if device == "cuda":
+        step = step_of(build(name, way, attention), batch, device=device, amp=torch.bfloat16)
+        model = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(steps):
+            step()
+        return Peak(model / MIB, torch.cuda.max_memory_allocated() / MIB)
+    idle = _resident()
+    step = step_of(build(name, way, attention), batch)
+    model = _resident() - idle
+    for _ in range(steps):
+        step()
+    return Peak(model / MIB, (peak() - idle) / MIB)
+
+
+if __name__ == "__main__":
+    _name, _attention, _way, _batch, _device, _steps = sys.argv[1:]
+    print(json.dumps(asdict(_child(_name, _attention, _way, int(_batch), _device, int(_steps)))))

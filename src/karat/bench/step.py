@@ -1,0 +1,83 @@
+"""A whole training step of a vision transformer, and its peak memory, against softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from karat.bench import paper_way
+from karat.bench.timing import Timing, alternate
+from karat.models import create_model
+from karat.operator import KArAtOperator
+
+# The pairs that the targets speak of: model, learnable attention.
+PAIRS = {
+    "tiny": ("vit_tiny_patch16_224", "g3b"),
+    "small": ("vit_small_patch16_224", "g3b"),
+    "base": ("vit_base_patch16_224", "g1b"),
+}
+SOFTMAX_WAYS = ("softmax eager", "softmax SDPA")
+
+
+def build(name: str, way: str, attention: str, **kwargs: object) -> nn.Module:
+    """The model with one way of computing attention: softmax eager, softmax SDPA, paper's way, karat."""
+    torch.manual_seed(0)
+    if way in SOFTMAX_WAYS:
+        model: nn.Module = timm.create_model(name, num_classes=10, **kwargs)
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = way == "softmax SDPA"  # type: ignore[assignment]
+        return model
+    model = create_model(name, attention=attention, num_classes=10, **kwargs)  # type: ignore[arg-type]
+    if way == "paper's way":
+        for module in model.modules():
+            if isinstance(module, KArAtOperator):
+                module.attend = paper_way.attend.__get__(module)  # type: ignore[method-assign]
+    return model
+
+
+def step_of(
+    model: nn.Module, batch: int, *, device: str = "cpu", amp: torch.dtype | None = None
+) -> Callable[[], float]:
+    """A closure that does one AdamW step on a fixed random batch and returns the loss."""
+    model = model.to(device).train()
+    size = model.patch_embed.img_size  # type: ignore[union-attr]
+    images = torch.randn(batch, 3, *size, device=device)  # type: ignore[misc]
+    labels = torch.randint(0, 10, (batch,), device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, dtype=amp, enabled=amp is not None):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def measure(
+    name: str,
+    attention: str,
+    *,
+    batch: int = 16,
+    rounds: int = 9,
+    device: str = "cpu",
+    amp: torch.dtype | None = None,
+    materialised: bool = False,
+) -> dict[str, Timing]:
+    """Seconds of a training step, each way, in one alternating run."""
+    ways = [*SOFTMAX_WAYS, "karat", *(["paper's way"] if materialised else [])]
+    steps = {way: step_of(build(name, way, attention), batch, device=device, amp=amp) for way in ways}
+    return alternate(steps, rounds)
+
+
+def flash_only() -> object:
+    """A context in which SDPA may use its flash path alone (GPU)."""
+    return sdpa_kernel(SDPBackend.FLASH_ATTENTION)

@@ -1,0 +1,24 @@
+"""Images a second of a whole model in inference."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from karat.bench.step import SOFTMAX_WAYS, build
+from karat.bench.timing import Timing, alternate
+
+
+def _infer(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model(images)
+
+
+def measure(name: str, attention: str, *, batch: int = 16, rounds: int = 9, device: str = "cpu") -> dict[str, Timing]:
+    """Seconds of one inference batch, softmax both ways and karat, in one alternating run."""
+    models = {way: build(name, way, attention).to(device).eval() for way in (*SOFTMAX_WAYS, "karat")}
+    size = models["karat"].patch_embed.img_size  # type: ignore[union-attr]
+    images = torch.randn(batch, 3, *size, device=device)  # type: ignore[misc]
+    return alternate({way: partial(_infer, model, images) for way, model in models.items()}, rounds)
