@@ -9,6 +9,9 @@ from torch import Tensor
 # Below this many keys forming σ is cheaper than one product with v for each kind of row.
 FEWEST_KEYS = 128
 MOST_PATTERNS = 4
+# From this many keys on, a mask of keys costs softmax no memory of size M·N; below, that memory is small.
+LINEAR_FROM = 1024
+LOWERED = 3e4  # within float16, and times 1/√D still far below any score
 
 
 def safe_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -32,13 +35,37 @@ def softmax_attention(
 ) -> Tensor:
     """softmax(scale · q kᵀ + bias) v through PyTorch's fused attention; rows that may see no key give zero."""
     if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=_fitting(bias, q, k), dropout_p=dropout_p, scale=scale)
+        return _fused(q, k, v, _fitting(bias, q, k), dropout_p, scale)
+    if bias is None and mask.shape[2] == 1 and k.shape[2] >= LINEAR_FROM:
+        return _masked_keys(q, k, v, scale, mask, dropout_p)
     mask = mask.expand(*mask.shape[:3], k.shape[2])
     reachable = mask.any(-1, keepdim=True)
     open_rows = mask | ~reachable
     attn_mask = open_rows if bias is None else torch.where(open_rows, bias, -torch.inf)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=_fitting(attn_mask, q, k), dropout_p=dropout_p, scale=scale)
+    out = _fused(q, k, v, _fitting(attn_mask, q, k), dropout_p, scale)
     return torch.where(reachable, out, 0)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float, scale: float) -> Tensor:
+    """PyTorch's fused attention, which keeps nothing of size M·N only where v is as wide as q and k."""
+    width = v.shape[-1]
+    if width < q.shape[-1]:
+        v = F.pad(v, (0, q.shape[-1] - width))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale)
+    return out[..., :width]
+
+
+def _masked_keys(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, dropout_p: float) -> Tensor:
+    """Softmax under a mask of keys (B,H,1,N), without the M·N numbers that a mask given to PyTorch becomes.
+
+    One more coordinate, 1 in the queries and -30000 in the masked keys, lowers their scores so far that their
+    weight is exactly zero. Seven more of zeros keep the width a multiple of eight, which the fused kernels like.
+    """
+    lowered = torch.where(mask, 0.0, -LOWERED).to(k.dtype).transpose(-2, -1)  # (B,H,N,1)
+    columns = F.pad(lowered.expand(*k.shape[:3], 1), (0, 7))
+    ones = F.pad(q.new_ones(*q.shape[:3], 1), (0, 7))
+    out = _fused(torch.cat([q, ones], -1), torch.cat([k, columns], -1), v, None, dropout_p, scale)
+    return torch.where(mask.any(-1, keepdim=True), out, 0)
 
 
 def _fitting(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

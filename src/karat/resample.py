@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from karat.attention import CONVERTED
 from karat.convert import karat_operators
-from karat.edges import EdgeLayer
 from karat.operator import KArAtOperator
 
 
@@ -125,24 +124,35 @@ def resample_operator(
         )
     if old == new:
         return op
-    for layer, shape in zip(op.layers, op.order.layer_shapes, strict=True):
-        _resample_layer(layer, shape, old, new)  # type: ignore[arg-type]
-    if op.W is not None:
-        assert op.order.projector_shape is not None
-        op.W = _like(op.W, _resample(op.W, op.order.projector_shape, old, new, amplitude=True))
+    for name, value in resampled_tensors(op, old, new).items():
+        parent, _, leaf = name.rpartition(".")
+        module = op.get_submodule(parent)
+        present = getattr(module, leaf)
+        setattr(module, leaf, _like(present, value) if isinstance(present, nn.Parameter) else value)
+    sizes = {"N": new.num_tokens}
+    for layer, shape in zip(op.edge_layers, op.order.layer_shapes, strict=True):
+        layer.inputs, layer.outputs = sizes.get(shape[0], layer.inputs), sizes.get(shape[1], layer.outputs)
     op.num_tokens = new.num_tokens
     return op
 
 
-def _resample_layer(layer: EdgeLayer, shape: str, old: TokenGrid, new: TokenGrid) -> None:
-    amplitudes = {id(parameter) for parameter in layer.amplitudes}
-    for name, parameter in list(layer.named_parameters()):
-        carried = _resample(parameter, shape, old, new, amplitude=id(parameter) in amplitudes)
-        setattr(layer, name, _like(parameter, carried))
-    for name, gain in list(layer.named_buffers()):
-        setattr(layer, name, _resample(gain, shape, old, new, amplitude=True))
-    sizes = {"N": new.num_tokens}
-    layer.inputs, layer.outputs = sizes.get(shape[0], layer.inputs), sizes.get(shape[1], layer.outputs)
+def resampled_tensors(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> dict[str, Tensor]:
+    """The operator's tensors that have a token axis, carried to another grid, by their names in `op`.
+
+    Differentiable: gradients reach the operator's own parameters, which stay as they are.
+    """
+    carried: dict[str, Tensor] = {}
+    for index, (layer, shape) in enumerate(zip(op.edge_layers, op.order.layer_shapes, strict=True)):
+        amplitudes = {id(parameter) for parameter in layer.amplitudes}
+        for name, parameter in layer.named_parameters():
+            amplitude = id(parameter) in amplitudes
+            carried[f"layers.{index}.{name}"] = _resample(parameter, shape, old, new, amplitude=amplitude)
+        for name, gain in layer.named_buffers():
+            carried[f"layers.{index}.{name}"] = _resample(gain, shape, old, new, amplitude=True)
+    if op.W is not None:
+        assert op.order.projector_shape is not None
+        carried["W"] = _resample(op.W, op.order.projector_shape, old, new, amplitude=True)
+    return carried
 
 
 def _resample(x: Tensor, shape: str, old: TokenGrid, new: TokenGrid, *, amplitude: bool) -> Tensor:

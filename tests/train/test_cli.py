@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from helpers import options, outcome, tiny
 from karat import cli
 from karat.train import runs
 from karat.train.commands import Compare
+from karat.train.optimisation import Optimisation
 from karat.train.recipes import RECIPES
+from karat.train.run_settings import RunSettings
 from karat.train.settings import Settings, resolve
 
 
@@ -42,9 +45,10 @@ def test_every_setting_and_recipe_value_is_documented() -> None:
     import inspect
     import re
 
-    for kind in (Settings, type(RECIPES["vit"]), Compare):
+    for kind in (RunSettings, Settings, Optimisation, type(RECIPES["vit"]), Compare):
         source = inspect.getsource(kind)
-        own = [name for name in kind.__annotations__ if name not in ("recipe", "attention")]
+        options = {f.name for f in fields(kind)}
+        own = [name for name in kind.__annotations__ if name in options - {"recipe", "attention"}]
         for name in own:
             assert re.search(rf"\n    {name}: [^\n]*\n    \"\"\"", source), f"{kind.__name__}.{name}"
 

@@ -1,11 +1,10 @@
-"""The parts of a training run that settings describe: model, losses, mixing, the accelerator."""
+"""The parts of a training run that settings describe: accelerator, model, losses, mixing, optimiser."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
@@ -20,17 +19,19 @@ from karat.config import KArAtConfig
 from karat.models import create_model
 from karat.train.data import DEFAULT_SIZE
 from karat.train.ema import WeightAverage
-from karat.train.init import Fate, load_init
+from karat.train.init import Fate
 from karat.train.optim import create_optimizer, create_schedule
 from karat.train.randomness import seed_everything
 from karat.train.recipes import Recipe
+from karat.train.run_settings import RunSettings
 from karat.train.settings import Settings
 from karat.train.state import bare
+from karat.train.task import Objective, Task
 
 PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def create_accelerator(settings: Settings) -> Accelerator:
+def create_accelerator(settings: RunSettings) -> Accelerator:
     """accelerate's view of this process: device, precision, and DDP or FSDP as the launcher says.
 
     ValueError when the precision needs a device that is not there.
@@ -107,36 +108,32 @@ def mix(mixup: Mixup | None, images: Tensor, labels: Tensor) -> tuple[Tensor, Te
 class Parts:
     """What an update needs, ready on its device."""
 
-    settings: Settings
+    settings: RunSettings
     accelerator: Accelerator
     model: nn.Module  # as accelerate wrapped it
     bare: nn.Module  # without the wrapper
     optimizer: AcceleratedOptimizer
     schedule: Scheduler
     ema: WeightAverage | None
-    mixup: Mixup | None
-    loss: nn.Module
+    objective: Objective  # of the model and a batch on its device
     parameters: int
     loaded: list[Fate]  # what --init took over, kept or dropped
 
 
 def assemble(
-    settings: Settings, accelerator: Accelerator, *, classes: int, in_chans: int, updates_per_epoch: int
+    task: Task, settings: RunSettings, accelerator: Accelerator, data: Any, *, updates_per_epoch: int
 ) -> Parts:
     """Build everything from the settings' seed; afterwards every process has random states of its own."""
     recipe = settings.recipe
     seed_everything(settings.seed)
-    model = build_model(settings, classes, in_chans)
-    loaded = [] if settings.init is None else load_init(model, settings)
+    model, loaded = task.build(data)
     if settings.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
-    if settings.channels_last:
-        model.to(memory_format=torch.channels_last)
     count = sum(p.numel() for p in model.parameters())
     total_batch = recipe.batch_size * settings.grad_accum_steps * accelerator.num_processes
     optimizer = create_optimizer(model, recipe, total_batch)
     if settings.compile:
-        model.compile()
+        task.compile(model)
     wrapped, prepared = accelerator.prepare(model, optimizer)
     plain = bare(accelerator, wrapped)
     seed_everything(settings.seed + accelerator.process_index)  # processes mix and drop differently
@@ -148,8 +145,7 @@ def assemble(
         optimizer=prepared,
         schedule=create_schedule(prepared.optimizer, recipe, updates_per_epoch),
         ema=None if recipe.model_ema_decay is None else WeightAverage(plain, recipe.model_ema_decay),
-        mixup=create_mixup(recipe, classes),
-        loss=create_loss(recipe),
+        objective=task.objective(data),
         parameters=count,
         loaded=loaded,
     )

@@ -15,6 +15,7 @@ from karat.config import KArAtConfig
 from karat.kan.mlp import parse_mlp
 from karat.train import files, runs
 from karat.train.engine import Trainer
+from karat.train.run_settings import slug
 from karat.train.settings import Settings, resolve
 
 RESULT, FIGURE = "compare.json", "curves.png"
@@ -58,7 +59,7 @@ def compare(
     for seed in range(settings.seed, settings.seed + seeds):
         data = None
         for attention in attentions:
-            output = folder / f"{runs.slug(attention)}-s{seed}"
+            output = folder / f"{slug(attention)}-s{seed}"
             form, mlp = chosen[attention]
             trainer = Trainer(
                 replace(settings, attention=form, mlp=mlp, seed=seed, output=output), data=data, console=console

@@ -7,8 +7,9 @@ have given.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,6 +157,9 @@ class WorkerLoader(Loader):
     encoded images are sent, so that neither order nor sharding depends on how many workers there are.
     """
 
+    views: Dataset[Any]  # what a worker runs
+    collate: Callable[[list[Any]], tuple[Any, Any, list[tuple[int, str, str]]]] = staticmethod(_collate)
+
     def __init__(
         self,
         order: Order,
@@ -183,7 +187,7 @@ class WorkerLoader(Loader):
                 self.views,
                 batch_sampler=self._feed,
                 num_workers=self.workers,
-                collate_fn=_collate,
+                collate_fn=self.collate,
                 pin_memory=torch.cuda.is_available(),
                 persistent_workers=self.workers > 0,
                 # worker seeds are never used; a generator of its own keeps torch's global state untouched

@@ -17,14 +17,15 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
+from accelerate.utils import send_to_device
 from rich.console import Console
 
 from karat.train import checkpoint, faults, files, init, memory, randomness, runs, state, step, track
-from karat.train.build import assemble, create_accelerator, input_size
-from karat.train.data import Data, load_data
-from karat.train.evaluate import evaluate
-from karat.train.settings import Settings, first_change, resolve
+from karat.train.build import assemble, create_accelerator
+from karat.train.run_settings import RunSettings, first_change
+from karat.train.settings import Settings
 from karat.train.snapshot import Progress, give, take
+from karat.train.task import Batch, Task
 
 
 class _Interrupted(Exception):
@@ -36,67 +37,50 @@ class Trainer:
 
     Args:
         settings: what to train; `auto` values are resolved here.
-        data: the loaders, where they are there already (`karat compare` shares them).
+        data: the task's data, where it is there already (`karat compare` shares it).
         console: where progress is printed; none prints nothing.
 
     Raises ValueError for settings that contradict each other, the data or the run's folder.
     """
 
-    def __init__(self, settings: Settings, *, data: Data | None = None, console: Console | None = None) -> None:
-        settings = resolve(settings)
+    def __init__(self, settings: RunSettings, *, data: Any = None, console: Console | None = None) -> None:
+        settings = settings.resolved()
         self.folder = runs.choose_folder(settings, runs.default_folder(settings))
         resuming = settings.resume is not None and runs.is_run(self.folder)
         if resuming:
-            saved, _ = runs.read_config(self.folder)
+            saved, _ = runs.read_config(self.folder, type(settings))
             change = first_change(saved, settings)
             if change is not None:
                 raise ValueError(f"{self.folder} can't go on under other settings: {change}")
         self.settings, self.recipe = settings, settings.recipe
+        self.task = self.create_task(settings)
         self.accelerator = create_accelerator(settings)
         self.console = console or Console(quiet=True)
         self.main = self.accelerator.is_main_process
-        self.data = data or self._load_data()
-        classes = self.data.num_classes
+        self.data = data or self.task.load_data(self.accelerator)
         self.batches_per_epoch = len(self.data.train)
         updates = -(-self.batches_per_epoch // settings.grad_accum_steps)
         self.total_steps = self.recipe.epochs * updates
-        self.parts = assemble(
-            settings, self.accelerator, classes=classes, in_chans=self.data.in_chans, updates_per_epoch=updates
-        )
+        self.parts = assemble(self.task, settings, self.accelerator, self.data, updates_per_epoch=updates)
         self.progress = Progress()
         self.changing = False  # weights and progress are being changed: not a moment to save
         self.notes: list[str] = []
         if resuming:
             self._resume()
         else:
-            self._begin(classes)
+            self._begin()
 
-    def _load_data(self) -> Data:
-        s = self.settings
-        return load_data(
-            s.data,
-            img_size=s.img_size or input_size(s.model),
-            recipe=self.recipe,
-            workers=s.workers,
-            seed=s.seed,
-            on_bad_image=s.on_bad_image,
-            num_classes=s.num_classes,
-            fraction=s.data_fraction,
-            data_dir=s.data_dir,
-            num_samples=s.num_samples,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
+    def create_task(self, settings: Any) -> Task:
+        """What fills in the loop: classification here."""
+        from karat.train.classify import Classification
+
+        return Classification(settings)
 
     # -- beginning, saving, resuming --------------------------------------------------------------------------------
 
-    def _begin(self, classes: int) -> None:
+    def _begin(self) -> None:
         if self.main:
-            facts: dict[str, Any] = {
-                "num_classes": classes,
-                "class_names": list(self.data.class_names),
-                "in_chans": self.data.in_chans,
-            }
+            facts = self.task.facts(self.data)
             facts |= {"parameters": self.parts.parameters, "init": init.as_json(self.parts.loaded)}
             runs.begin(self.folder, self.settings, facts)
             if self.parts.loaded:
@@ -167,7 +151,7 @@ class Trainer:
                 self._worker_died(error, reason)
         return self._summary()
 
-    def _open_loader(self) -> Iterator[step.Batch]:
+    def _open_loader(self) -> Iterator[Batch]:
         """This epoch's batches from where the run stands, without touching the training's random states."""
         with randomness.aside(self.settings.seed + self.progress.epoch):
             self.data.train.set_epoch(self.progress.epoch)
@@ -194,7 +178,7 @@ class Trainer:
             self.changing = False
             spent = time.perf_counter() - began
             p.seconds += spent
-            images = sum(len(labels) for _, labels in group) * self.accelerator.num_processes
+            images = sum(len(targets) for _, targets in group) * self.accelerator.num_processes
             self.bar.advance(p.epoch, outcome.loss, images / spent)
             self.after_step()
             if self._asked_to_stop():
@@ -206,7 +190,7 @@ class Trainer:
     def after_step(self) -> None:
         """Called after each update; for subclasses that watch."""
 
-    def _next(self, batches: Iterator[list[step.Batch]]) -> list[step.Batch] | None:
+    def _next(self, batches: Iterator[list[Batch]]) -> list[Batch] | None:
         """The next group of batches; when loading fails, what was reached is saved before the error goes on."""
         try:
             return next(batches, None)
@@ -233,13 +217,13 @@ class Trainer:
             self.save()
         raise OSError(f"{reason}; saved at step {self.progress.step}: --resume {self.folder}") from error
 
-    def _count_fault(self, outcome: step.Outcome, group: list[step.Batch]) -> None:
+    def _count_fault(self, outcome: step.Outcome, group: list[Batch]) -> None:
         """Count an update left out for a non-finite number; TrainingDiverged when there were too many."""
         p = self.progress
         if p.bad_steps < self.settings.max_bad_steps:
             p.bad_steps += 1
             return
-        images = group[-1][0].to(self.accelerator.device)
+        images = send_to_device(group[-1][0], self.accelerator.device)
         why = faults.diagnose(self.parts.bare, images, step.bad_gradients(self.parts))
         self.save()
         raise faults.TrainingDiverged(
@@ -261,7 +245,7 @@ class Trainer:
         """Save and end as the signal asks: KeyboardInterrupt, or exit status 143 for SIGTERM."""
         self.save()
         self.console.print(
-            f"stopped at step {self.progress.step}; go on with: karat train --resume {self.folder}",
+            f"stopped at step {self.progress.step}; go on with: {self.settings.command} --resume {self.folder}",
             highlight=False,
             soft_wrap=True,
         )
@@ -269,7 +253,7 @@ class Trainer:
             raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)
 
-    def _eval_batches(self) -> Iterator[step.Batch]:
+    def _eval_batches(self) -> Iterator[Batch]:
         """The evaluation batches; a signal ends the run between two of them (with one process only: several must
         agree on when to stop, and do so after the next update)."""
         for batch in self.data.eval:
@@ -280,10 +264,11 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         """The model as it stands on the evaluation set, and the averaged weights beside it."""
         with randomness.aside(self.settings.seed):
-            line = evaluate(self.parts.bare, self._eval_batches(), self.accelerator)
+            line = self.task.evaluate(self.parts.bare, self._eval_batches(), self.accelerator, self.data)
         if self.parts.ema is not None:
             with randomness.aside(self.settings.seed), self.parts.ema.lent():
-                line["ema_top1"] = evaluate(self.parts.bare, self.data.eval, self.accelerator)["top1"]
+                averaged = self.task.evaluate(self.parts.bare, self.data.eval, self.accelerator, self.data)
+                line[f"ema_{self.task.metric}"] = averaged[self.task.metric]
         return line
 
     def _close_epoch(self) -> None:
@@ -310,8 +295,9 @@ class Trainer:
         }
         p.history.append(line)
         p.loss_sum, p.applied, p.seconds = 0.0, 0, 0.0
-        if not p.best or line["top1"] > p.best["top1"]:
-            p.best = {"top1": line["top1"], "epoch": p.epoch, "checkpoint": checkpoint.name_of(p.step)}
+        metric = self.task.metric
+        if not p.best or line[metric] > p.best[metric]:
+            p.best = {metric: line[metric], "epoch": p.epoch, "checkpoint": checkpoint.name_of(p.step)}
         self.changing = False
         self.save()
         if self.settings.checkpoints == "trajectory":
@@ -323,7 +309,7 @@ class Trainer:
             for tracker in self.trackers:
                 tracker.log({k: float(v) for k, v in line.items() if k != "epoch"}, p.epoch)
             typical = statistics.median(entry["seconds"] for entry in p.history)
-            self.bar.epoch(line, typical * (self.recipe.epochs - p.epoch))
+            self.bar.epoch(line, self.task.epoch_line(line), typical * (self.recipe.epochs - p.epoch))
 
     def _summary(self) -> dict[str, Any]:
         p = self.progress
@@ -335,8 +321,7 @@ class Trainer:
             "epochs": p.epoch,
             "finished": p.epoch >= self.recipe.epochs,
             "parameters": self.parts.parameters,
-            "top1": p.history[-1]["top1"] if p.history else None,
-            "top5": p.history[-1]["top5"] if p.history else None,
+            **self.task.summary(p.history),
             "best": p.best,
             # the median: the first epoch also pays for what torch and kernels set up once
             "seconds_per_epoch": statistics.median([e["seconds"] for e in p.history] or [0.0]),
@@ -344,6 +329,6 @@ class Trainer:
         }
 
 
-def train(settings: Settings, *, data: Data | None = None, console: Console | None = None) -> dict[str, Any]:
+def train(settings: Settings, *, data: Any = None, console: Console | None = None) -> dict[str, Any]:
     """Run `settings` to the end, or go on with the run they name, and return its summary."""
     return Trainer(settings, data=data, console=console).fit()

@@ -100,15 +100,15 @@ def score_ranges(model: nn.Module, run: Callable[[], object]) -> dict[str, Tenso
 
 
 @torch.no_grad()
-def diagnose(model: nn.Module, images: Tensor, bad_gradients: list[str]) -> str:
+def diagnose(model: nn.Module, images: Tensor | list[Tensor], bad_gradients: list[str]) -> str:
     """In one sentence: where numbers stop being finite for this batch, and the range of the attention scores there.
 
     Args:
         model: the bare model; its weights are those before the step that was skipped.
-        images: the batch (B, C, height, width) that gave a non-finite loss or gradient.
+        images: the batch (B, C, height, width), or a list of images, that gave a non-finite loss or gradient.
         bad_gradients: names of the parameters whose gradient was not finite.
     """
-    if not torch.isfinite(images).all():
+    if not all(torch.isfinite(image).all() for image in images):
         return "the batch itself holds non-finite pixels: look at the data"
     weight = next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
     if weight is not None:

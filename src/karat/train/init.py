@@ -24,7 +24,7 @@ from karat.models import create_model
 from karat.train import files, runs
 from karat.train.checkpoint import load_weights
 from karat.train.optim import operator_parameters
-from karat.train.settings import Settings
+from karat.train.run_settings import RunSettings
 
 LOADED, RESIZED, FRESH, DROPPED = "loaded", "resized", "fresh", "dropped"
 
@@ -51,7 +51,7 @@ def table(fates: list[Fate], source: str) -> Table:
     return drawn
 
 
-def load_init(model: nn.Module, settings: Settings) -> list[Fate]:
+def load_init(model: nn.Module, settings: RunSettings) -> list[Fate]:
     """Give `model` the weights that `settings.init` names, as far as they fit; returns what became of each part.
 
     Raises ValueError when the source is missing, was tampered with, or shares no weight with the model.
@@ -61,28 +61,38 @@ def load_init(model: nn.Module, settings: Settings) -> list[Fate]:
     return transplant(model, weights, settings.init, same_operator=same_operator)
 
 
-def read_source(source: str, model: nn.Module, settings: Settings) -> tuple[dict[str, Tensor], bool]:
+def read_source(source: str, model: nn.Module, settings: RunSettings) -> tuple[dict[str, Tensor], bool]:
     """The source's weights on the model's token grid, and whether its operators mean the same as the model's."""
     side = _side(model)
+    whole = read_model(source, settings)
+    if whole is not None:
+        return _on_grid(whole[0], side).state_dict(), whole[1]
+    return files.read_tensors(Path(source).expanduser()), True
+
+
+def read_model(source: str, settings: RunSettings) -> tuple[nn.Module, bool] | None:
+    """The model that a run or hub:NAME holds, and whether its operators mean the same; None for a file of weights.
+
+    Raises ValueError when the source is missing, can't be loaded or was tampered with.
+    """
     if source.startswith("hub:"):
         name = source.removeprefix("hub:")
         try:
-            pretrained = create_timm_model(name, pretrained=True)
+            return create_timm_model(name, pretrained=True), True
         except Exception as error:  # timm raises RuntimeError, the Hub's client its own kinds
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
                 f"--init {source}: cannot be loaded ({reason}); is the name timm's and a network there?"
             ) from error
-        return _on_grid(pretrained, side).state_dict(), True
     path = Path(source).expanduser()
     if path.is_dir():
-        return _read_run(path, settings, side)
+        return _read_run(path, settings)
     if not path.is_file():
         raise ValueError(f"--init {source}: no such run or file; give a run's folder, a safetensors file or hub:NAME")
-    return files.read_tensors(path), True
+    return None
 
 
-def _read_run(folder: Path, settings: Settings, side: int | None) -> tuple[dict[str, Tensor], bool]:
+def _read_run(folder: Path, settings: RunSettings) -> tuple[nn.Module, bool]:
     theirs, facts = runs.read_config(folder)
     source = create_model(
         theirs.model,
@@ -94,7 +104,7 @@ def _read_run(folder: Path, settings: Settings, side: int | None) -> tuple[dict[
     load_weights(source, runs.read_weights(folder), str(folder))
     mine, other = KArAtConfig.parse(settings.attention), KArAtConfig.parse(theirs.attention)
     same = all(getattr(mine, name) == getattr(other, name) for name in ("basis", "order", "base", "sharing"))
-    return _on_grid(source, side).state_dict(), same
+    return source, same
 
 
 def _side(model: nn.Module) -> int | None:

@@ -19,7 +19,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from karat.operator import KArAtOperator
-from karat.train.recipes import Recipe
+from karat.train.optimisation import Optimisation
 
 
 def operator_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -28,7 +28,7 @@ def operator_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if id(p) in owned}
 
 
-def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, recipe: Optimisation) -> list[dict[str, Any]]:
     """Groups for the optimiser: decayed, not decayed, by layer where `layer_decay` is set, and the operator's own."""
     own = operator_parameters(model)
     listed = getattr(model, "no_weight_decay", set)
@@ -54,8 +54,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     return split
 
 
-def create_optimizer(model: nn.Module, recipe: Recipe, total_batch: int) -> torch.optim.Optimizer:
-    """timm's optimiser `recipe.opt` at the rate lr x total_batch / 512. ValueError when timm has no such optimiser."""
+def create_optimizer(model: nn.Module, recipe: Optimisation, total_batch: int) -> torch.optim.Optimizer:
+    """timm's optimiser `recipe.opt` at the rate of the recipe's rule. ValueError when timm has no such optimiser."""
     return create_optimizer_v2(
         parameter_groups(model, recipe),
         opt=recipe.opt,
@@ -66,7 +66,7 @@ def create_optimizer(model: nn.Module, recipe: Recipe, total_batch: int) -> torc
     )
 
 
-def create_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, updates_per_epoch: int) -> Scheduler:
+def create_schedule(optimizer: torch.optim.Optimizer, recipe: Optimisation, updates_per_epoch: int) -> Scheduler:
     """timm's schedule, stepped per update: it is a function of the number of updates and keeps no state."""
     total = recipe.epochs * updates_per_epoch
     warmup = min(math.ceil(recipe.warmup_epochs * updates_per_epoch), max(total - 1, 0))
@@ -77,6 +77,7 @@ def create_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, updates_pe
         warmup_epochs=warmup,
         warmup_lr=recipe.warmup_lr,
         min_lr=recipe.min_lr,
+        decay_milestones=[math.ceil(share * total) for share in recipe.milestones],  # of multistep alone
         step_on_epochs=False,
         updates_per_epoch=1,
     )

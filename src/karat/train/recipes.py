@@ -12,32 +12,21 @@ and `digits` are ours.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
+
+from karat.train.optimisation import Optimisation, require
 
 CROP_MODES = ("rrc", "rkrc", "rkrr", "pad")
 MIXUP_MODES = ("batch", "pair", "elem")
-_NOT_NEGATIVE = (
-    "weight_decay",
-    "coefficient_weight_decay",
-    "warmup_epochs",
-    "warmup_lr",
-    "min_lr",
-    "color_jitter",
-    "aug_repeats",
-    "mixup",
-    "cutmix",
-)
+_NOT_NEGATIVE = ("color_jitter", "aug_repeats", "mixup", "cutmix")
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Hyper-parameters of one training run.
+class Recipe(Optimisation):
+    """Hyper-parameters of one classifier's training.
 
-    Rates: the optimiser's peak rate is `lr * total_batch / 512` (the published rule); `warmup_lr` and
-    `min_lr` are absolute. Basis coefficients and W form their own parameter group: `coefficient_lr` (scaled
-    like `lr`; None: `lr` itself) and `coefficient_weight_decay`, 0 by default: decay would pull every edge
-    function towards zero, and the paper does not say that it decayed them.
+    The optimiser's peak rate is `lr * total_batch / 512` (the published rule); what else concerns the optimiser is in
+    `Optimisation`.
 
     Augmentation: `train_crop_mode` is timm's ("rrc": random resized crop by `scale` and `ratio`, "rkrc",
     "rkrr") or "pad" (the image shifted by up to an eighth of its side over a zero border, the habit for
@@ -48,40 +37,6 @@ class Recipe:
     Raises ValueError for a value outside its range.
     """
 
-    # optimiser
-    opt: str = "adamw"
-    """timm's name of the optimiser."""
-    lr: float = 5e-4
-    """Peak learning rate per 512 images of total batch."""
-    opt_eps: float = 1e-8
-    """The optimiser's epsilon."""
-    opt_betas: tuple[float, float] = (0.9, 0.999)
-    """The optimiser's betas."""
-    weight_decay: float = 0.05
-    """Weight decay; biases, norms and basis coefficients excepted."""
-    coefficient_lr: float | None = None
-    """Rate of basis coefficients and W, scaled like lr; none: lr."""
-    coefficient_weight_decay: float = 0.0
-    """Weight decay of basis coefficients and W."""
-    layer_decay: float | None = None
-    """Factor of the learning rate from each block to the one below; none: 1."""
-    clip_grad: float | None = 1.0
-    """Largest norm of the gradient; none: no clipping."""
-    # schedule
-    sched: str = "cosine"
-    """timm's name of the schedule, stepped at every update."""
-    epochs: int = 100
-    """Passes over the training images."""
-    warmup_epochs: int = 5
-    """Epochs of linear warm-up."""
-    warmup_lr: float = 1e-6
-    """Learning rate at the start of the warm-up."""
-    min_lr: float = 1e-5
-    """Learning rate at the end."""
-    batch_size: int = 128
-    """Images per process and batch."""
-    model_ema_decay: float | None = None
-    """Decay of the averaged weights; none: no average."""
     # crop and flip
     train_crop_mode: str = "rrc"
     """rrc, rkrc, rkrr, or pad: shifted over a border."""
@@ -123,37 +78,25 @@ class Recipe:
     """What shares one mixing ratio: batch, pair or elem."""
     smoothing: float = 0.1
     """Label smoothing."""
-    # model
-    drop: float = 0.0
-    """Dropout."""
-    drop_path: float = 0.0
-    """Stochastic depth."""
 
     def __post_init__(self) -> None:
-        for name in ("opt_betas", "scale", "ratio"):  # lists arrive from JSON
+        super().__post_init__()
+        for name in ("scale", "ratio"):  # lists arrive from JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("lr", "opt_eps", "epochs", "batch_size", "crop_pct"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "give a positive value")
         for name in ("hflip", "reprob", "mixup_prob", "mixup_switch_prob"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a probability lies in [0, 1]")
-        for name in ("smoothing", "drop", "drop_path"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "give a value in [0, 1)")
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a probability lies in [0, 1]")
+        require(0 <= self.smoothing < 1, "smoothing", self.smoothing, "give a value in [0, 1)")
         for name in _NOT_NEGATIVE:
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
-        for name in ("clip_grad", "coefficient_lr", "layer_decay"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, name, value, "give a positive value or none")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
         for name in ("scale", "ratio"):
             value = getattr(self, name)
             ordered = len(value) == 2 and 0 < value[0] <= value[1]
-            _require(ordered, name, value, "give (low, high), 0 < low <= high")
-        _require(self.crop_pct <= 1, "crop_pct", self.crop_pct, "give a value in (0, 1]")
-        _require(self.scale[1] <= 1, "scale", self.scale, "a crop's area is at most 1")
-        ema = self.model_ema_decay
-        _require(ema is None or 0 < ema < 1, "model_ema_decay", ema, "give a value in (0, 1) or none")
+            require(ordered, name, value, "give (low, high), 0 < low <= high")
+        require(0 < self.crop_pct <= 1, "crop_pct", self.crop_pct, "give a value in (0, 1]")
+        require(self.scale[1] <= 1, "scale", self.scale, "a crop's area is at most 1")
         for name, choices in (("train_crop_mode", CROP_MODES), ("mixup_mode", MIXUP_MODES)):
             value = getattr(self, name)
-            _require(value in choices, name, value, f"one of {', '.join(choices)}")
+            require(value in choices, name, value, f"one of {', '.join(choices)}")
 
     def scaled_lr(self, total_batch: int) -> float:
         """The peak rate lr * total_batch / 512; total_batch counts all processes and accumulated batches."""
@@ -162,23 +105,6 @@ class Recipe:
     def scaled_coefficient_lr(self, total_batch: int) -> float:
         """The same for basis coefficients and W: coefficient_lr (or lr) * total_batch / 512."""
         return (self.lr if self.coefficient_lr is None else self.coefficient_lr) * total_batch / 512
-
-    def override(self, **values: Any) -> Recipe:
-        """A copy with some values changed. Raises ValueError for a name that no recipe has."""
-        known = {f.name for f in fields(self)}
-        for name in values:
-            if name not in known:
-                raise ValueError(f"a recipe has no {name!r}; it has {', '.join(sorted(known))}")
-        return replace(self, **values)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `Recipe(**d)` is the inverse."""
-        return asdict(self)
-
-
-def _require(ok: bool, name: str, value: object, remedy: str) -> None:
-    if not ok:
-        raise ValueError(f"recipe: {name}={value!r}: {remedy}")
 
 
 VIT = Recipe(

@@ -7,41 +7,31 @@ import platform
 import shutil
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from torch import Tensor
 
 from karat.train import checkpoint, files
+from karat.train.run_settings import RunSettings, data_slug, slug
 from karat.train.settings import Settings
 
 CONFIG, METRICS, SUMMARY, DIGESTS = "config.json", "metrics.jsonl", "summary.json", "weights.json"
 TRAJECTORY = "trajectory"
 
-
-def slug(text: str) -> str:
-    """Text as part of a folder's name."""
-    kept = "".join(c if c.isalnum() or c in "._=" else "-" for c in text)
-    return "-".join(part for part in kept.split("-") if part)
+S = TypeVar("S", bound=RunSettings)
 
 
-def default_folder(settings: Settings) -> Path:
-    """runs/DATA-MODEL-ATTENTION-sSEED, with the MLP behind the attention where it isn't the model's own."""
-    parts = [_data_slug(settings), slug(settings.model), slug(settings.attention)]
-    parts += [] if settings.mlp == "mlp" else [slug(settings.mlp)]
-    name = "-".join([*parts, f"s{settings.seed}"])
-    return Path("runs") / name
+def default_folder(settings: RunSettings) -> Path:
+    """Below runs, named as the settings say."""
+    return Path("runs") / settings.folder_name()
 
 
-def compare_folder(settings: Settings) -> Path:
+def compare_folder(settings: RunSettings) -> Path:
     """runs/compare-DATA-MODEL."""
-    return Path("runs") / f"compare-{_data_slug(settings)}-{slug(settings.model)}"
+    return Path("runs") / f"compare-{data_slug(settings.data)}-{slug(settings.model)}"
 
 
-def _data_slug(settings: Settings) -> str:
-    return slug(Path(settings.data).name if Path(settings.data).exists() else settings.data)
-
-
-def choose_folder(settings: Settings, default: Path) -> Path:
+def choose_folder(settings: RunSettings, default: Path) -> Path:
     """Where a run goes: --resume's or --output's folder, else `default`, with a number where that is taken.
 
     With --resume auto the last one that is there is taken; with --overwrite the first. Raises ValueError when
@@ -76,7 +66,7 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in names} | {"python": platform.python_version()}
 
 
-def begin(folder: Path, settings: Settings, facts: dict[str, Any]) -> None:
+def begin(folder: Path, settings: RunSettings, facts: dict[str, Any]) -> None:
     """Make a run's folder, with its config; what another run left there is removed (`choose_folder` asked before)."""
     if is_run(folder):
         remove(folder)
@@ -84,7 +74,9 @@ def begin(folder: Path, settings: Settings, facts: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot make the run's folder {folder}: {error.strerror or error}") from error
-    files.write_json(folder / CONFIG, {"settings": settings.as_dict(), "versions": versions(), **facts})
+    files.write_json(
+        folder / CONFIG, {"task": settings.task, "settings": settings.as_dict(), "versions": versions(), **facts}
+    )
 
 
 def remove(folder: Path) -> None:
@@ -95,16 +87,26 @@ def remove(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def read_config(folder: Path) -> tuple[Settings, dict[str, Any]]:
-    """A run's settings and the other facts of its config.json; ValueError when it is no run's folder."""
+@overload
+def read_config(folder: Path) -> tuple[Settings, dict[str, Any]]: ...
+@overload
+def read_config(folder: Path, kind: type[S]) -> tuple[S, dict[str, Any]]: ...
+def read_config(folder: Path, kind: type[Any] = Settings) -> tuple[Any, dict[str, Any]]:
+    """A run's settings and the other facts of its config.json.
+
+    Raises ValueError when it is no run's folder, or a run of another kind of task.
+    """
     if not is_run(folder):
         raise ValueError(f"{folder} is no run's folder: it has no {CONFIG}")
     config = files.read_json(folder / CONFIG)
     if not isinstance(config, dict) or "settings" not in config:
         raise ValueError(f"{folder / CONFIG} has no settings")
-    facts = {key: value for key, value in config.items() if key != "settings"}
+    task = config.get("task", Settings.task)
+    if task != kind.task:
+        raise ValueError(f"{folder} is a run of the task {task!r}, and a run of `{kind.command}` is needed here")
+    facts = {key: value for key, value in config.items() if key not in ("settings", "task")}
     try:
-        return Settings.from_dict(config["settings"]), facts
+        return kind.from_dict(config["settings"]), facts
     except (TypeError, KeyError) as error:
         raise ValueError(f"{folder / CONFIG} does not fit this version of karat: {error}") from None
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from torch import Tensor
+from accelerate.utils import send_to_device
 
-from karat.train.build import Parts, mix
-
-Batch = tuple[Tensor, Tensor]
+from karat.train.build import Parts
+from karat.train.task import Batch
 
 
 def chunks(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
@@ -39,20 +38,17 @@ def update(parts: Parts, step: int, group: list[Batch]) -> Outcome:
 
     Args:
         step: how many updates came before, which fixes the learning rate.
-        group: batches of images (B,C,height,width) and labels (B,).
+        group: batches as the run's task has them.
     """
     accelerator, recipe = parts.accelerator, parts.settings.recipe
     parts.optimizer.zero_grad()
     parts.schedule.step_update(step)
     losses = []
     for index, batch in enumerate(group):
-        images, labels = (part.to(accelerator.device, non_blocking=True) for part in batch)
-        if parts.settings.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        images, targets = mix(parts.mixup, images, labels)
+        moved = send_to_device(batch, accelerator.device, non_blocking=True)
         last = index == len(group) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(parts.model):
-            loss = parts.loss(parts.model(images), targets)
+            loss = parts.objective(parts.model, moved)
             accelerator.backward(loss / len(group))
         losses.append(loss.detach())
     limit = recipe.clip_grad if recipe.clip_grad is not None else math.inf

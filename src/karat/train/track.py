@@ -95,16 +95,14 @@ class Bar:
         label = f"{self.label}  epoch {epoch + 1}/{self.epochs}"
         self.progress.update(self.task, advance=1, description=label, loss=loss, speed=speed)
 
-    def epoch(self, line: Mapping[str, Any], seconds_left: float) -> None:
-        """After one epoch: a line that stays."""
+    def epoch(self, line: Mapping[str, Any], measured: str, seconds_left: float) -> None:
+        """After one epoch: a line that stays, with what the evaluation measured in words."""
         if not self.visible:
             return
         minutes, seconds = divmod(round(seconds_left), 60)
-        ema = f"  EMA {line['ema_top1']:.2f} %" if "ema_top1" in line else ""
         self.console.print(
             f"{self.label}  epoch {line['epoch']}/{self.epochs}  loss {line['train_loss']:.4f}  "
-            f"eval {line['eval_loss']:.4f}  top-1 {line['top1']:.2f} %{ema}  "
-            f"{line['images_per_second']:.0f} images/s  {minutes}:{seconds:02d} left",
+            f"{measured}  {line['images_per_second']:.0f} images/s  {minutes}:{seconds:02d} left",
             highlight=False,
             soft_wrap=True,
         )

@@ -1,0 +1,128 @@
+"""Attention over a grid of tokens, a window's or a whole image's, with masked padding and relative positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from karat.attention import KArAtAttention, token_inputs
+from karat.masks import softmax_attention
+from karat.operator import KArAtOperator
+from karat.resample import TokenGrid, resampled_tensors
+
+
+class _Attend(nn.Module):
+    """`operator.attend` as a forward pass, which torch.func can call with other tensors."""
+
+    def __init__(self, operator: KArAtOperator) -> None:
+        super().__init__()
+        self.operator = operator
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+        return self.operator.attend(q, k, v, scale=scale, mask=mask)
+
+
+class Resampled:
+    """A shared operator used on another grid: its parameters are resampled at every call, differentiably (SPEC §9).
+
+    op: the operator on the grid `old`, which keeps the parameters; `new`: the grid of the keys here.
+    """
+
+    def __init__(self, op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> None:
+        self.op, self.old, self.new = op, old, new
+        with torch.random.fork_rng(devices=[]):
+            shape = KArAtOperator(op.num_heads, new.num_tokens, op.config)
+        self.shape = _Attend(shape).to("meta")  # sizes and settings alone: every tensor is given when it is called
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+        """As KArAtOperator.attend."""
+        own = {**dict(self.op.named_parameters()), **dict(self.op.named_buffers())}
+        tensors = own | resampled_tensors(self.op, self.old, self.new)
+        named = {f"operator.{name}": tensor for name, tensor in tensors.items()}
+        out: Tensor = functional_call(self.shape, named, (q, k, v, scale, mask))
+        return out
+
+
+class GridAttention(nn.Module):
+    """Multi-head attention of the tokens of a grid: proj(concat_h σ_h(scale·q_h k_hᵀ + positions) v_h).
+
+    Takes over the projections of a timm `Attention` (σ is softmax) or a `KArAtAttention` (σ is its operator).
+
+    With relative positions the score of query i and key j gains q_i·R^h[y_i − y_j] + q_i·R^w[x_i − x_j], two tables
+    (2·side − 1, D) that start at zero (Li et al., ViTDet, arXiv 2203.16527; MViTv2). The sum is written as a longer
+    product: q_i is extended by its h + w products with the tables, k_j by two one-hot vectors. So nothing of size N×N
+    is kept for it, and any order of the operator takes it.
+
+    Args:
+        attn: the attention to take over.
+        grid: (height, width) of the tokens.
+        base: the grid that a shared operator lives on, where it isn't `grid`.
+        relative: whether to add relative positions.
+    """
+
+    def __init__(self, attn: Any, grid: tuple[int, int], base: tuple[int, int], relative: bool = False) -> None:
+        super().__init__()
+        self.num_heads: int = attn.num_heads
+        self.scale: float = attn.scale
+        self.grid = grid
+        for name in ("qkv", "q_norm", "k_norm", "proj", "proj_drop"):
+            setattr(self, name, getattr(attn, name))
+        self.operator: KArAtOperator | None = None
+        self.resampled: Resampled | None = None
+        if isinstance(attn, KArAtAttention):
+            op = attn.operator
+            if "operator" in attn._modules:
+                self.operator = op
+            elif grid == base:
+                self.__dict__["operator"] = op  # registered once, on the model, as in karat.attention
+            else:
+                self.resampled = Resampled(op, TokenGrid(0, *base), TokenGrid(0, *grid))
+        self.rel_pos_h: nn.Parameter | None = None
+        self.rel_pos_w: nn.Parameter | None = None
+        if relative:
+            width = self.qkv.out_features // (3 * self.num_heads)  # type: ignore[union-attr, operator]
+            self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid[0] - 1, width))
+            self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid[1] - 1, width))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x (B,N,C); attn_mask (B,1,1,N) boolean, True = a key that takes part."""
+        inputs = token_inputs(self, x, attn_mask)
+        q, k, v, scale, mask = inputs.q, inputs.k, inputs.v, inputs.scale, inputs.mask
+        if self.rel_pos_h is not None and self.rel_pos_w is not None:
+            q, k = with_positions(q, k, scale, self.rel_pos_h, self.rel_pos_w)
+            scale = 1.0
+        if self.resampled is not None:
+            out = self.resampled.attend(q, k, v, scale, mask)
+        elif self.operator is not None:
+            out = self.operator.attend(q, k, v, scale=scale, mask=mask)
+        else:
+            out = softmax_attention(q, k, v, scale, None, mask)
+        projected: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))  # type: ignore[operator]
+        return projected
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}, relative={self.rel_pos_h is not None}"
+
+
+def with_positions(q: Tensor, k: Tensor, scale: float, table_h: Tensor, table_w: Tensor) -> tuple[Tensor, Tensor]:
+    """(q', k') of width D + h + w with q'·k' = scale · q·k + q·R^h[y_q − y_k] + q·R^w[x_q − x_k].
+
+    Args:
+        q, k: (B,H,N,D), tokens row by row.
+        table_h, table_w: (2h−1,D) and (2w−1,D); entry d + side − 1 is that of the difference d.
+    """
+    (height, width), dtype = ((len(table) + 1) // 2 for table in (table_h, table_w)), q.dtype
+    y, x = (torch.arange(side, device=q.device) for side in (height, width))
+    rows = table_h[y[:, None] - y[None, :] + height - 1].to(dtype)  # (h of the query, h of the key, D)
+    columns = table_w[x[:, None] - x[None, :] + width - 1].to(dtype)
+    image = q.unflatten(2, (height, width))  # (B,H,h,w,D)
+    by_row = torch.einsum("bnhwd,hkd->bnhwk", image, rows).flatten(2, 3)
+    by_column = torch.einsum("bnhwd,wkd->bnhwk", image, columns).flatten(2, 3)
+    here_h = F.one_hot(y, height).to(dtype)[:, None].expand(height, width, height).flatten(0, 1)
+    here_w = F.one_hot(x, width).to(dtype)[None].expand(height, width, width).flatten(0, 1)
+    marks = torch.cat([here_h, here_w], -1).expand(*k.shape[:3], height + width)
+    return torch.cat([q * scale, by_row, by_column], -1), torch.cat([k, marks], -1)

@@ -1,0 +1,233 @@
+"""COCO's JSON format read and checked: images, objects, crowds, categories (https://cocodataset.org/#format-data).
+
+What can't be read at all is an error that names it: broken JSON, a missing list or image file, an annotation of an
+image or a category that the file doesn't have. What COCO's tools leave out is left out and counted: a polygon of fewer
+than three points, an object whose box has no area.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from faster_coco_eval.core import mask as rle_api
+from numpy.typing import NDArray
+
+SHORT_POLYGON = "polygons of fewer than 3 points"
+NO_SHAPE = "objects without a usable polygon"
+NO_AREA = "objects whose box has no area"
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One annotated object, or a crowd of them.
+
+    label: 1 to K in the order of the category ids, 0 being background. box: x1 y1 x2 y2 in the image's pixels.
+    polygons: (n,2) points each; None where `rle` (COCO's run lengths, compressed) gives the mask; both None: the box.
+    """
+
+    label: int
+    box: tuple[float, float, float, float]
+    polygons: tuple[NDArray[np.float64], ...] | None
+    rle: dict[str, Any] | None
+    crowd: bool
+    area: float
+
+    def mask(self, size: tuple[int, int], scale: tuple[float, float] = (1.0, 1.0)) -> NDArray[np.uint8]:
+        """(height, width) uint8, 1 inside, of the image scaled by (x, y) to `size`. Polygons are scaled, then drawn."""
+        height, width = size
+        if self.rle is not None:
+            whole = np.asarray(rle_api.decode(self.rle), dtype=np.uint8)
+            if whole.shape == size:
+                return whole
+            rows = np.minimum(((np.arange(height) + 0.5) / scale[1]).astype(int), whole.shape[0] - 1)
+            columns = np.minimum(((np.arange(width) + 0.5) / scale[0]).astype(int), whole.shape[1] - 1)
+            return whole[rows[:, None], columns[None]]
+        x1, y1, x2, y2 = self.box
+        outline = np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
+        drawn = [(points * scale).ravel().tolist() for points in self.polygons or (outline,)]
+        return np.asarray(rle_api.decode(rle_api.merge(rle_api.frPyObjects(drawn, height, width))), dtype=np.uint8)
+
+    def segmentation(self) -> Any:
+        """As COCO's JSON has it."""
+        if self.rle is not None:
+            return self.rle
+        x1, y1, x2, y2 = self.box
+        outline = np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
+        return [points.ravel().tolist() for points in self.polygons or (outline,)]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image: its file, its id in the JSON, (height, width), and what is in it."""
+
+    path: Path
+    id: int
+    size: tuple[int, int]
+    things: tuple[Thing, ...]
+
+
+@dataclass(frozen=True)
+class CocoPart:
+    """Images with their objects, of one JSON file or a part of it; skipped counts what was left out, by reason."""
+
+    source: Path
+    pictures: tuple[Picture, ...]
+    categories: dict[int, str]  # id -> name, ascending
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def part(self, indices: Sequence[int]) -> CocoPart:
+        """Some of the images."""
+        return replace(self, pictures=tuple(self.pictures[index] for index in indices))
+
+    def as_coco(self) -> dict[str, Any]:
+        """The part as COCO's JSON has it, annotations numbered anew from 1."""
+        ids = list(self.categories)
+        annotations: list[dict[str, Any]] = []
+        for picture in self.pictures:
+            for thing in picture.things:
+                x1, y1, x2, y2 = thing.box
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": picture.id,
+                        "category_id": ids[thing.label - 1],
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "area": thing.area,
+                        "iscrowd": int(thing.crowd),
+                        "segmentation": thing.segmentation(),
+                    }
+                )
+        images = [
+            {"id": p.id, "height": p.size[0], "width": p.size[1], "file_name": p.path.name} for p in self.pictures
+        ]
+        names = [{"id": number, "name": name} for number, name in self.categories.items()]
+        return {"images": images, "annotations": annotations, "categories": names}
+
+
+def read_coco(path: Path, folders: Sequence[Path]) -> CocoPart:
+    """Read one JSON file; its images are looked for in `folders`, in this order.
+
+    Raises ValueError for what the module's docstring calls an error.
+    """
+    plain = _read_json(path)
+    categories = {_number(c, "id", path): str(c.get("name", c["id"])) for c in plain["categories"]}
+    if not categories:
+        raise ValueError(f"{path} has no categories: there is nothing to find")
+    ids = sorted(categories)
+    labels = {number: index + 1 for index, number in enumerate(ids)}
+    places: dict[int, tuple[Path, tuple[int, int]]] = {}
+    for image in plain["images"]:
+        number = _number(image, "id", path)
+        if number in places:
+            raise ValueError(f"{path}: two images have the id {number}")
+        places[number] = (_find(str(image.get("file_name", "")), folders, path), _size(image, number, path))
+    if not places:
+        raise ValueError(f"{path} has no images")
+    skipped: Counter[str] = Counter()
+    things: dict[int, list[Thing]] = {number: [] for number in places}
+    for annotation in plain["annotations"]:
+        where = f"{path}: annotation {annotation.get('id', '(without id)')}"
+        image_id, category = annotation.get("image_id"), annotation.get("category_id")
+        if image_id not in places:
+            raise ValueError(f"{where} is of image {image_id!r}, which the file does not list")
+        if category not in labels:
+            raise ValueError(f"{where} is of category {category!r}; the file has {ids}")
+        thing = _thing(annotation, labels[category], places[image_id][1], skipped, where)
+        if thing is not None:
+            things[image_id].append(thing)
+    pictures = tuple(
+        Picture(file, number, size, tuple(things[number])) for number, (file, size) in sorted(places.items())
+    )
+    return CocoPart(path, pictures, {number: categories[number] for number in ids}, skipped)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    if not isinstance(plain, dict):
+        raise ValueError(f"{path} is no COCO file: it holds a {type(plain).__name__}, not an object with images")
+    for name in ("images", "annotations", "categories"):
+        entries = plain.get(name)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"{path} is no COCO file: it has no list {name!r} of objects")
+    return plain
+
+
+def _number(entry: dict[str, Any], name: str, path: Path) -> int:
+    value = entry.get(name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{path}: {name} must be a whole number, got {value!r} in {str(entry)[:60]}")
+    return value
+
+
+def _size(image: dict[str, Any], number: int, path: Path) -> tuple[int, int]:
+    size = image.get("height"), image.get("width")
+    if not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(f"{path}: image {number} has height {size[0]!r} and width {size[1]!r}")
+    return size  # type: ignore[return-value]
+
+
+def _find(name: str, folders: Sequence[Path], path: Path) -> Path:
+    for folder in folders:
+        if name and (folder / name).is_file():
+            return folder / name
+    looked = ", ".join(map(str, folders))
+    raise ValueError(f"{path}: the image file {name!r} is missing; looked in {looked}; name its folder with --images")
+
+
+def _thing(
+    annotation: dict[str, Any], label: int, size: tuple[int, int], skipped: Counter[str], where: str
+) -> Thing | None:
+    """The annotation as a Thing; None, and counted, where COCO's tools leave it out."""
+    box = annotation.get("bbox")
+    if not (isinstance(box, list) and len(box) == 4 and all(isinstance(number, int | float) for number in box)):
+        raise ValueError(f"{where} has the bbox {box!r}; give [x, y, width, height]")
+    if not (np.isfinite(box).all() and box[2] > 0 and box[3] > 0):
+        skipped[NO_AREA] += 1
+        return None
+    shape, rle, polygons = annotation.get("segmentation"), None, None
+    if isinstance(shape, dict):
+        rle = _run_lengths(shape, size, where)
+    elif isinstance(shape, list) and shape:
+        good = [np.asarray(points, dtype=np.float64) for points in shape if _is_polygon(points)]
+        skipped[SHORT_POLYGON] += len(shape) - len(good)
+        if not good:
+            skipped[NO_SHAPE] += 1
+            return None
+        polygons = tuple(points.reshape(-1, 2) for points in good)
+    elif shape not in (None, []):
+        raise ValueError(f"{where} has a segmentation that is neither polygons nor run lengths")
+    corners = (box[0], box[1], box[0] + box[2], box[1] + box[3])
+    thing = Thing(label, corners, polygons, rle, bool(annotation.get("iscrowd", 0)), 0.0)
+    area = annotation.get("area")
+    return replace(thing, area=float(thing.mask(size).sum() if area is None else area))
+
+
+def _is_polygon(points: Any) -> bool:
+    return isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0
+
+
+def _run_lengths(shape: dict[str, Any], size: tuple[int, int], where: str) -> dict[str, Any]:
+    """Run lengths as the evaluator reads them; COCO writes crowds uncompressed."""
+    if tuple(shape.get("size", ())) != size:
+        raise ValueError(f"{where} has run lengths for an image of {shape.get('size')}, the image is {list(size)}")
+    counts = shape.get("counts")
+    if isinstance(counts, list):
+        if sum(counts) != size[0] * size[1]:
+            raise ValueError(f"{where} has run lengths of {sum(counts)} pixels, the image has {size[0] * size[1]}")
+        shape = rle_api.frPyObjects(shape, *size)  # type: ignore[assignment]
+        counts = shape["counts"]
+    return {"size": list(size), "counts": counts.decode() if isinstance(counts, bytes) else counts}

@@ -1,0 +1,166 @@
+"""`karat detect train|eval|predict`: each one typed dataclass, parsed by tyro, handed to the module that acts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from karat.detect.recipes import get_recipe
+from karat.detect.settings import DetectSettings
+from karat.options import parse
+from karat.train import runs
+from karat.train.run_settings import AUTO
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a run's average precision (COCO's, boxes and masks); also saved as RUN/eval.json and detections.json."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+    weights: Literal["last", "best", "ema"] = "last"
+    """Weights of the last epoch, of the epoch with the highest box AP, or averaged ones."""
+    part: Literal["eval", "train"] = "eval"
+    """The run's evaluation images, or its training images."""
+    data: str | None = None
+    """Another COCO JSON, or folder with one, to evaluate on, with the same categories."""
+    images: str | None = None
+    """The folder of its images, where it isn't beside the JSON."""
+    batch_size: int | None = None
+    """Images per batch; none: the run's own."""
+    workers: int | None = None
+    """Processes that load data; none: as the run had."""
+    device: Literal["auto", "cpu"] | None = None
+    """auto: the accelerator when there is one; none: as the run had."""
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Draw what a run's detector finds in images: boxes, masks, scores; beside them the truth where it is known."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files."""
+    weights: Literal["last", "best", "ema"] = "last"
+    """Weights of the last epoch, of the epoch with the highest box AP, or averaged ones."""
+    score: float = 0.5
+    """Lowest score that is drawn."""
+    output: Path | None = None
+    """The folder of the drawings and of predictions.json; none: RUN/predictions."""
+    device: Literal["auto", "cpu"] | None = None
+    """auto: the accelerator when there is one; none: as the run had."""
+
+
+def _defaults(arguments: Sequence[str]) -> DetectSettings:
+    """The defaults that the command line's own --recipe and --resume imply; all else is left to the full parser."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default=AUTO)
+    for name in ("resume", "output"):
+        first.add_argument(f"--{name}", default=None)
+    known, _ = first.parse_known_args(list(arguments))
+    asked = None if known.resume is None else known.output if known.resume == AUTO else known.resume
+    if asked is not None and runs.is_run(Path(asked)):
+        saved, _ = runs.read_config(Path(asked), DetectSettings)
+        return replace(saved, resume=known.resume, output=Path(asked), overwrite=False)
+    return DetectSettings(recipe=get_recipe("published" if known.recipe == AUTO else known.recipe))
+
+
+def train(arguments: Sequence[str]) -> None:
+    """karat detect train."""
+    settings: DetectSettings = parse(
+        lambda: tyro.cli(DetectSettings, args=arguments, prog="karat detect train", default=_defaults(arguments)),
+        "karat detect train",
+    )
+    from karat.detect.task import DetectTrainer
+
+    console = Console()
+    trainer = DetectTrainer(settings, console=console)
+    summary = trainer.fit()
+    if trainer.main:
+        console.print(
+            f"finished: box AP {summary['box_AP']:.2f} (best {summary['best']['box_AP']:.2f} in epoch "
+            f"{summary['best']['epoch']}), mask AP {summary['mask_AP']:.2f}, {summary['parameters']:,} parameters\n"
+            f"run: {summary['folder']}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """karat detect eval."""
+    parsed = parse(lambda: tyro.cli(Evaluate, args=arguments, prog="karat detect eval"), "karat detect eval")
+    from karat.detect.measure import EVAL, evaluate_run
+
+    result = evaluate_run(
+        parsed.run,
+        weights=parsed.weights,
+        part=parsed.part,
+        data=parsed.data,
+        images=parsed.images,
+        batch_size=parsed.batch_size,
+        workers=parsed.workers,
+        device=parsed.device,
+    )
+    console = Console()
+    console.print(precision_table(result))
+    console.print(f"{result['images']} images\nsaved: {parsed.run / EVAL}", highlight=False, soft_wrap=True)
+
+
+def precision_table(figures: dict[str, Any]) -> Table:
+    """Average precisions for the terminal, a dash where there was nothing of that size to find."""
+    columns = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    table = Table(title=f"{figures['run']} on {figures['data']} (%)", title_justify="left")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for kind in ("box", "mask"):
+        values = [figures.get(f"{kind}_{column}") for column in columns]
+        table.add_row(kind, *["–" if value is None else f"{value:.2f}" for value in values])
+    return table
+
+
+def predict(arguments: Sequence[str]) -> None:
+    """karat detect predict."""
+    parsed = parse(lambda: tyro.cli(Predict, args=arguments, prog="karat detect predict"), "karat detect predict")
+    from karat.detect.predict import predict_images
+
+    drawn = predict_images(
+        parsed.run,
+        parsed.images,
+        weights=parsed.weights,
+        score=parsed.score,
+        output=parsed.output,
+        device=parsed.device,
+    )
+    console = Console()
+    for path, count in drawn:
+        console.print(f"{path}: {count} found", highlight=False, soft_wrap=True)
+
+
+# what follows `karat detect` -> (function that takes the rest of the line, what it does)
+ACTIONS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "train": (train, "train a detector, or go on with a run"),
+    "eval": (evaluate, "measure the average precision of a run"),
+    "predict": (predict, "draw what a run's detector finds in images"),
+}
+
+
+def detect(arguments: Sequence[str]) -> None:
+    """karat detect. Raises ValueError for an action that there isn't."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("karat detect: detection and instance segmentation with learnable attention\n")
+        for name, (_, line) in ACTIONS.items():
+            print(f"  karat detect {name:<8} {line}")
+        print("\nkarat detect ACTION --help lists the options of an action with their defaults.")
+        raise SystemExit(0)
+    if arguments[0] not in ACTIONS:
+        raise ValueError(f"unknown action {arguments[0]!r} of karat detect; there are {', '.join(ACTIONS)}")
+    ACTIONS[arguments[0]][0](arguments[1:])

@@ -1,0 +1,162 @@
+"""`--data` for detection: a COCO JSON, or a folder that holds one or several, split into training and evaluation.
+
+| what | training | evaluation |
+|---|---|---|
+| FILE.json, or a folder with one JSON | all but the last images | --eval-data, or the last --eval-images (a tenth) |
+| annotations/instances_train*.json, ..._val*.json (COCO's own) | train | val |
+| train/*.json, valid/*.json or val/*.json (exports of labelling tools) | train | valid |
+
+Images are looked for beside their JSON, in images/ there, in the folder that the JSON's name ends with (train2017), and
+where --images says.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from karat.detect.coco import CocoPart, read_coco
+from karat.detect.loader import PictureLoader
+from karat.detect.settings import DetectSettings
+from karat.detect.views import View
+from karat.train.data_order import BadImages, Order
+
+
+class DetectData:
+    """Training and evaluation parts of one data set and their loaders, this process's share.
+
+    Attributes: train_part, eval_part (CocoPart), categories {id: name}, num_classes.
+    """
+
+    def __init__(
+        self, train_part: CocoPart, eval_part: CocoPart, settings: DetectSettings, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.train_part, self.eval_part, self.settings = train_part, eval_part, settings
+        self._rank, self._world_size = rank, world_size
+        self._bad = BadImages(settings.on_bad_image)
+        self.categories = train_part.categories
+        self.num_classes = len(self.categories)
+        if not any(not thing.crowd for picture in train_part.pictures for thing in picture.things):
+            raise ValueError(f"{train_part.source}: the training images have no objects to learn from")
+
+    @property
+    def bad_images(self) -> int:
+        """How many images could not be decoded so far (under on_bad_image="skip"), each counted once."""
+        return len(self._bad.names)
+
+    @property
+    def skipped(self) -> list[str]:
+        """What was left out of the files, in words."""
+        files = {part.source: part for part in (self.train_part, self.eval_part)}
+        return [
+            f"{source}: left out {count} {reason}"
+            for source, part in files.items()
+            for reason, count in part.skipped.items()
+            if count
+        ]
+
+    @cached_property
+    def train(self) -> PictureLoader:
+        """Shuffled batches in random views; an epoch sees each image `repeat` times."""
+        recipe = self.settings.recipe
+        return self._loader(self.train_part, View(recipe, train=True), len(self.train_part) * recipe.repeat, True)
+
+    @cached_property
+    def eval(self) -> PictureLoader:
+        """Every evaluation image once, over all processes together, in a fixed order."""
+        return self.measuring(self.eval_part)
+
+    def measuring(self, part: CocoPart, batch_size: int | None = None) -> PictureLoader:
+        """The same of any part."""
+        return self._loader(part, View(self.settings.recipe, train=False), len(part), False, batch_size)
+
+    def _loader(
+        self, part: CocoPart, view: View, count: int, train: bool, batch_size: int | None = None
+    ) -> PictureLoader:
+        s = self.settings
+        order = Order(
+            count,
+            batch_size or s.recipe.batch_size,
+            train=train,
+            seed=s.seed,
+            rank=self._rank,
+            world_size=self._world_size,
+        )
+        return PictureLoader(part, view, order, self._bad, str(part.source), s.workers)
+
+
+def load_data(settings: DetectSettings, rank: int = 0, world_size: int = 1) -> DetectData:
+    """The data that settings name.
+
+    Raises ValueError for data that is missing or malformed, naming the file and what to do.
+    """
+    train, evaluation = open_parts(settings)
+    if not 0 < settings.data_fraction <= 1:
+        raise ValueError(f"data fraction {settings.data_fraction}: give a value in (0, 1]")
+    train, evaluation = (_fraction(part, settings.data_fraction) for part in (train, evaluation))
+    return DetectData(train, evaluation, settings, rank, world_size)
+
+
+def open_parts(settings: DetectSettings) -> tuple[CocoPart, CocoPart]:
+    """The training and the evaluation part, see the module's table."""
+    train_file, eval_file = find_files(settings)
+    train = open_file(train_file, settings.images)
+    if eval_file is not None:
+        if settings.eval_images is not None:
+            raise ValueError(f"--eval-images {settings.eval_images}: the data has an evaluation part, {eval_file}")
+        evaluation = open_file(eval_file, settings.images)
+        if evaluation.categories != train.categories:
+            raise ValueError(f"{eval_file} has other categories than {train_file}")
+        return train, evaluation
+    held = max(1, len(train) // 10) if settings.eval_images is None else settings.eval_images
+    if held >= len(train):
+        raise ValueError(f"--eval-images {held}: {train_file} has {len(train)} images, and some must stay to train on")
+    cut = len(train) - held
+    return train.part(range(cut)), train.part(range(cut, len(train)))
+
+
+def find_files(settings: DetectSettings) -> tuple[Path, Path | None]:
+    """The JSON files of training and evaluation; None where one file serves both."""
+    path = Path(settings.data).expanduser()
+    if settings.data == "coco" and not path.exists():
+        path = Path(settings.data_dir or os.environ.get("KARAT_DATA", "~/.cache/karat")).expanduser() / "coco"
+    if not path.exists():
+        raise ValueError(f"data {str(path)!r}: no such file or folder; give a COCO JSON or a folder that holds one")
+    given = None if settings.eval_data is None else Path(settings.eval_data).expanduser()
+    if path.is_file():
+        return path, given
+    own = sorted(path.glob("*.json"))
+    if len(own) == 1:
+        return own[0], given
+    pairs = [
+        (sorted((path / "annotations").glob("instances_train*.json")),
+         sorted((path / "annotations").glob("instances_val*.json"))),
+        (sorted((path / "train").glob("*.json")),
+         sorted([*(path / "valid").glob("*.json"), *(path / "val").glob("*.json")])),
+    ]  # fmt: skip
+    for train, evaluation in pairs:
+        if len(train) == 1 and (given is not None or len(evaluation) <= 1):
+            return train[0], given or (evaluation[0] if evaluation else None)
+    found = f"{len(own)} JSON files" if own else "no JSON file"
+    raise ValueError(
+        f"data {str(path)!r}: {found} there, and no annotations/instances_train*.json or train/*.json that is the only "
+        "one; name the file itself with --data, and --eval-data beside it"
+    )
+
+
+def open_file(file: Path, images: str | None) -> CocoPart:
+    """One JSON, with its images in the folder `images` or where they usually lie."""
+    ending = file.stem.rpartition("_")[2]  # instances_train2017 -> train2017
+    beside = [file.parent, file.parent / "images", file.parent / ending, file.parent.parent / ending]
+    given = None if images is None else [Path(images).expanduser()]
+    return read_coco(file, given or [*beside, file.parent.parent / "images"])
+
+
+def _fraction(part: CocoPart, fraction: float) -> CocoPart:
+    if fraction == 1:
+        return part
+    order = np.random.default_rng(0).permutation(len(part))
+    return part.part(np.sort(order[: max(1, round(fraction * len(part)))]).tolist())

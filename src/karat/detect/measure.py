@@ -1,0 +1,78 @@
+"""A run's detector again, and its average precision: what `karat detect eval` prints and saves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from karat.detect.data import DetectData, load_data
+from karat.detect.detector import Detector, build_detector
+from karat.detect.evaluate import measure
+from karat.detect.settings import DetectSettings
+from karat.train import runs
+from karat.train.build import create_accelerator
+from karat.train.checkpoint import load_weights
+from karat.train.files import write_json
+
+EVAL = "eval.json"
+
+
+def load_run(folder: Path, weights: str = "last") -> tuple[Detector, DetectSettings, dict[int, str]]:
+    """A run's detector in evaluation mode on the CPU, its settings, and its categories {id: name}.
+
+    weights: "last", "best" (box AP) or "ema". Raises ValueError when the folder is no run of detection, or its weights
+    are missing or were tampered with.
+    """
+    settings, facts = runs.read_config(folder, DetectSettings)
+    categories = {int(entry["id"]): str(entry["name"]) for entry in facts["categories"]}
+    detector = build_detector(settings, len(categories))
+    load_weights(detector, runs.read_weights(folder, weights), str(runs.weights_path(folder, weights)))
+    return detector.eval(), settings, categories
+
+
+def evaluate_run(
+    folder: Path,
+    *,
+    weights: str = "last",
+    part: str = "eval",
+    data: str | None = None,
+    images: str | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Average precisions of a run on its evaluation images ("eval"), its training images ("train"), or another JSON.
+
+    Also saved as eval.json, the detections as detections.json (COCO's results format).
+    Raises ValueError for data with other categories than the run's, and as `load_run` does.
+    """
+    detector, settings, categories = load_run(folder, weights)
+    changes: dict[str, Any] = {"workers": workers, "device": device, "images": images}
+    settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
+    accelerator = create_accelerator(settings)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    if data is None:
+        loaded = load_data(settings, rank, world_size)
+        chosen = loaded.train_part if part == "train" else loaded.eval_part
+    else:
+        chosen = _other(data, settings)
+        loaded = DetectData(chosen, chosen, settings, rank, world_size)
+    if chosen.categories != categories:
+        raise ValueError(f"{chosen.source} has the categories {chosen.categories}, the run was trained on {categories}")
+    figures, results = measure(
+        detector.to(accelerator.device), loaded.measuring(chosen, batch_size), chosen, accelerator
+    )
+    name = data if data is not None else part
+    result = {"run": str(folder), "weights": weights, "data": name, "img_size": settings.recipe.img_size, **figures}
+    if accelerator.is_main_process:
+        write_json(folder / EVAL, result)
+        write_json(folder / "detections.json", results)
+    return result
+
+
+def _other(data: str, settings: DetectSettings) -> Any:
+    from karat.detect.data import find_files, open_file
+
+    file, _ = find_files(replace(settings, data=data, eval_data=None))
+    return open_file(file, settings.images)

@@ -1,0 +1,121 @@
+"""How a detector is trained: optimiser, view of the images, proposals and heads, with the source of each value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from karat.train.optimisation import Optimisation, require
+
+VIEWS = ("stretch", "pad")
+
+
+@dataclass(frozen=True)
+class DetectRecipe(Optimisation):
+    """Hyper-parameters of one detector's training. `lr` is the peak rate itself, whatever the batch.
+
+    Views: "stretch" brings an image to S×S pixels whatever its shape; "pad" scales it so that it fits into S×S and pads
+    the rest, in training after scaling by a factor from `jitter` and cropping what is too large (large-scale jitter,
+    Ghiasi et al., arXiv 2012.07177). Raises ValueError for a value outside its range.
+    """
+
+    # images
+    img_size: int = 224
+    """Side of the input images in pixels, a multiple of the patch size."""
+    view: str = "stretch"
+    """stretch: to a square, whatever the shape; pad: the shape is kept, the rest of the square is padding."""
+    jitter: tuple[float, float] = (1.0, 1.0)
+    """Under view pad: range of the random factor by which a training image is scaled beyond fitting."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    repeat: int = 1
+    """How often an epoch sees each training image; more for small data."""
+    # proposals
+    pre_nms: tuple[int, int] = (12000, 6000)
+    """Proposals per level before suppression, in training and in evaluation."""
+    post_nms: tuple[int, int] = (2000, 1000)
+    """Proposals per image after suppression, in training and in evaluation."""
+    rpn_anchors: int = 256
+    """Anchors per image that the proposals' loss looks at."""
+    rois: int = 512
+    """Regions per image that the heads train on."""
+    # heads
+    channels: int = 256
+    """Channels of the pyramid and of the mask head."""
+    head_width: int = 1024
+    """Width of the two layers of the box head."""
+    mask_convs: int = 4
+    """Convolutions of the mask head."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("jitter", "pre_nms", "post_nms"):  # lists arrive from JSON
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("img_size", "repeat", "rpn_anchors", "rois", "channels", "head_width", "mask_convs"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "give 1 or more")
+        for name in ("pre_nms", "post_nms"):
+            value = getattr(self, name)
+            require(len(value) == 2 and min(value) > 0, name, value, "give two numbers of 1 or more")
+        require(0 <= self.hflip <= 1, "hflip", self.hflip, "a probability lies in [0, 1]")
+        low, high = self.jitter
+        require(0 < low <= high, "jitter", self.jitter, "give (low, high), 0 < low <= high")
+        require(self.view in VIEWS, "view", self.view, f"one of {', '.join(VIEWS)}")
+
+
+PUBLISHED = DetectRecipe(
+    # arXiv 2503.10632, Table 11: 224², batch 32, 184,375 iterations (50 epochs of COCO's 118,287 training images),
+    # AdamW 1e-4, ε 1e-6, weight decay 0.1, warm-up, horizontal flip. Betas, the warm-up's 250 iterations (0.07 epochs)
+    # and the rate's two tenfold drops (at 8/9 and 26/27) are ViTDet's, which the paper builds on.
+    lr=1e-4,
+    opt_eps=1e-6,
+    weight_decay=0.1,
+    clip_grad=None,
+    sched="multistep",
+    epochs=50,
+    warmup_epochs=0.07,
+    warmup_lr=1e-7,
+    min_lr=0.0,
+    batch_size=32,
+)
+
+JITTER = PUBLISHED.override(
+    # ViTDet's own (arXiv 2203.16527): square images padded, scale jitter 0.1 to 2, layer-wise decay of the rate, drop
+    # path 0.1; 100 epochs of batch 64. At 1024² there; --img-size 512 is the cheaper half.
+    img_size=1024,
+    view="pad",
+    jitter=(0.1, 2.0),
+    layer_decay=0.7,
+    drop_path=0.1,
+    clip_grad=1.0,
+    epochs=100,
+    batch_size=64,
+)
+
+SMALL = PUBLISHED.override(
+    # Ours: a few dozen photographs and two cores. Few proposals and regions, narrow heads, a high rate.
+    lr=5e-4,
+    opt_eps=1e-8,
+    weight_decay=0.05,
+    clip_grad=1.0,
+    sched="cosine",
+    epochs=20,
+    warmup_epochs=0.5,
+    min_lr=1e-5,
+    batch_size=2,
+    repeat=8,
+    pre_nms=(400, 400),
+    post_nms=(200, 100),
+    rpn_anchors=128,
+    rois=48,
+    channels=96,
+    head_width=256,
+    mask_convs=2,
+)
+
+RECIPES: dict[str, DetectRecipe] = {"published": PUBLISHED, "jitter": JITTER, "small": SMALL}
+
+
+def get_recipe(name: str) -> DetectRecipe:
+    """The preset of that name. Raises ValueError for an unknown one."""
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; the presets for detection are {', '.join(RECIPES)}")
+    return RECIPES[name]

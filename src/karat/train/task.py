@@ -1,0 +1,75 @@
+"""What the training loop does not know: which model, which data, what a batch's loss is, how a model is measured.
+
+The loop (`karat.train.engine`) updates, saves, resumes and reports; a Task fills in the rest. Classification is one,
+detection another (`karat.detect`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Protocol
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from karat.train.data_loader import Loader
+from karat.train.init import Fate
+
+# A batch: images first, then what is known of each of them, as long as there are images. Both may be nested.
+Batch = tuple[Any, Any]
+Objective = Callable[[nn.Module, Batch], Tensor]
+
+
+class TaskData(Protocol):
+    """What a task reads: loaders for both parts, and how many images could not be decoded."""
+
+    @property
+    def train(self) -> Loader: ...
+    @property
+    def eval(self) -> Loader: ...
+    @property
+    def bad_images(self) -> int: ...
+
+
+class Task(ABC):
+    """One kind of training. `metric` is the evaluation's figure that `best` follows, higher being better."""
+
+    metric: ClassVar[str]
+
+    @abstractmethod
+    def load_data(self, accelerator: Accelerator) -> Any:
+        """The data (a TaskData), this process's share. Raises ValueError for data that can't be used."""
+
+    @abstractmethod
+    def facts(self, data: Any) -> dict[str, Any]:
+        """What of the data config.json must hold so that the model can be built again, plain values."""
+
+    @abstractmethod
+    def build(self, data: Any) -> tuple[nn.Module, list[Fate]]:
+        """The model on the CPU, from torch's present random state, and what --init gave it."""
+
+    @abstractmethod
+    def objective(self, data: Any) -> Objective:
+        """The function from the model and a batch, which lies on the device, to the mean loss to minimise."""
+
+    @abstractmethod
+    def evaluate(
+        self, model: nn.Module, batches: Iterable[Batch], accelerator: Accelerator, data: Any
+    ) -> dict[str, float]:
+        """The model's figures on this process's share of the evaluation images; the same on every process.
+
+        The model is left in the mode it came in. Among the figures are `metric` and "images", their number.
+        """
+
+    @abstractmethod
+    def epoch_line(self, line: Mapping[str, Any]) -> str:
+        """An epoch's figures for the terminal."""
+
+    def summary(self, history: list[dict[str, Any]]) -> dict[str, Any]:
+        """The figures of the last epoch that summary.json holds, None before the first."""
+        return {self.metric: history[-1][self.metric] if history else None}
+
+    def compile(self, model: nn.Module) -> None:
+        """Compile what of the model can be, in place."""
+        model.compile()
