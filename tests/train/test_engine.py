@@ -283,3 +283,35 @@ def test_two_processes_train_and_evaluate_as_one_and_resume(tmp_path: Path) -> N
     done = python(launch, str(script), str(tmp_path / "two"), json.dumps({**two, "resume": "auto"}))
     assert done.returncode == 0, done.stderr
     assert outcome(tmp_path / "two") == before
+
+
+LEAVING = """
+import atexit, os, sys
+from pathlib import Path
+from torch import distributed
+from helpers import tiny
+from karat.train import engine
+os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+pids = []
+for end in ("done", "error", "signal"):
+    if not (pid := os.fork()):  # torch is imported once; the parent runs no kernel, so a fork is safe
+        break
+    pids.append(pid)
+else:
+    print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])
+    raise SystemExit
+atexit.register(lambda: print(end, distributed.is_initialized(), flush=True))  # registered first, runs last
+distributed.init_process_group("gloo")
+trainer = engine.Trainer(tiny(Path(sys.argv[1]) / end, epochs=1))
+if end == "error":
+    raise ValueError("on purpose")
+trainer.fit()
+if end == "signal":
+    raise SystemExit(143)
+"""
+
+
+@pytest.mark.slow
+def test_the_process_group_is_left_however_a_process_ends(tmp_path: Path) -> None:
+    done = python(LEAVING, str(tmp_path))
+    assert sorted(done.stdout.splitlines()) == ["[0, 1, 143]", "done False", "error False", "signal False"], done.stderr

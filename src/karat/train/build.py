@@ -22,6 +22,7 @@ from karat.train.data import DEFAULT_SIZE
 from karat.train.ema import WeightAverage
 from karat.train.init import Fate, load_init
 from karat.train.optim import create_optimizer, create_schedule
+from karat.train.processes import leave_at_exit
 from karat.train.randomness import seed_everything
 from karat.train.recipes import Recipe
 from karat.train.settings import Settings
@@ -40,6 +41,7 @@ def create_accelerator(settings: Settings) -> Accelerator:
     published = KArAtConfig.parse(settings.attention).edge_scales == "published"
     # the published s_b gets no gradient while b = 0 (SPEC §2): DDP has to be told that parameters may stay unused
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=published)]
+    leave_at_exit()
     return Accelerator(
         mixed_precision=PRECISION[settings.amp_dtype],
         cpu=settings.device == "cpu",
