@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,8 +58,24 @@ def input_size(model: str) -> int:
     return cfg.input_size[-1] if cfg is not None else DEFAULT_SIZE
 
 
-def build_model(settings: Settings, num_classes: int, in_chans: int) -> nn.Module:
-    """The model of a run, on the CPU, initialised from torch's present random state."""
+def build_model(settings: Settings, num_classes: int, in_chans: int, folder: Path | None = None) -> nn.Module:
+    """The model of a run, on the CPU, initialised from torch's present random state.
+
+    folder: the run's, where it is there already: it keeps the teacher of a student.
+    """
+    return with_teacher(_plain_model(settings, num_classes, in_chans), settings, in_chans, folder)
+
+
+def with_teacher(model: nn.Module, settings: Settings, in_chans: int, folder: Path | None) -> nn.Module:
+    """The model with the attention of the settings' teacher in place of its own, where they name one."""
+    if settings.teacher is None:
+        return model
+    from karat.train.transfer import attach  # it loads the teacher through this module
+
+    return attach(model, settings, folder, in_chans)
+
+
+def _plain_model(settings: Settings, num_classes: int, in_chans: int) -> nn.Module:
     recipe = settings.recipe
     extra: dict[str, Any] = settings.model_kwargs()
     if recipe.drop:
@@ -123,13 +140,23 @@ class Parts:
 
 
 def assemble(
-    settings: Settings, accelerator: Accelerator, *, classes: int, in_chans: int, updates_per_epoch: int
+    settings: Settings,
+    accelerator: Accelerator,
+    *,
+    classes: int,
+    in_chans: int,
+    updates_per_epoch: int,
+    folder: Path | None = None,
 ) -> Parts:
-    """Build everything from the settings' seed; afterwards every process has random states of its own."""
+    """Build everything from the settings' seed; afterwards every process has random states of its own.
+
+    folder: of the run that is resumed; None for a new one.
+    """
     recipe = settings.recipe
     seed_everything(settings.seed)
-    model = build_model(settings, classes, in_chans)
+    model = _plain_model(settings, classes, in_chans)
     loaded = [] if settings.init is None else load_init(model, settings)
+    model = with_teacher(model, settings, in_chans, folder)
     if settings.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     if settings.channels_last:

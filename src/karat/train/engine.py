@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 from rich.console import Console
 
-from karat.train import checkpoint, faults, files, init, memory, randomness, runs, state, step, track
+from karat.train import checkpoint, faults, files, init, memory, randomness, runs, state, step, track, transfer
 from karat.train.build import assemble, create_accelerator, input_size
 from karat.train.data import Data, load_data
 from karat.train.evaluate import evaluate
@@ -61,7 +61,12 @@ class Trainer:
         updates = -(-self.batches_per_epoch // settings.grad_accum_steps)
         self.total_steps = self.recipe.epochs * updates
         self.parts = assemble(
-            settings, self.accelerator, classes=classes, in_chans=self.data.in_chans, updates_per_epoch=updates
+            settings,
+            self.accelerator,
+            classes=classes,
+            in_chans=self.data.in_chans,
+            updates_per_epoch=updates,
+            folder=self.folder if resuming else None,
         )
         self.progress = Progress()
         self.changing = False  # weights and progress are being changed: not a moment to save
@@ -70,6 +75,8 @@ class Trainer:
             self._resume()
         else:
             self._begin(classes)
+        if settings.teacher is not None and self.main:
+            transfer.keep(settings, self.folder)
 
     def _load_data(self) -> Data:
         s = self.settings

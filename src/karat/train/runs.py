@@ -15,7 +15,7 @@ from karat.train import checkpoint, files
 from karat.train.settings import Settings
 
 CONFIG, METRICS, SUMMARY, DIGESTS = "config.json", "metrics.jsonl", "summary.json", "weights.json"
-TRAJECTORY = "trajectory"
+TRAJECTORY, TEACHER = "trajectory", "teacher"
 
 
 def slug(text: str) -> str:
@@ -25,8 +25,12 @@ def slug(text: str) -> str:
 
 
 def default_folder(settings: Settings) -> Path:
-    """runs/DATA-MODEL-ATTENTION-sSEED, with the MLP behind the attention where it isn't the model's own."""
-    parts = [_data_slug(settings), slug(settings.model), slug(settings.attention)]
+    """runs/DATA-MODEL-ATTENTION-sSEED, with the MLP behind the attention where it isn't the model's own.
+
+    A student's attention is `from-TEACHER`.
+    """
+    attention = settings.attention if settings.teacher is None else f"from-{Path(settings.teacher).resolve().name}"
+    parts = [_data_slug(settings), slug(settings.model), slug(attention)]
     parts += [] if settings.mlp == "mlp" else [slug(settings.mlp)]
     name = "-".join([*parts, f"s{settings.seed}"])
     return Path("runs") / name
@@ -89,7 +93,7 @@ def begin(folder: Path, settings: Settings, facts: dict[str, Any]) -> None:
 
 def remove(folder: Path) -> None:
     """Remove what a run wrote, and nothing else that lies in its folder."""
-    for name in (checkpoint.FOLDER, TRAJECTORY, "tensorboard"):
+    for name in (checkpoint.FOLDER, TRAJECTORY, TEACHER, "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (METRICS, SUMMARY, DIGESTS, checkpoint.MODEL, checkpoint.EMA, "eval.json", CONFIG):
         (folder / name).unlink(missing_ok=True)

@@ -58,6 +58,8 @@ class Settings:
     """Number of classes; none: as many as the data has."""
     init: str | None = None
     """Start from the weights of a RUN, a safetensors FILE or hub:NAME, with a new head where the classes differ."""
+    teacher: str | None = None
+    """Use the attention of this trained RUN in every block, frozen, and learn the rest (karat transfer)."""
     seed: int = 0
     """Seed of initialisation, data order, augmentation and mixing."""
     output: Path | None = None
@@ -102,6 +104,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if self.teacher is not None and self.attention != "softmax":
+            raise ValueError(
+                f"attention={self.attention!r}: a student uses its teacher's attention; leave --attention out"
+            )
 
     @classmethod
     def make(cls, **values: Any) -> Settings:
