@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 from rich.console import Console
 
-from karat.train import checkpoint, faults, files, init, memory, randomness, runs, state, step, track, transfer
+from karat.train import checkpoint, faults, files, init, memory, randomness, runs, state, step, track, transfer, watch
 from karat.train.build import assemble, create_accelerator, input_size
 from karat.train.data import Data, load_data
 from karat.train.evaluate import evaluate
@@ -109,6 +109,9 @@ class Trainer:
             if self.parts.loaded:
                 self.console.print(init.table(self.parts.loaded, str(self.settings.init)))
         self.accelerator.wait_for_everyone()
+        self.progress.operators = watch.sizes(self.parts.bare)
+        if self.progress.operators and (warning := watch.rate_warning(self.recipe)):
+            self.notes.append(warning)
         if self.settings.checkpoints == "trajectory":
             self._save_trajectory()
 
@@ -148,7 +151,7 @@ class Trainer:
         """
         p, epochs = self.progress, self.recipe.epochs
         for note in self.notes:
-            self.console.print(f"note: {note}", highlight=False, soft_wrap=True)
+            self._warn(note)
         if p.epoch >= epochs:
             return self._summary()
         label = str(self.settings.attention)
@@ -174,6 +177,10 @@ class Trainer:
                 self._worker_died(error, reason)
         return self._summary()
 
+    def _warn(self, note: str | None) -> None:
+        if note is not None and self.main:
+            self.console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
     def _open_loader(self) -> Iterator[step.Batch]:
         """This epoch's batches from where the run stands, without touching the training's random states."""
         with randomness.aside(self.settings.seed + self.progress.epoch):
@@ -195,6 +202,7 @@ class Trainer:
                 self._count_fault(outcome, group)
             elif outcome.applied:
                 p.loss_sum += outcome.loss
+                p.largest_norm = max(p.largest_norm, outcome.norm)
                 p.applied += 1
             p.batch += len(group)
             p.step += 1
@@ -312,11 +320,15 @@ class Trainer:
             "seconds": seconds,
             "images_per_second": self.data.train.num_samples / max(seconds, 1e-9),
             "peak_memory_mib": memory.peak_mib(self.accelerator.device),
+            "grad_norm": p.largest_norm,
             "bad_steps": p.bad_steps,
             "bad_images": self.data.bad_images,
         }
+        if p.operators:
+            line["operator_growth"], where = watch.growth(p.operators, watch.sizes(self.parts.bare))
+            self._warn(watch.warning(line["operator_growth"], where))
         p.history.append(line)
-        p.loss_sum, p.applied, p.seconds = 0.0, 0, 0.0
+        p.loss_sum, p.applied, p.seconds, p.largest_norm = 0.0, 0, 0.0, 0.0
         if not p.best or line["top1"] > p.best["top1"]:
             p.best = {"top1": line["top1"], "epoch": p.epoch, "checkpoint": checkpoint.name_of(p.step)}
         self.changing = False
