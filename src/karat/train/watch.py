@@ -1,7 +1,7 @@
 """An eye on the operators while they learn: the paper saw their training explode.
 
-Three guards stand together: the gradient is clipped (`clip_grad`, on in every recipe), operators may have a rate of their
-own (`coefficient_lr`), and each epoch reports how far their parameters have grown, with a warning beyond LIMIT.
+Three guards stand together: the gradient is clipped (`clip_grad`, on in every recipe), operators may have a rate of
+their own (`coefficient_lr`), and each epoch reports how far their parameters have grown, with a warning beyond LIMIT.
 """
 
 from __future__ import annotations
