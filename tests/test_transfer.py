@@ -103,6 +103,16 @@ def test_compiled_it_computes_the_same() -> None:
             torch.testing.assert_close(student(images), plain)
 
 
+def test_the_teacher_keeps_its_precision_under_autocast() -> None:
+    teacher = vit("g2b")
+    student = taught(vit(), teacher)
+    with record(teacher) as theirs, torch.no_grad():
+        teacher(IMAGES)
+    with record(student) as mine, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert student(IMAGES).dtype == torch.bfloat16
+    assert torch.equal(mine["blocks.1.attn"].attention, theirs["blocks.1.attn"].attention)
+
+
 def test_a_copy_has_a_teacher_of_its_own() -> None:
     student = taught(vit(), vit("g2b"))
     again = copy.deepcopy(student)

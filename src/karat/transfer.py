@@ -90,7 +90,8 @@ class Lesson:
         like = next(self.teacher.parameters())
         if like.device != args[0].device:
             self.teacher.to(args[0].device)
-        seen = look(self.teacher, args[0].to(like.dtype))
+        with torch.autocast(args[0].device.type, enabled=False):  # the student's precision is not the teacher's
+            seen = look(self.teacher, args[0].to(like.dtype))
         for seat in self.seats:
             seat.attention.given = seen[seat.source]
 
