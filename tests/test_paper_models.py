@@ -11,6 +11,7 @@ from karat.train.build import create_loss, create_mixup
 from karat.train.build import mix as mix_batch
 from karat.train.optim import create_optimizer
 from karat.train.recipes import RECIPES
+from karat.transfer import transfer_attention
 
 SIZES = ("deep_kan", "vit_tiny", "convit_tiny", "swin_tiny", "vit_small", "vit_base")
 
@@ -50,6 +51,26 @@ def test_two_steps_at_full_size(entry):
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
     for part in ("coefficients",) if entry.table == 14 else ("operator", "qkv"):
         assert any(part in name for name in moved)
+
+
+@pytest.mark.slow
+def test_two_steps_of_the_base_model_on_the_attention_of_the_tiny_one():
+    entry = next(e for e in rows(4) if (e.model, e.variant) == ("vit_base", "softmax<-vit_tiny+g3b"))
+    setup = entry.setup
+    recipe = RECIPES[setup.recipe].override(batch_size=2)
+    teacher = create_model(setup.teacher_model, attention=setup.teacher_attention, num_classes=setup.num_classes)
+    student = create_model(setup.model, attention=setup.attention, num_classes=setup.num_classes)
+    images = torch.randn(2, 3, 224, 224)
+    student = transfer_attention(student, teacher, images[:1]).train()
+    optimizer = create_optimizer(student, recipe, total_batch=setup.batch_size)
+    for step in range(2):
+        value = create_loss(recipe)(student(images), torch.eye(10)[[1, 7]])
+        value.backward()
+        assert value.isfinite()
+        assert all(p.grad is not None for p in student.parameters()), step
+        torch.nn.utils.clip_grad_norm_(student.parameters(), recipe.clip_grad, error_if_nonfinite=True)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from importlib import metadata
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("karat.train.commands:train", "train one model, or go on with a run"),
     "compare": ("karat.train.commands:compare", "train several attentions side by side: one table, one figure"),
+    "transfer": ("karat.train.commands:transfer", "train a model on a trained teacher's attention"),
     "eval": ("karat.train.commands:evaluate", "measure top-1 and top-5 of a run"),
     "detect": ("karat.detect.commands:detect", "detection: train, eval, predict with COCO-format data"),
     "analyze": ("karat.analyze.commands:analyze", "look at one thing in runs: attention, spectrum, landscape, ..."),

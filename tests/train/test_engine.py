@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -13,8 +15,9 @@ import pytest
 import torch
 from helpers import NOISY, outcome, python, tiny
 from PIL import Image
+from rich.console import Console
 
-from karat.train import checkpoint, files, runs, step
+from karat.train import checkpoint, files, runs, step, watch
 from karat.train.engine import Trainer, train
 from karat.train.faults import TrainingDiverged
 from karat.train.snapshot import take
@@ -162,6 +165,7 @@ def test_a_dead_data_worker_is_an_error_after_a_checkpoint(tmp_path: Path) -> No
         if trainer.progress.step == 2:
             for worker in psutil.Process().children():
                 worker.kill()
+            time.sleep(60)  # torch's handler of the death's signal interrupts this: here, and not in an update
 
     trainer.after_step = strike  # type: ignore[method-assign]
     with pytest.raises(OSError, match=r"worker died.*saved at step"):
@@ -201,6 +205,25 @@ def test_other_errors_are_not_blamed_on_a_worker(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(step, "update", broken)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         trainer.fit()
+
+
+def test_operators_that_grow_are_reported_and_warned_of(tmp_path: Path) -> None:
+    said = io.StringIO()
+    wild = tiny(tmp_path / "wild", attention="g3b", coefficient_lr=40.0, epochs=2, warmup_epochs=0)
+    train(wild, console=Console(file=said, width=200))
+    text = said.getvalue()
+    assert "the operators learn at 10000 times the rate" in text
+    assert "has grown to" in text
+    assert "--coefficient-lr" in text
+    lines = runs.read_history(tmp_path / "wild")
+    assert lines[-1]["operator_growth"] > watch.LIMIT
+    assert lines[-1]["grad_norm"] > 0
+    said = io.StringIO()
+    train(tiny(tmp_path / "calm", attention="g3b", epochs=1), console=Console(file=said, width=200))
+    assert "note" not in said.getvalue()
+    assert 0.5 < runs.read_history(tmp_path / "calm")[-1]["operator_growth"] < 2
+    train(tiny(tmp_path / "plain", epochs=1))
+    assert "operator_growth" not in runs.read_history(tmp_path / "plain")[-1]
 
 
 def images(root: Path, count: int = 24) -> Path:
@@ -263,9 +286,9 @@ def test_two_processes_train_and_evaluate_as_one_and_resume(tmp_path: Path) -> N
     )
     one = {"batch_size": 16, "data_fraction": 0.11}
     two = {"batch_size": 8, "data_fraction": 0.11}
-    done = python(DISTRIBUTED, str(tmp_path / "one"), json.dumps(one))
+    done = python(DISTRIBUTED, str(tmp_path / "one"), json.dumps(one), timeout=300)
     assert done.returncode == 0, done.stderr
-    done = python(launch, str(script), str(tmp_path / "two"), json.dumps(two))
+    done = python(launch, str(script), str(tmp_path / "two"), json.dumps(two), timeout=300)
     assert done.returncode == 0, done.stderr
     single, double = (json.loads((tmp_path / name / "losses.json").read_text()) for name in ("one", "two"))
     assert len(single) >= 10
@@ -280,6 +303,38 @@ def test_two_processes_train_and_evaluate_as_one_and_resume(tmp_path: Path) -> N
             file.unlink()
         path.rmdir()
     before = outcome(tmp_path / "two")
-    done = python(launch, str(script), str(tmp_path / "two"), json.dumps({**two, "resume": "auto"}))
+    done = python(launch, str(script), str(tmp_path / "two"), json.dumps({**two, "resume": "auto"}), timeout=300)
     assert done.returncode == 0, done.stderr
     assert outcome(tmp_path / "two") == before
+
+
+LEAVING = """
+import atexit, os, sys
+from pathlib import Path
+from torch import distributed
+from helpers import tiny
+from karat.train import engine
+os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+pids = []
+for end in ("done", "error", "signal"):
+    if not (pid := os.fork()):  # torch is imported once; the parent runs no kernel, so a fork is safe
+        break
+    pids.append(pid)
+else:
+    print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])
+    raise SystemExit
+atexit.register(lambda: print(end, distributed.is_initialized(), flush=True))  # registered first, runs last
+distributed.init_process_group("gloo")
+trainer = engine.Trainer(tiny(Path(sys.argv[1]) / end, epochs=1))
+if end == "error":
+    raise ValueError("on purpose")
+trainer.fit()
+if end == "signal":
+    raise SystemExit(143)
+"""
+
+
+@pytest.mark.slow
+def test_the_process_group_is_left_however_a_process_ends(tmp_path: Path) -> None:
+    done = python(LEAVING, str(tmp_path))
+    assert sorted(done.stdout.splitlines()) == ["[0, 1, 143]", "done False", "error False", "signal False"], done.stderr

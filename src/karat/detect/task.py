@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Detection(Task):
             "skipped": data.skipped,
         }
 
-    def build(self, data: DetectData) -> tuple[nn.Module, list[Fate]]:
+    def build(self, data: DetectData, folder: Path | None) -> tuple[nn.Module, list[Fate]]:
         """As Task.build."""
         detector = build_detector(self.settings, data.num_classes)
         return detector, [] if self.settings.init is None else load_trunk(detector, self.settings)

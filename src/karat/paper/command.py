@@ -36,6 +36,8 @@ class Paper:
     """With --run: where torch/NAME lies or is downloaded to; none: $KARAT_DATA or ~/.cache/karat."""
     init: str | None = None
     """With --run, for fine-tuned rows: start from this RUN, FILE or hub:NAME instead of the row's own ImageNet run."""
+    teacher: str | None = None
+    """With --run, for Table 4: learn from this RUN instead of the row's own teacher."""
     output: str | None = None
     """With --run: the run's folder; none: the row's own, below runs/paper."""
     batch_size: int | None = None
@@ -56,7 +58,7 @@ def paper(arguments: Sequence[str]) -> None:
         if parsed.table is None:
             raise ValueError(f"--run {parsed.run}: of which table? e.g. karat paper table1 --run {parsed.run}")
         (entry,) = rows(parsed.table, parsed.run)
-        names = ("data", "data_dir", "init", "output", "batch_size", "workers", "amp_dtype", "device")
+        names = ("data", "data_dir", "init", "teacher", "output", "batch_size", "workers", "amp_dtype", "device")
         extra = {
             f"--{name.replace('_', '-')}": str(getattr(parsed, name))
             for name in names

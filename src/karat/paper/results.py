@@ -26,6 +26,7 @@ class Measured:
     top1: float
     top5: float
     epochs: int
+    teacher: Settings | None = None  # the teacher's, of a run on transferred attention
 
     @property
     def caveat(self) -> str:
@@ -48,7 +49,8 @@ def read_run(folder: str | Path) -> Measured:
     if not history:
         raise ValueError(f"{path} has no finished epoch to compare")
     last = history[-1]
-    return Measured(str(folder), dataset_of(settings.data), settings, last["top1"], last["top5"], len(history))
+    teacher = None if settings.teacher is None else runs.read_config(path / runs.TEACHER)[0]
+    return Measured(str(folder), dataset_of(settings.data), settings, last["top1"], last["top5"], len(history), teacher)
 
 
 def dataset_of(data: str) -> str:
@@ -67,7 +69,7 @@ def matching(entry: Entry, measured: Sequence[Measured]) -> list[Measured]:
 
     Edge scales, initialisation and implementation may differ: they are ways to the same operator.
     """
-    if entry.setup.kind not in ("train", "finetune") or entry.metric not in ("top1", "top5"):
+    if entry.setup.kind not in ("train", "finetune", "transfer") or entry.metric not in ("top1", "top5"):
         return []
     wanted, tuned = plain(entry.setup.config), entry.setup.kind == "finetune"
     return [
@@ -77,7 +79,17 @@ def matching(entry: Entry, measured: Sequence[Measured]) -> list[Measured]:
         and m.settings.model in (entry.setup.model, f"karat_{MODELS[entry.model]}")
         and plain(KArAtConfig.parse(m.settings.attention)) == wanted
         and (m.settings.init is not None) == tuned
+        and _same_teacher(entry, m.teacher)
     ]
+
+
+def _same_teacher(entry: Entry, teacher: Settings | None) -> bool:
+    """Whether a run learnt from such a teacher as the entry's, or both from none."""
+    setup = entry.setup
+    if teacher is None or not setup.teacher:
+        return teacher is None and not setup.teacher
+    alike = plain(KArAtConfig.parse(teacher.attention)) == plain(KArAtConfig.parse(setup.teacher_attention))
+    return alike and teacher.model.removeprefix("karat_") == setup.teacher_model
 
 
 def plain(config: KArAtConfig) -> KArAtConfig:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from karat.paper.entries import Entry
-from karat.paper.setup import command_line
+from karat.paper.setup import command_line, command_words
 
 
 def run_options(entry: Entry, scale: float = 1.0, extra: dict[str, str] | None = None) -> dict[str, str]:
-    """`karat train`'s options for a row: at a scale below 1 that fraction of the epochs (at least one) and images.
+    """The options of a row's command: at a scale below 1 that fraction of the epochs (at least one) and images.
 
     extra: options that replace the row's own or come on top, e.g. {"--data": FOLDER}. Raises ValueError for a scale
     outside (0, 1], a row that can't be run, or a start that isn't there.
@@ -31,6 +31,13 @@ def run_options(entry: Entry, scale: float = 1.0, extra: dict[str, str] | None =
             f"table{entry.table} row {entry.row} starts from an ImageNet-1K run of {entry.setup.model} with "
             f"{entry.setup.attention}, and {start} is not there: train that first, or name another start with --init"
         )
+    teacher = options.get("--teacher")
+    if teacher and not Path(teacher).exists():
+        raise ValueError(
+            f"table{entry.table} row {entry.row} learns from a run of {entry.setup.teacher_model} with "
+            f"{entry.setup.teacher_attention}, and {teacher} is not there: train that first, or name another with "
+            "--teacher"
+        )
     return options
 
 
@@ -44,7 +51,8 @@ def run_row(entry: Entry, scale: float = 1.0, extra: dict[str, str] | None = Non
     options = run_options(entry, scale, extra)
     from karat.train import commands, runs
 
-    commands.train([word for pair in options.items() for word in pair])
+    command, *words = command_words(options)
+    getattr(commands, command)(words)
     last = runs.read_history(Path(options["--output"]))[-1]
     return {metric: float(last[metric]) for metric in ("top1", "top5")}
 

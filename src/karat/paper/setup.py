@@ -36,10 +36,7 @@ DETECTION_ITERATIONS = 184_375  # of batch 32 on COCO's 118,287 training images:
 DEEP_KAN = re.compile(r"deep_kan order=(\d+) grid=(\d+) range=\(-(\d+),\3\) layers=\((\d+),(\d+)\)")
 
 # Kinds of rows whose machinery may be missing: the module that brings it, and what to call it.
-MACHINERY = {
-    "transfer": ("karat.train.transfer", "attention transfer"),
-    "detect": ("karat.detect", "detection"),
-}
+MACHINERY = {"detect": ("karat.detect", "detection")}
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,8 @@ class Setup:
     model: a name for `karat.create_model` (the backbone's for detection); attention: a `KArAtConfig` spec.
     data, num_classes, recipe, epochs, batch_size: of the run; recipe "" where none of ours applies. The paper gives
         none for fine-tuning (Table 2) and deep KANs (Table 14): theirs are our `finetune` and `quick`.
-    init: the run to start from, or "random"; teacher: the run whose attention is transferred, "" otherwise.
+    init: the run to start from, or "random"; teacher: the run whose attention is transferred, with teacher_model and
+        teacher_attention; "" otherwise.
     """
 
     kind: str
@@ -64,6 +62,8 @@ class Setup:
     batch_size: int = 0
     init: str = "random"
     teacher: str = ""
+    teacher_model: str = ""
+    teacher_attention: str = ""
 
     @property
     def config(self) -> KArAtConfig:
@@ -73,7 +73,8 @@ class Setup:
     @property
     def output(self) -> str:
         """The folder that this row's run is kept in, and where rows that build on it look for it."""
-        return _run_name(self.data, self.model, self.attention, suffix={"transfer": "-transfer"}.get(self.kind, ""))
+        learnt = f"-from-{self.teacher.rpartition('/')[2].partition('-')[2]}" if self.teacher else ""
+        return _run_name(self.data, self.model, self.attention, suffix=learnt)
 
     def why_not(self) -> str | None:
         """Why this row can't be run here; None when it can."""
@@ -86,7 +87,7 @@ class Setup:
 
     def options(self) -> dict[str, str]:
         """`karat train`'s options for this row. Raises ValueError for a row that is not a training run."""
-        if self.kind not in ("train", "finetune"):
+        if self.kind not in ("train", "finetune", "transfer"):
             raise ValueError(f"a {self.kind} row is no run of karat train")
         options = {
             "--model": self.model,
@@ -97,12 +98,20 @@ class Setup:
             "--batch-size": str(self.batch_size),
             "--output": self.output,
         }
-        return options | ({"--init": self.init} if self.kind == "finetune" else {})
+        start = {"finetune": {"--init": self.init}, "transfer": {"--teacher": self.teacher}}
+        return options | start.get(self.kind, {})
+
+
+def command_words(options: dict[str, str]) -> list[str]:
+    """`train` with these options, or `transfer` from the run that --teacher names."""
+    rest = {name: value for name, value in options.items() if name != "--teacher"}
+    command = ["transfer", options["--teacher"]] if "--teacher" in options else ["train"]
+    return [*command, *(word for pair in rest.items() for word in pair)]
 
 
 def command_line(options: dict[str, str]) -> str:
-    """`karat train` with these options, quoted for a shell."""
-    return "karat train " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options.items())
+    """`karat train` or `karat transfer` with these options, quoted for a shell."""
+    return shlex.join(["karat", *command_words(options)])
 
 
 def attention_spec(variant: str) -> str:
@@ -158,8 +167,9 @@ def read_setup(model: str, variant: str, dataset: str, note: str) -> Setup:
     common = (name, attention_spec(variant.split("<-")[0]), data, classes)
     if "<-" in variant:
         teacher, attention = variant.split("<-")[1].split("+")
-        run = _run_name(data, MODELS[teacher], attention_spec(attention))
-        return Setup("transfer", *common, recipe, RECIPES[recipe].epochs, batch_size, teacher=run)
+        theirs = (MODELS[teacher], attention_spec(attention))
+        learnt = {"teacher": _run_name(data, *theirs), "teacher_model": theirs[0], "teacher_attention": theirs[1]}
+        return Setup("transfer", *common, recipe, RECIPES[recipe].epochs, batch_size, **learnt)
     if "fine-tuned" in note:
         tune = RECIPES["finetune"]
         start = _run_name("torch/imagenet", name, common[1])

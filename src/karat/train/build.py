@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -21,6 +22,7 @@ from karat.train.data import DEFAULT_SIZE
 from karat.train.ema import WeightAverage
 from karat.train.init import Fate
 from karat.train.optim import create_optimizer, create_schedule
+from karat.train.processes import leave_at_exit
 from karat.train.randomness import seed_everything
 from karat.train.recipes import Recipe
 from karat.train.run_settings import RunSettings
@@ -41,6 +43,7 @@ def create_accelerator(settings: RunSettings) -> Accelerator:
     published = KArAtConfig.parse(settings.attention).edge_scales == "published"
     # the published s_b gets no gradient while b = 0 (SPEC §2): DDP has to be told that parameters may stay unused
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=published)]
+    leave_at_exit()
     return Accelerator(
         mixed_precision=PRECISION[settings.amp_dtype],
         cpu=settings.device == "cpu",
@@ -56,8 +59,25 @@ def input_size(model: str) -> int:
     return cfg.input_size[-1] if cfg is not None else DEFAULT_SIZE
 
 
-def build_model(settings: Settings, num_classes: int, in_chans: int) -> nn.Module:
-    """The model of a run, on the CPU, initialised from torch's present random state."""
+def build_model(settings: Settings, num_classes: int, in_chans: int, folder: Path | None = None) -> nn.Module:
+    """The model of a run, on the CPU, initialised from torch's present random state.
+
+    folder: the run's, where it is there already: it keeps the teacher of a student.
+    """
+    return with_teacher(plain_model(settings, num_classes, in_chans), settings, in_chans, folder)
+
+
+def with_teacher(model: nn.Module, settings: Settings, in_chans: int, folder: Path | None) -> nn.Module:
+    """The model with the attention of the settings' teacher in place of its own, where they name one."""
+    if settings.teacher is None:
+        return model
+    from karat.train.transfer import attach  # it loads the teacher through this module
+
+    return attach(model, settings, folder, in_chans)
+
+
+def plain_model(settings: Settings, num_classes: int, in_chans: int) -> nn.Module:
+    """The model that the settings describe, with attention of its own."""
     recipe = settings.recipe
     extra: dict[str, Any] = settings.model_kwargs()
     if recipe.drop:
@@ -121,12 +141,21 @@ class Parts:
 
 
 def assemble(
-    task: Task, settings: RunSettings, accelerator: Accelerator, data: Any, *, updates_per_epoch: int
+    task: Task,
+    settings: RunSettings,
+    accelerator: Accelerator,
+    data: Any,
+    *,
+    updates_per_epoch: int,
+    folder: Path | None = None,
 ) -> Parts:
-    """Build everything from the settings' seed; afterwards every process has random states of its own."""
+    """Build everything from the settings' seed; afterwards every process has random states of its own.
+
+    folder: of the run that is resumed; None for a new one.
+    """
     recipe = settings.recipe
     seed_everything(settings.seed)
-    model, loaded = task.build(data)
+    model, loaded = task.build(data, folder)
     if settings.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     count = sum(p.numel() for p in model.parameters())

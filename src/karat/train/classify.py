@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from accelerate import Accelerator
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from karat.train.build import build_model, create_loss, create_mixup, input_size, mix
+from karat.train import transfer
+from karat.train.build import create_loss, create_mixup, input_size, mix, plain_model, with_teacher
 from karat.train.data import Data, load_data
 from karat.train.evaluate import evaluate
 from karat.train.init import Fate, load_init
@@ -66,13 +68,19 @@ class Classification(Task):
         """As Task.facts."""
         return {"num_classes": data.num_classes, "class_names": list(data.class_names), "in_chans": data.in_chans}
 
-    def build(self, data: Data) -> tuple[nn.Module, list[Fate]]:
+    def build(self, data: Data, folder: Path | None) -> tuple[nn.Module, list[Fate]]:
         """As Task.build."""
-        model = build_model(self.settings, data.num_classes, data.in_chans)
+        model = plain_model(self.settings, data.num_classes, data.in_chans)
         loaded = [] if self.settings.init is None else load_init(model, self.settings)
+        model = with_teacher(model, self.settings, data.in_chans, folder)
         if self.settings.channels_last:
             model.to(memory_format=torch.channels_last)
         return model, loaded
+
+    def keep(self, folder: Path) -> None:
+        """The teacher of a student."""
+        if self.settings.teacher is not None:
+            transfer.keep(self.settings, folder)
 
     def objective(self, data: Data) -> Objective:
         """As Task.objective."""

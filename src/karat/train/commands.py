@@ -53,18 +53,24 @@ def _defaults(arguments: Sequence[str]) -> Settings:
 
     They decide what the other options' defaults are, so they are read first; all else is left to the full parser.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, default in (("recipe", AUTO), ("data", "digits"), ("model", AUTO), ("init", None)):
-        first.add_argument(f"--{name}", default=default)
-    for name in ("resume", "output"):
-        first.add_argument(f"--{name}", default=None)
-    known, _ = first.parse_known_args(list(arguments))
+    known = _first_options(arguments)
     asked = None if known.resume is None else known.output if known.resume == AUTO else known.resume
     if asked is not None and runs.is_run(Path(asked)):
         saved, _ = runs.read_config(Path(asked))
         return replace(saved, resume=known.resume, output=Path(asked), overwrite=False)
-    name = preset_for(known.recipe, known.data, known.model, None if known.init == "None" else known.init)
+    init = None if known.init == "None" else known.init
+    name = preset_for(known.recipe, known.data or "digits", known.model or AUTO, init)
     return Settings(recipe=get_recipe(name))
+
+
+def _first_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options on which other options' defaults depend; None for one that is not given."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default=AUTO)
+    for name in ("data", "model", "init", "resume", "output"):
+        first.add_argument(f"--{name}", default=None)
+    known, _ = first.parse_known_args(list(arguments))
+    return known
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -72,6 +78,11 @@ def train(arguments: Sequence[str]) -> None:
     settings = parse(
         lambda: tyro.cli(Settings, args=arguments, prog="karat train", default=_defaults(arguments)), "karat train"
     )
+    _run(settings)
+
+
+def _run(settings: Settings) -> None:
+    """Train, and say how it ended."""
     from karat.train.engine import Trainer
 
     console = Console()
@@ -84,6 +95,33 @@ def train(arguments: Sequence[str]) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def transfer(arguments: Sequence[str]) -> None:
+    """karat transfer TEACHER_RUN [options of karat train]."""
+    name, rest = (None, arguments) if not arguments or arguments[0].startswith("-") else (arguments[0], arguments[1:])
+    wants_help = bool({"-h", "--help"} & set(arguments))
+    if name is None and not wants_help:
+        raise ValueError("name the teacher's run first: karat transfer TEACHER_RUN [options of karat train]")
+    prog = "karat transfer TEACHER_RUN"
+    default = Settings() if name is None else _student_defaults(Path(name), rest)
+    settings = parse(lambda: tyro.cli(Settings, args=rest, prog=prog, default=default), prog)
+    _run(settings)
+
+
+def _student_defaults(teacher: Path, arguments: Sequence[str]) -> Settings:
+    from karat.train.transfer import student_defaults
+
+    resumed = _defaults(arguments)
+    if resumed.resume is not None:
+        return resumed
+    given = [word[2:].partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")]
+    student = student_defaults(teacher, given)
+    if student.preset != AUTO:
+        return student
+    asked = _first_options(arguments)
+    name = preset_for(asked.recipe, asked.data or student.data, asked.model or student.model, None)
+    return replace(student, recipe=get_recipe(name))
 
 
 def compare(arguments: Sequence[str]) -> None:

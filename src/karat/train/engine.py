@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import send_to_device
 from rich.console import Console
 
-from karat.train import checkpoint, faults, files, init, memory, randomness, runs, state, step, track
+from karat.train import checkpoint, faults, files, init, memory, randomness, runs, state, step, track, watch
 from karat.train.build import assemble, create_accelerator
 from karat.train.run_settings import RunSettings, first_change
 from karat.train.settings import Settings
@@ -61,7 +61,10 @@ class Trainer:
         self.batches_per_epoch = len(self.data.train)
         updates = -(-self.batches_per_epoch // settings.grad_accum_steps)
         self.total_steps = self.recipe.epochs * updates
-        self.parts = assemble(self.task, settings, self.accelerator, self.data, updates_per_epoch=updates)
+        resumed = self.folder if resuming else None
+        self.parts = assemble(
+            self.task, settings, self.accelerator, self.data, updates_per_epoch=updates, folder=resumed
+        )
         self.progress = Progress()
         self.changing = False  # weights and progress are being changed: not a moment to save
         self.notes: list[str] = []
@@ -69,6 +72,8 @@ class Trainer:
             self._resume()
         else:
             self._begin()
+        if self.main:
+            self.task.keep(self.folder)
 
     def create_task(self, settings: Any) -> Task:
         """What fills in the loop: classification here."""
@@ -86,6 +91,9 @@ class Trainer:
             if self.parts.loaded:
                 self.console.print(init.table(self.parts.loaded, str(self.settings.init)))
         self.accelerator.wait_for_everyone()
+        self.progress.operators = watch.sizes(self.parts.bare)
+        if self.progress.operators and (warning := watch.rate_warning(self.recipe)):
+            self.notes.append(warning)
         if self.settings.checkpoints == "trajectory":
             self._save_trajectory()
 
@@ -125,7 +133,7 @@ class Trainer:
         """
         p, epochs = self.progress, self.recipe.epochs
         for note in self.notes:
-            self.console.print(f"note: {note}", highlight=False, soft_wrap=True)
+            self._warn(note)
         if p.epoch >= epochs:
             return self._summary()
         label = str(self.settings.attention)
@@ -151,6 +159,10 @@ class Trainer:
                 self._worker_died(error, reason)
         return self._summary()
 
+    def _warn(self, note: str | None) -> None:
+        if note is not None and self.main:
+            self.console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
     def _open_loader(self) -> Iterator[Batch]:
         """This epoch's batches from where the run stands, without touching the training's random states."""
         with randomness.aside(self.settings.seed + self.progress.epoch):
@@ -172,6 +184,7 @@ class Trainer:
                 self._count_fault(outcome, group)
             elif outcome.applied:
                 p.loss_sum += outcome.loss
+                p.largest_norm = max(p.largest_norm, outcome.norm)
                 p.applied += 1
             p.batch += len(group)
             p.step += 1
@@ -290,11 +303,15 @@ class Trainer:
             "seconds": seconds,
             "images_per_second": self.data.train.num_samples / max(seconds, 1e-9),
             "peak_memory_mib": memory.peak_mib(self.accelerator.device),
+            "grad_norm": p.largest_norm,
             "bad_steps": p.bad_steps,
             "bad_images": self.data.bad_images,
         }
+        if p.operators:
+            line["operator_growth"], where = watch.growth(p.operators, watch.sizes(self.parts.bare))
+            self._warn(watch.warning(line["operator_growth"], where))
         p.history.append(line)
-        p.loss_sum, p.applied, p.seconds = 0.0, 0, 0.0
+        p.loss_sum, p.applied, p.seconds, p.largest_norm = 0.0, 0, 0.0, 0.0
         metric = self.task.metric
         if not p.best or line[metric] > p.best[metric]:
             p.best = {metric: line[metric], "epoch": p.epoch, "checkpoint": checkpoint.name_of(p.step)}

@@ -20,9 +20,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from karat.config import KArAtConfig
-from karat.models import create_model
 from karat.train import files, runs
-from karat.train.checkpoint import load_weights
 from karat.train.optim import operator_parameters
 from karat.train.run_settings import RunSettings
 
@@ -93,15 +91,10 @@ def read_model(source: str, settings: RunSettings) -> tuple[nn.Module, bool] | N
 
 
 def _read_run(folder: Path, settings: RunSettings) -> tuple[nn.Module, bool]:
-    theirs, facts = runs.read_config(folder)
-    source = create_model(
-        theirs.model,
-        attention=theirs.attention,
-        num_classes=facts["num_classes"],
-        in_chans=facts["in_chans"],
-        **theirs.model_kwargs(),
-    )
-    load_weights(source, runs.read_weights(folder), str(folder))
+    from karat.train.measure import load_run  # it builds models, and those may begin here
+
+    theirs, _ = runs.read_config(folder)
+    source = load_run(folder)
     mine, other = KArAtConfig.parse(settings.attention), KArAtConfig.parse(theirs.attention)
     same = all(getattr(mine, name) == getattr(other, name) for name in ("basis", "order", "base", "sharing"))
     return source, same

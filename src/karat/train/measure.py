@@ -14,6 +14,7 @@ from karat.train.checkpoint import load_weights
 from karat.train.data import load_data
 from karat.train.evaluate import evaluate
 from karat.train.files import write_json
+from karat.transfer import teacher_of
 
 
 def load_run(folder: Path, weights: str = "last") -> nn.Module:
@@ -22,7 +23,7 @@ def load_run(folder: Path, weights: str = "last") -> nn.Module:
     Raises ValueError when the folder is no run, or its weights are missing or were tampered with.
     """
     settings, facts = runs.read_config(folder)
-    model = build_model(settings, facts["num_classes"], facts["in_chans"])
+    model = build_model(settings, facts["num_classes"], facts["in_chans"], folder)
     load_weights(model, runs.read_weights(folder, weights), str(runs.weights_path(folder, weights)))
     return model.eval()
 
@@ -52,6 +53,9 @@ def evaluate_run(
         from karat.resample import resample_tokens
 
         model, side = resample_tokens(model, img_size=img_size), img_size
+        teacher = teacher_of(model)
+        if teacher is not None:
+            resample_tokens(teacher, img_size=img_size)
     loaded = load_data(
         data or settings.data,
         img_size=side,

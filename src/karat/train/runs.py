@@ -16,7 +16,7 @@ from karat.train.run_settings import RunSettings, data_slug, slug
 from karat.train.settings import Settings
 
 CONFIG, METRICS, SUMMARY, DIGESTS = "config.json", "metrics.jsonl", "summary.json", "weights.json"
-TRAJECTORY = "trajectory"
+TRAJECTORY, TEACHER = "trajectory", "teacher"
 
 S = TypeVar("S", bound=RunSettings)
 
@@ -81,7 +81,7 @@ def begin(folder: Path, settings: RunSettings, facts: dict[str, Any]) -> None:
 
 def remove(folder: Path) -> None:
     """Remove what a run wrote, and nothing else that lies in its folder."""
-    for name in (checkpoint.FOLDER, TRAJECTORY, "tensorboard"):
+    for name in (checkpoint.FOLDER, TRAJECTORY, TEACHER, "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (METRICS, SUMMARY, DIGESTS, checkpoint.MODEL, checkpoint.EMA, "eval.json", CONFIG):
         (folder / name).unlink(missing_ok=True)

@@ -57,6 +57,8 @@ class Settings(RunSettings):
     """Training images of a stream that does not say how many it has."""
     num_classes: int | None = None
     """Number of classes; none: as many as the data has."""
+    teacher: str | None = None
+    """Use the attention of this trained RUN in every block, frozen, and learn the rest (karat transfer)."""
     channels_last: bool = False
     """Keep images in channels-last memory format."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=lambda: RECIPES["digits"])
@@ -67,6 +69,10 @@ class Settings(RunSettings):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if self.teacher is not None and self.attention != "softmax":
+            raise ValueError(
+                f"attention={self.attention!r}: a student uses its teacher's attention; leave --attention out"
+            )
 
     @classmethod
     def make(cls, **values: Any) -> Settings:
@@ -93,8 +99,12 @@ class Settings(RunSettings):
         return resolve(self)
 
     def folder_name(self) -> str:
-        """DATA-MODEL-ATTENTION-sSEED, with the MLP behind the attention where it isn't the model's own."""
-        parts = [data_slug(self.data), slug(self.model), slug(self.attention)]
+        """DATA-MODEL-ATTENTION-sSEED, with the MLP behind the attention where it isn't the model's own.
+
+        A student's attention is `from-TEACHER`.
+        """
+        attention = self.attention if self.teacher is None else f"from-{Path(self.teacher).resolve().name}"
+        parts = [data_slug(self.data), slug(self.model), slug(attention)]
         parts += [] if self.mlp == "mlp" else [slug(self.mlp)]
         return "-".join([*parts, f"s{self.seed}"])
 

@@ -22,7 +22,9 @@ class Progress:
     loss_sum: float = 0.0  # over this epoch's updates that counted
     applied: int = 0
     seconds: float = 0.0  # spent in this epoch so far
+    largest_norm: float = 0.0  # of this epoch's gradients, before clipping
     bad_steps: int = 0
+    operators: dict[str, float] = field(default_factory=dict)  # sizes at the start, see `watch`
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
 

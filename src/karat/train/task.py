@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from accelerate import Accelerator
@@ -46,8 +47,14 @@ class Task(ABC):
         """What of the data config.json must hold so that the model can be built again, plain values."""
 
     @abstractmethod
-    def build(self, data: Any) -> tuple[nn.Module, list[Fate]]:
-        """The model on the CPU, from torch's present random state, and what --init gave it."""
+    def build(self, data: Any, folder: Path | None) -> tuple[nn.Module, list[Fate]]:
+        """The model on the CPU, from torch's present random state, and what --init gave it.
+
+        folder: of the run that is resumed; None for a new one.
+        """
+
+    def keep(self, folder: Path) -> None:  # noqa: B027  a hook that most tasks leave alone
+        """Copy into the run what else it needs to be opened; nothing, as a rule."""
 
     @abstractmethod
     def objective(self, data: Any) -> Objective:
