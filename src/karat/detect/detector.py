@@ -67,7 +67,7 @@ class Detector(MaskRCNN):
         self.img_size = side
         self.transform = _AsGiven(side, side, list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD), side)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, images: list[Tensor], targets: Targets | None = None, sizes: Sequence[tuple[int, int]] | None = None
     ) -> Any:
         """Losses by name in training, detections of each image in evaluation.

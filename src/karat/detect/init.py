@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,8 +25,9 @@ def load_trunk(detector: Detector, settings: DetectSettings) -> list[Fate]:
     softmax, the operators start fresh. Raises ValueError as `karat.train.init` does.
     """
     assert settings.init is not None
+    source: Any
     source, absent, same = _source(settings.init, settings)
-    patch = source.patch_embed.patch_size[0]  # type: ignore[union-attr, index]
+    patch: int = source.patch_embed.patch_size[0]
     resample_tokens(source, img_size=settings.window * patch, num_prefix_tokens=0)
     grid = settings.recipe.img_size // detector.trunk.stride
     with torch.random.fork_rng(devices=[]):

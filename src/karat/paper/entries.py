@@ -57,7 +57,7 @@ class Entry:
             return ""
         if self.setup.kind == "cost":
             return f"karat paper table{self.table} --run {self.row}"
-        return command_line(self.setup.options())
+        return command_line(self.setup.options(), self.setup.program)
 
     @property
     def runnable(self) -> tuple[bool, str]:

@@ -1,7 +1,8 @@
-"""Running a published row: the same entry as `karat train`, with a fraction of the epochs and data if wanted."""
+"""Running a published row: the same entry as `karat train` or `karat detect train`, smaller if wanted."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from karat.paper.entries import Entry
@@ -9,7 +10,9 @@ from karat.paper.setup import command_line
 
 
 def run_options(entry: Entry, scale: float = 1.0, extra: dict[str, str] | None = None) -> dict[str, str]:
-    """`karat train`'s options for a row: at a scale below 1 that fraction of the epochs (at least one) and images.
+    """The options of `karat train`, or of `karat detect train`, for a row.
+
+    At a scale below 1 that fraction of the epochs (at least one) and images.
 
     extra: options that replace the row's own or come on top, e.g. {"--data": FOLDER}. Raises ValueError for a scale
     outside (0, 1], a row that can't be run, or a start that isn't there.
@@ -28,8 +31,8 @@ def run_options(entry: Entry, scale: float = 1.0, extra: dict[str, str] | None =
     start = options.get("--init")
     if start and not start.startswith("hub:") and not Path(start).exists():
         raise ValueError(
-            f"table{entry.table} row {entry.row} starts from an ImageNet-1K run of {entry.setup.model} with "
-            f"{entry.setup.attention}, and {start} is not there: train that first, or name another start with --init"
+            f"table{entry.table} row {entry.row} starts from an ImageNet-1K run of {entry.setup.model}, "
+            f"and {start} is not there: train that first, or name another start with --init"
         )
     return options
 
@@ -42,16 +45,29 @@ def run_row(entry: Entry, scale: float = 1.0, extra: dict[str, str] | None = Non
     if entry.runnable[0] and entry.setup.kind == "cost":
         return measure_cost(entry)
     options = run_options(entry, scale, extra)
-    from karat.train import commands, runs
+    from karat.train import runs
 
-    commands.train([word for pair in options.items() for word in pair])
+    train, metrics = _trainer(entry.setup.kind)
+    train([word for pair in options.items() for word in pair])
     last = runs.read_history(Path(options["--output"]))[-1]
-    return {metric: float(last[metric]) for metric in ("top1", "top5")}
+    return {metric: float(last[metric]) for metric in metrics if metric in last}
+
+
+def _trainer(kind: str) -> tuple[Callable[[Sequence[str]], None], tuple[str, ...]]:
+    """The command's function that trains a row of this kind, and the figures that are published of it."""
+    if kind == "detect":
+        from karat.detect import commands as detection
+        from karat.detect.task import FIGURES
+
+        return detection.train, FIGURES
+    from karat.train import commands
+
+    return commands.train, ("top1", "top5")
 
 
 def scaled_command(entry: Entry, scale: float, extra: dict[str, str] | None = None) -> str:
     """The command that `run_row` amounts to."""
-    return command_line(run_options(entry, scale, extra))
+    return command_line(run_options(entry, scale, extra), entry.setup.program)
 
 
 def measure_cost(entry: Entry) -> dict[str, float]:

@@ -35,10 +35,11 @@ COUNTED_CLASSES = {"vit_small": 1000}  # Tables 1 and 13 count Small with 1000 c
 DETECTION_ITERATIONS = 184_375  # of batch 32 on COCO's 118,287 training images: 50 epochs (Table 11)
 DEEP_KAN = re.compile(r"deep_kan order=(\d+) grid=(\d+) range=\(-(\d+),\3\) layers=\((\d+),(\d+)\)")
 
+# Kinds of rows that are training runs, and the command that makes them.
+PROGRAMS = {"train": "karat train", "finetune": "karat train", "detect": "karat detect train"}
 # Kinds of rows whose machinery may be missing: the module that brings it, and what to call it.
 MACHINERY = {
     "transfer": ("karat.train.transfer", "attention transfer"),
-    "detect": ("karat.detect", "detection"),
 }
 
 
@@ -73,7 +74,12 @@ class Setup:
     @property
     def output(self) -> str:
         """The folder that this row's run is kept in, and where rows that build on it look for it."""
-        return _run_name(self.data, self.model, self.attention, suffix={"transfer": "-transfer"}.get(self.kind, ""))
+        return _run_name(self.data, self.model, self.attention, suffix=self._suffix())
+
+    def _suffix(self) -> str:
+        """What tells runs apart that share model, attention and data."""
+        pretrained = "-imagenet" if self.kind == "detect" and self.init != "random" else ""
+        return {"transfer": "-transfer"}.get(self.kind, pretrained)
 
     def why_not(self) -> str | None:
         """Why this row can't be run here; None when it can."""
@@ -85,9 +91,9 @@ class Setup:
         return f"{name}: run its own command, `karat paper` trains classifiers only"
 
     def options(self) -> dict[str, str]:
-        """`karat train`'s options for this row. Raises ValueError for a row that is not a training run."""
-        if self.kind not in ("train", "finetune"):
-            raise ValueError(f"a {self.kind} row is no run of karat train")
+        """The options of `program` for this row. Raises ValueError for a row that is not a training run."""
+        if self.kind not in PROGRAMS:
+            raise ValueError(f"a {self.kind} row is no training run")
         options = {
             "--model": self.model,
             "--attention": self.attention,  # softmax where the model has none (deep KANs)
@@ -97,12 +103,17 @@ class Setup:
             "--batch-size": str(self.batch_size),
             "--output": self.output,
         }
-        return options | ({"--init": self.init} if self.kind == "finetune" else {})
+        return options | ({"--init": self.init} if self.init != "random" else {})
+
+    @property
+    def program(self) -> str:
+        """The command that trains this row."""
+        return PROGRAMS[self.kind]
 
 
-def command_line(options: dict[str, str]) -> str:
-    """`karat train` with these options, quoted for a shell."""
-    return "karat train " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options.items())
+def command_line(options: dict[str, str], program: str = "karat train") -> str:
+    """`program` with these options, quoted for a shell."""
+    return f"{program} " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options.items())
 
 
 def attention_spec(variant: str) -> str:
@@ -152,7 +163,7 @@ def read_setup(model: str, variant: str, dataset: str, note: str) -> Setup:
     if dataset == "coco":
         start = "random" if "init=random" in note else _run_name("torch/imagenet", name, "softmax")
         epochs = round(DETECTION_ITERATIONS * 32 / 118_287)
-        return Setup("detect", name, attention_spec(variant), data, classes, epochs=epochs, batch_size=32, init=start)
+        return Setup("detect", name, attention_spec(variant), data, classes, "published", epochs, 32, init=start)
     recipe = next((family for family in ("convit", "swin") if model.startswith(family)), "vit")
     batch_size = RECIPES[recipe].batch_size if dataset == "imagenet1k" else 32  # SPEC §4
     common = (name, attention_spec(variant.split("<-")[0]), data, classes)

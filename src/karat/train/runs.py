@@ -87,6 +87,14 @@ def remove(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def task_of(folder: Path) -> str:
+    """The task of a run, by its config.json; ValueError when it is no run's folder."""
+    if not is_run(folder):
+        raise ValueError(f"{folder} is no run's folder: it has no {CONFIG}")
+    config = files.read_json(folder / CONFIG)
+    return str(config.get("task", Settings.task)) if isinstance(config, dict) else Settings.task
+
+
 @overload
 def read_config(folder: Path) -> tuple[Settings, dict[str, Any]]: ...
 @overload
