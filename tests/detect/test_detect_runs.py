@@ -12,7 +12,7 @@ from detect_helpers import TINY, tiny, write_coco
 
 from karat.cli import main
 from karat.detect.detector import build_detector
-from karat.detect.init import load_trunk
+from karat.detect.init import load_init, load_trunk
 from karat.detect.measure import evaluate_run
 from karat.detect.settings import DetectSettings
 from karat.detect.task import DetectTrainer, total_loss, train
@@ -104,15 +104,16 @@ def test_command_line_trains_evaluates_and_draws(
     assert main(["detect", "predict", str(tmp_path / "run"), *pictures, "--score", "0.0"]) == 0
     from PIL import Image
 
-    with_truth, alone = (Image.open(tmp_path / "run" / "predictions" / f"{n}.jpg").width for n in ("1", "stranger"))
-    assert (with_truth, alone) == (120, 60)
+    for name, width in (("1", 120), ("stranger", 60)):  # beside the truth, and alone
+        with Image.open(tmp_path / "run" / "predictions" / f"{name}.jpg") as drawing:
+            assert drawing.width == width
     found = json.loads((tmp_path / "run" / "predictions" / "predictions.json").read_text())
     assert all({"file_name", "bbox", "score", "category_id", "segmentation"} <= set(entry) for entry in found)
 
 
 def test_runs_side_by_side(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["detect", "compare", str(finished), "--output", str(tmp_path / "out")]) == 0
-    assert "box AP50" in capsys.readouterr().out.replace("\n", " ")
+    assert "AP50" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "out" / "compare.json").read_text())
     last = runs.read_history(finished)[-1]
     assert (row["epochs"], row["box_AP"], row["train_box_AP50"]) == (2, last["box_AP"], last["train_box_AP50"])
@@ -224,6 +225,22 @@ def test_a_softmax_classifier_leaves_operators_fresh(data: Path, classifier: Pat
     assert ("operators", FRESH) in fates
     with pytest.raises(ValueError, match="no such run or file"):
         load_trunk(detector, tiny(data, init="nowhere"))
+
+
+@pytest.mark.parametrize("side", [64, 96])
+def test_a_detector_gives_all_it_has_at_another_size_too(data: Path, finished: Path, side: int) -> None:
+    settings = tiny(data, attention="g1b,rank=2", init=str(finished), img_size=side)
+    detector = build_detector(settings, 2)
+    assert {f.fate for f in load_init(detector, settings)} == {LOADED}
+    theirs = read_tensors(finished / "model.safetensors")
+    mine = detector.state_dict()
+    changed = {name for name in mine if mine[name].shape != theirs[name].shape}
+    assert all("operator" in name or "pos_embed" in name for name in changed)
+    assert (changed == set()) == (side == 64)
+    assert torch.equal(mine["rpn.head.bbox_pred.weight"], theirs["rpn.head.bbox_pred.weight"])
+    more = build_detector(settings, 5)
+    fates = {(f.part, f.fate) for f in load_init(more, settings)}
+    assert {("roi_heads", FRESH), ("roi_heads", LOADED)} <= fates
 
 
 def test_weights_from_a_file(data: Path, classifier: Path) -> None:

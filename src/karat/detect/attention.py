@@ -64,6 +64,12 @@ class GridAttention(nn.Module):
         relative: whether to add relative positions.
     """
 
+    qkv: nn.Linear
+    q_norm: nn.Module
+    k_norm: nn.Module
+    proj: nn.Module
+    proj_drop: nn.Module
+
     def __init__(self, attn: Any, grid: tuple[int, int], base: tuple[int, int], relative: bool = False) -> None:
         super().__init__()
         self.num_heads: int = attn.num_heads

@@ -1,4 +1,4 @@
-"""`karat detect train|eval|predict|compare`: each one typed dataclass, parsed by tyro, handed to the module that acts."""
+"""`karat detect train|eval|predict|compare`: typed dataclasses, parsed by tyro, handed to the modules that act."""
 
 from __future__ import annotations
 

@@ -81,9 +81,9 @@ def begin(folder: Path, settings: RunSettings, facts: dict[str, Any]) -> None:
 
 def remove(folder: Path) -> None:
     """Remove what a run wrote, and nothing else that lies in its folder."""
-    for name in (checkpoint.FOLDER, TRAJECTORY, "tensorboard"):
+    for name in (checkpoint.FOLDER, TRAJECTORY, "tensorboard", "predictions"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (METRICS, SUMMARY, DIGESTS, checkpoint.MODEL, checkpoint.EMA, "eval.json", CONFIG):
+    for name in (METRICS, SUMMARY, DIGESTS, checkpoint.MODEL, checkpoint.EMA, "eval.json", "detections.json", CONFIG):
         (folder / name).unlink(missing_ok=True)
 
 
