@@ -6,12 +6,15 @@ import pytest
 import tyro
 
 from karat.config import KArAtConfig
+from karat.detect.commands import _defaults as detect_defaults
+from karat.detect.recipes import PUBLISHED
+from karat.detect.settings import DetectSettings
 from karat.paper import TABLES, Setup, attention_spec, compare, matching, rows, run_row
 from karat.paper.command import paper
 from karat.paper.entries import table_number
 from karat.paper.results import dataset_of, plain, read_run
 from karat.paper.run import run_options
-from karat.paper.setup import read_setup
+from karat.paper.setup import PROGRAMS, read_setup
 from karat.train import runs
 from karat.train.commands import _defaults
 from karat.train.settings import Settings
@@ -116,12 +119,20 @@ def test_rows_that_share_a_run_share_its_settings():
 def test_commands_are_understood_by_the_command_line():
     seen = set()
     for entry in rows():
-        if entry.setup.kind not in ("train", "finetune") or (entry.table, entry.model, entry.setup.kind) in seen:
+        if entry.setup.kind not in PROGRAMS or (entry.table, entry.model, entry.setup.kind) in seen:
             continue
         seen.add((entry.table, entry.model, entry.setup.kind))
         words = shlex.split(entry.command)
-        assert words[:2] == ["karat", "train"], entry
-        settings = tyro.cli(Settings, args=words[2:], default=_defaults(words[2:]))
+        if entry.setup.kind == "detect":
+            assert words[:3] == ["karat", "detect", "train"]
+            settings = tyro.cli(DetectSettings, args=words[3:], default=detect_defaults(words[3:]))
+            assert settings.recipe == PUBLISHED
+        elif entry.setup.kind == "transfer":
+            assert words[:3] == ["karat", "transfer", entry.setup.teacher]
+            settings = tyro.cli(Settings, args=words[3:], default=_defaults(words[3:]))
+        else:
+            assert words[:2] == ["karat", "train"]
+            settings = tyro.cli(Settings, args=words[2:], default=_defaults(words[2:]))
         assert (settings.model, settings.attention) == (entry.setup.model, entry.setup.attention)
         assert settings.recipe.epochs == entry.setup.epochs
         assert settings.recipe.batch_size == entry.setup.batch_size
@@ -153,14 +164,6 @@ def test_run_row_goes_through_the_train_command(tmp_path, monkeypatch):
     assert measured == {"top1": 12.5, "top5": 50.0}
     (words,) = calls
     assert words[words.index("--data-fraction") + 1] == "0.01"
-
-
-def test_rows_without_machinery_say_so(monkeypatch):
-    monkeypatch.setattr("karat.paper.setup.importlib.util.find_spec", lambda name: None)
-    entry = rows(12, 1)[0]
-    assert not entry.runnable[0]
-    with pytest.raises(ValueError, match=r"table12 row 1 .*can't be run: this version of karat has no"):
-        run_row(entry)
 
 
 def test_a_missing_start_is_named():
@@ -200,10 +203,21 @@ def test_results_find_their_rows(tmp_path):
         (1, "top1"), (1, "top5"), (15, "top1"), (17, "top1"), (18, "top1")
     }  # fmt: skip
     assert {run.run for _, run in found} == {str(ours)}
-    assert read_run(ours).top1 == 70.5
+    assert read_run(ours).figures["top1"] == 70.5
     assert "2 of 100 epochs" in read_run(ours).caveat
     with pytest.raises(ValueError, match="no run's folder"):
         compare(rows(), [tmp_path / "nowhere"])
+
+
+def test_a_detector_finds_its_rows(tmp_path):
+    for name, init in (("random", None), ("started", "x")):
+        settings = DetectSettings.make(model="vit_base_patch16_224", attention="g1u", data="coco", init=init)
+        runs.begin(tmp_path / name, settings, {"categories": []})
+        runs.write_history(tmp_path / name, [{"epoch": 1, "box_AP": 9.5, "mask_AP50": 17.0}])
+    found = {(e.row, e.metric): run for e, run in compare(rows(12), [tmp_path / "random"])}
+    assert set(found) == {(31, "box_AP"), (35, "mask_AP50")}
+    assert {e.row for e, _ in compare(rows(12), [tmp_path / "started"])} == {13, 17}
+    assert "1 of 50 epochs" in found[31, "box_AP"].caveat
 
 
 def test_a_fine_tuned_run_is_no_run_from_scratch(tmp_path):

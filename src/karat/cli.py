@@ -17,7 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("karat.train.commands:compare", "train several attentions side by side: one table, one figure"),
     "transfer": ("karat.train.commands:transfer", "train a model on a trained teacher's attention"),
     "eval": ("karat.train.commands:evaluate", "measure top-1 and top-5 of a run"),
-    "detect": ("karat.detect.commands:detect", "detection: train, eval, predict with COCO-format data"),
+    "detect": ("karat.detect.commands:detect", "detection with COCO-format data: train, eval, predict, compare"),
     "analyze": ("karat.analyze.commands:analyze", "look at one thing in runs: attention, spectrum, landscape, ..."),
     "report": ("karat.analyze.commands:report", "write one HTML page about one run or several"),
     "explore": ("karat.analyze.commands:explore", "look into a run in the browser"),

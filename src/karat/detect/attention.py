@@ -64,6 +64,12 @@ class GridAttention(nn.Module):
         relative: whether to add relative positions.
     """
 
+    qkv: nn.Linear
+    q_norm: nn.Module
+    k_norm: nn.Module
+    proj: nn.Module
+    proj_drop: nn.Module
+
     def __init__(self, attn: Any, grid: tuple[int, int], base: tuple[int, int], relative: bool = False) -> None:
         super().__init__()
         self.num_heads: int = attn.num_heads
@@ -84,7 +90,7 @@ class GridAttention(nn.Module):
         self.rel_pos_h: nn.Parameter | None = None
         self.rel_pos_w: nn.Parameter | None = None
         if relative:
-            width = self.qkv.out_features // (3 * self.num_heads)  # type: ignore[union-attr, operator]
+            width = self.qkv.out_features // (3 * self.num_heads)
             self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid[0] - 1, width))
             self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid[1] - 1, width))
 
@@ -101,7 +107,7 @@ class GridAttention(nn.Module):
             out = self.operator.attend(q, k, v, scale=scale, mask=mask)
         else:
             out = softmax_attention(q, k, v, scale, None, mask)
-        projected: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))  # type: ignore[operator]
+        projected: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
         return projected
 
     def extra_repr(self) -> str:

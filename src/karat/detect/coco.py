@@ -228,6 +228,6 @@ def _run_lengths(shape: dict[str, Any], size: tuple[int, int], where: str) -> di
     if isinstance(counts, list):
         if sum(counts) != size[0] * size[1]:
             raise ValueError(f"{where} has run lengths of {sum(counts)} pixels, the image has {size[0] * size[1]}")
-        shape = rle_api.frPyObjects(shape, *size)  # type: ignore[assignment]
+        shape = rle_api.frPyObjects(shape, *size)
         counts = shape["counts"]
     return {"size": list(size), "counts": counts.decode() if isinstance(counts, bytes) else counts}

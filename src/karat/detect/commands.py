@@ -1,4 +1,4 @@
-"""`karat detect train|eval|predict`: each one typed dataclass, parsed by tyro, handed to the module that acts."""
+"""`karat detect train|eval|predict|compare`: typed dataclasses, parsed by tyro, handed to the modules that act."""
 
 from __future__ import annotations
 
@@ -57,6 +57,16 @@ class Predict:
     """The folder of the drawings and of predictions.json; none: RUN/predictions."""
     device: Literal["auto", "cpu"] | None = None
     """auto: the accelerator when there is one; none: as the run had."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Put runs side by side: one table of their last figures, one figure of their loss and AP curves."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """The runs' folders."""
+    output: Path = Path("runs/compare-detect")
+    """Where compare.json and curves.png are written."""
 
 
 def _defaults(arguments: Sequence[str]) -> DetectSettings:
@@ -145,11 +155,24 @@ def predict(arguments: Sequence[str]) -> None:
         console.print(f"{path}: {count} found", highlight=False, soft_wrap=True)
 
 
+def compare(arguments: Sequence[str]) -> None:
+    """karat detect compare."""
+    parsed = parse(lambda: tyro.cli(Compare, args=arguments, prog="karat detect compare"), "karat detect compare")
+    from karat.detect.compare import FIGURE, RESULT, compare_runs, table
+
+    rows = compare_runs(parsed.runs, parsed.output)
+    console = Console()
+    console.print(table(rows))
+    places = f"curves: {parsed.output / FIGURE}\ntable:  {parsed.output / RESULT}"
+    console.print(places, highlight=False, soft_wrap=True)
+
+
 # what follows `karat detect` -> (function that takes the rest of the line, what it does)
 ACTIONS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (train, "train a detector, or go on with a run"),
     "eval": (evaluate, "measure the average precision of a run"),
     "predict": (predict, "draw what a run's detector finds in images"),
+    "compare": (compare, "put runs side by side: one table, one figure of curves"),
 }
 
 

@@ -67,7 +67,7 @@ class Detector(MaskRCNN):
         self.img_size = side
         self.transform = _AsGiven(side, side, list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD), side)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, images: list[Tensor], targets: Targets | None = None, sizes: Sequence[tuple[int, int]] | None = None
     ) -> Any:
         """Losses by name in training, detections of each image in evaluation.
@@ -112,8 +112,8 @@ class Detector(MaskRCNN):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers for timm's layer-wise decay: embeddings, blocks, everything above them."""
         vit = r"^backbone\.trunk\.vit\."
-        stem = vit + r"(pos_embed|patch_embed|karat_operator)"
-        return {"stem": stem, "blocks": [(vit + r"blocks\.(\d+)", None), (r"^", (99999,))]}
+        stem = vit + r"(?:pos_embed|patch_embed|karat_operator)"
+        return {"stem": stem, "blocks": [(vit + r"blocks\.(\d+)", None), (r"^", (9999,))]}
 
 
 def build_detector(settings: DetectSettings, num_classes: int) -> Detector:

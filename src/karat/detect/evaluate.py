@@ -17,6 +17,7 @@ from torch import Tensor
 
 from karat.detect.coco import CocoPart
 from karat.detect.detector import Detector
+from karat.train.task import Batch
 
 # COCO's summary: figure -> its place in `stats`
 FIGURES = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5}
@@ -80,7 +81,7 @@ def as_results(
 @torch.no_grad()
 def detect(
     model: Detector,
-    batches: Iterable[tuple[list[Tensor], list[dict[str, Tensor]]]],
+    batches: Iterable[Batch],
     accelerator: Accelerator,
     category_ids: Sequence[int],
 ) -> tuple[list[dict[str, Any]], list[int]]:
@@ -103,7 +104,7 @@ def detect(
 
 def measure(
     model: Detector,
-    batches: Iterable[tuple[list[Tensor], list[dict[str, Tensor]]]],
+    batches: Iterable[Batch],
     part: CocoPart,
     accelerator: Accelerator,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,29 +14,34 @@ from karat.train.data_augment import decode, keyed_randomness, mix
 from karat.train.data_loader import Item, WorkerLoader, _reason
 from karat.train.data_order import BadImages, Order
 
-Sample = tuple[Tensor, dict[str, Tensor], str, str | None]
-DetectBatch = tuple[list[Tensor], list[dict[str, Tensor]]]
+Sample = tuple[Tensor, dict[str, Tensor], list[tuple[str, str]]]  # image, target, unreadable files with the reason
 
 
 class _Pictures(Dataset):
-    """What a worker runs: decode and view. An index beyond the pictures begins again (`repeat`)."""
+    """What a worker runs: decode and view. An index beyond the pictures begins again (`repeat`).
+
+    In training the next picture takes the place of one that can't be decoded, so that batches stay whole.
+    """
 
     def __init__(self, part: CocoPart, view: View, seed: int) -> None:
         self.part, self.view, self.seed = part, view, seed
 
     def __getitem__(self, item: Item) -> Sample:
         epoch, position, index = item
-        picture = self.part.pictures[int(index) % len(self.part)]  # type: ignore[arg-type]
-        try:
-            with keyed_randomness(mix(self.seed, epoch, position)):
-                return *self.view(decode(picture.path, 3), picture), str(picture.path), None
-        except Exception as error:  # a broken file can raise anything from within PIL's codecs
-            return torch.zeros(3, 1, 1), {}, str(picture.path), _reason(error)
+        bad: list[tuple[str, str]] = []
+        for step in range(len(self.part) if self.view.train else 1):
+            picture = self.part.pictures[(int(index) + step) % len(self.part)]  # type: ignore[arg-type]
+            try:
+                with keyed_randomness(mix(self.seed, epoch, position)):
+                    return *self.view(decode(picture.path, 3), picture), bad
+            except Exception as error:  # a broken file can raise anything from within PIL's codecs
+                bad.append((str(picture.path), _reason(error)))
+        return torch.zeros(3, 1, 1), {}, bad
 
 
 def _collate(samples: list[Sample]) -> tuple[list[Tensor], list[dict[str, Tensor]], list[tuple[int, str, str]]]:
-    images, targets, names, reasons = zip(*samples, strict=True)
-    bad = [(row, names[row], reason) for row, reason in enumerate(reasons) if reason is not None]
+    images, targets, reports = zip(*samples, strict=True)
+    bad = [(row, *report) for row, found in enumerate(reports) for report in found]
     return list(images), list(targets), bad
 
 
@@ -52,15 +56,11 @@ class PictureLoader(WorkerLoader):
         )  # fmt: skip
         self.views = _Pictures(part, view, order.seed)
 
-    def _check(self, labels: Any, bad: Sequence[tuple[int, str, str]]) -> None:
+    def _checked(self, images: Any, labels: Any, bad: list[tuple[int, str, str]]) -> Any:
+        """The batch with its bad images reported and out of the way."""
         for _, name, reason in bad:
             self.bad.report(name, reason)
-
-    def _without(self, images: Any, labels: Any, rows: list[int]) -> Any:
-        """As WorkerLoader has it: in training good images of the same batch take the bad ones' places."""
-        good = [row for row in range(len(images)) if row not in set(rows)]
-        if self.order.train:
-            if not good:
-                raise ValueError(f"{self.title}: not one image of a batch of {len(images)} can be decoded")
-            good = [good[row % len(good)] for row in range(len(images))]
+        good = [row for row, target in enumerate(labels) if target]
+        if self.order.train and not good:
+            raise ValueError(f"{self.title}: not one of the training images can be decoded")
         return [images[row] for row in good], [labels[row] for row in good]

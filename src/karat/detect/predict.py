@@ -66,7 +66,7 @@ def predict_images(
             (found,) = detector([pixels.to(accelerator.device)], sizes=[size])
         results += [{"file_name": path.name, **r} for r in as_results(found, number, list(categories))]
         shapes = found_shapes(found, names, score)
-        sheets, titles = [draw(image, shapes)], [f"found (score ≥ {score:g})"]
+        sheets, titles = [draw(image, shapes)], [f"found, score at least {score:g}"]
         truth = known.get(path.resolve())
         if truth is not None:
             sheets.append(draw(image, true_shapes(truth, names)))

@@ -31,8 +31,8 @@ class DetectSettings(RunSettings):
     data_dir: str | None = None
     """Where the folder coco lies; none: $KARAT_DATA or ~/.cache/karat."""
     init: str | None = None
-    """Start the trunk from the weights of a classification RUN, a safetensors FILE or hub:NAME: position embeddings and
-    operators are resampled."""
+    """Start the trunk from the weights of a classification RUN, a safetensors FILE or hub:NAME, or all of the detector
+    from a detection RUN; position embeddings and operators are resampled."""
     output: Path | None = None
     """The run's folder; none: runs/DATA-detect-MODEL-ATTENTION-sSEED."""
     images: str | None = None
@@ -97,5 +97,5 @@ class DetectSettings(RunSettings):
         names = ("patch_size", "embed_dim", "depth", "num_heads")
         sizes: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.recipe.drop:
-            sizes["drop_rate"] = self.recipe.drop
+            sizes["proj_drop_rate"] = self.recipe.drop
         return sizes | ({"drop_path_rate": self.recipe.drop_path} if self.recipe.drop_path else {})

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from karat.detect.data import DetectData, load_data
 from karat.detect.detector import Detector, build_detector
 from karat.detect.evaluate import measure
-from karat.detect.init import load_trunk
+from karat.detect.init import load_init
 from karat.detect.settings import DetectSettings
 from karat.train.engine import Trainer
 from karat.train.init import Fate
@@ -53,7 +53,7 @@ class Detection(Task):
     def build(self, data: DetectData, folder: Path | None) -> tuple[nn.Module, list[Fate]]:
         """As Task.build."""
         detector = build_detector(self.settings, data.num_classes)
-        return detector, [] if self.settings.init is None else load_trunk(detector, self.settings)
+        return detector, [] if self.settings.init is None else load_init(detector, self.settings)
 
     def objective(self, data: DetectData) -> Objective:
         """As Task.objective."""

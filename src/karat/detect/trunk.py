@@ -122,7 +122,10 @@ def create_trunk(
 
     Raises ValueError for a model that is no ViT, or sizes that don't fit.
     """
-    known = create_model(name, "softmax", num_classes=0, **(timm_kwargs | {"depth": 1}))
+    try:
+        known: Any = create_model(name, "softmax", num_classes=0, **(timm_kwargs | {"depth": 1}))
+    except TypeError:  # an argument that only ViTs have
+        known = None
     if not isinstance(known, VisionTransformer):
         raise ValueError(f"{name} is no plain ViT, which a detector's trunk must be: e.g. vit_tiny_patch16_224")
     patch: int = known.patch_embed.patch_size[0]

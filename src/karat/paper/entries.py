@@ -29,7 +29,6 @@ TABLES = {
     20: "hybrid heads",
 }
 METRICS = {"params_M": "parameters (M)", "gpu_memory_GB_batch32": "GPU memory (GB, batch 32)", "GFLOPs": "GFLOPs"}
-COST_METRICS = ("params_M", "activation_params_M", "GFLOPs")  # what can be measured without training
 
 
 @dataclass(frozen=True)
@@ -57,15 +56,13 @@ class Entry:
             return ""
         if self.setup.kind == "cost":
             return f"karat paper table{self.table} --run {self.row}"
-        return command_line(self.setup.options())
+        return command_line(self.setup.program, self.setup.options())
 
     @property
     def runnable(self) -> tuple[bool, str]:
         """Whether the figure can be measured here, and why not."""
-        reason = self.setup.why_not()
-        if reason is None and self.setup.kind == "cost" and self.metric not in COST_METRICS:
-            reason = _COST_REASONS[self.metric]
-        return reason is None, reason or ""
+        reason = _COST_REASONS.get(self.metric, "") if self.setup.kind == "cost" else ""
+        return not reason, reason
 
 
 _COST_REASONS = {

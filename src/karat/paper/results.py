@@ -8,23 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from karat.config import KArAtConfig
+from karat.detect.settings import DetectSettings
 from karat.paper.entries import Entry
-from karat.paper.setup import DATASETS, MODELS
+from karat.paper.setup import DATASETS, MODELS, PROGRAMS
 from karat.train import runs
+from karat.train.run_settings import RunSettings
 from karat.train.settings import Settings
 
+FIGURES = ("top1", "top5", "box_AP", "box_AP50", "box_AP75", "mask_AP", "mask_AP50", "mask_AP75")
 ALIASES = {"imagenet": "imagenet1k", "ilsvrc2012": "imagenet1k", "fashionmnist": "fashion_mnist"}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A run's result: top-1 and top-5 in percent after its last epoch."""
+    """A run's result: its figures after its last epoch (top1, box_AP, ...), in percent."""
 
     run: str
     dataset: str
-    settings: Settings
-    top1: float
-    top5: float
+    settings: RunSettings
+    figures: dict[str, float]
     epochs: int
     teacher: Settings | None = None  # the teacher's, of a run on transferred attention
 
@@ -36,7 +38,8 @@ class Measured:
             parts.append(f"{self.epochs} of {s.recipe.epochs} epochs done")
         if s.data_fraction < 1:
             parts.append(f"{s.data_fraction:.2g} of the data")
-        if any(getattr(s, name) is not None for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")):
+        sizes = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+        if any(getattr(s, name, None) is not None for name in sizes):
             parts.append("another size of model")
         return ", ".join(parts)
 
@@ -44,13 +47,18 @@ class Measured:
 def read_run(folder: str | Path) -> Measured:
     """A finished or unfinished run's result. Raises ValueError when it is no run or has no finished epoch."""
     path = Path(folder)
-    settings, _ = runs.read_config(path)
+    kind = DetectSettings if runs.task_of(path) == DetectSettings.task else Settings
+    settings: RunSettings
+    settings, _ = runs.read_config(path, kind)
     history: list[dict[str, Any]] = runs.read_history(path)
     if not history:
         raise ValueError(f"{path} has no finished epoch to compare")
     last = history[-1]
-    teacher = None if settings.teacher is None else runs.read_config(path / runs.TEACHER)[0]
-    return Measured(str(folder), dataset_of(settings.data), settings, last["top1"], last["top5"], len(history), teacher)
+    teacher = None
+    if isinstance(settings, Settings) and settings.teacher is not None:
+        teacher, _ = runs.read_config(path / runs.TEACHER)
+    figures = {name: float(value) for name, value in last.items() if name in FIGURES}
+    return Measured(str(folder), dataset_of(settings.data), settings, figures, len(history), teacher)
 
 
 def dataset_of(data: str) -> str:
@@ -69,13 +77,15 @@ def matching(entry: Entry, measured: Sequence[Measured]) -> list[Measured]:
 
     Edge scales, initialisation and implementation may differ: they are ways to the same operator.
     """
-    if entry.setup.kind not in ("train", "finetune", "transfer") or entry.metric not in ("top1", "top5"):
+    if entry.setup.kind not in PROGRAMS or entry.metric not in FIGURES:
         return []
-    wanted, tuned = plain(entry.setup.config), entry.setup.kind == "finetune"
+    wanted, tuned = plain(entry.setup.config), entry.setup.init != "random"
     return [
         m
         for m in measured
         if m.dataset == entry.dataset
+        and m.settings.command == entry.setup.program
+        and entry.metric in m.figures
         and m.settings.model in (entry.setup.model, f"karat_{MODELS[entry.model]}")
         and plain(KArAtConfig.parse(m.settings.attention)) == wanted
         and (m.settings.init is not None) == tuned

@@ -1,15 +1,27 @@
-"""Running a published row: the same entry as `karat train`, with a fraction of the epochs and data if wanted."""
+"""Running a published row: the same entry as its own command, smaller if wanted."""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from karat.paper.entries import Entry
+from karat.paper.results import FIGURES
 from karat.paper.setup import command_line, command_words
+
+# The function that a command of `Setup.program` ends in; imported when a row is run.
+TRAINERS = {
+    ("train",): "karat.train.commands:train",
+    ("transfer",): "karat.train.commands:transfer",
+    ("detect", "train"): "karat.detect.commands:train",
+}
 
 
 def run_options(entry: Entry, scale: float = 1.0, extra: dict[str, str] | None = None) -> dict[str, str]:
-    """The options of a row's command: at a scale below 1 that fraction of the epochs (at least one) and images.
+    """The options of a row's command, --teacher among them.
+
+    At a scale below 1 that fraction of the epochs (at least one) and images.
 
     extra: options that replace the row's own or come on top, e.g. {"--data": FOLDER}. Raises ValueError for a scale
     outside (0, 1], a row that can't be run, or a start that isn't there.
@@ -28,8 +40,8 @@ def run_options(entry: Entry, scale: float = 1.0, extra: dict[str, str] | None =
     start = options.get("--init")
     if start and not start.startswith("hub:") and not Path(start).exists():
         raise ValueError(
-            f"table{entry.table} row {entry.row} starts from an ImageNet-1K run of {entry.setup.model} with "
-            f"{entry.setup.attention}, and {start} is not there: train that first, or name another start with --init"
+            f"table{entry.table} row {entry.row} starts from an ImageNet-1K run of {entry.setup.model}, "
+            f"and {start} is not there: train that first, or name another start with --init"
         )
     teacher = options.get("--teacher")
     if teacher and not Path(teacher).exists():
@@ -49,17 +61,24 @@ def run_row(entry: Entry, scale: float = 1.0, extra: dict[str, str] | None = Non
     if entry.runnable[0] and entry.setup.kind == "cost":
         return measure_cost(entry)
     options = run_options(entry, scale, extra)
-    from karat.train import commands, runs
+    from karat.train import runs
 
-    command, *words = command_words(options)
-    getattr(commands, command)(words)
+    program = entry.setup.program
+    _trainer(program)(command_words(program, options)[len(program) :])
     last = runs.read_history(Path(options["--output"]))[-1]
-    return {metric: float(last[metric]) for metric in ("top1", "top5")}
+    return {metric: float(last[metric]) for metric in FIGURES if metric in last}
+
+
+def _trainer(program: tuple[str, ...]) -> Callable[[Sequence[str]], None]:
+    """The function behind a command that trains."""
+    module, function = TRAINERS[program].split(":")
+    found: Callable[[Sequence[str]], None] = getattr(importlib.import_module(module), function)
+    return found
 
 
 def scaled_command(entry: Entry, scale: float, extra: dict[str, str] | None = None) -> str:
     """The command that `run_row` amounts to."""
-    return command_line(run_options(entry, scale, extra))
+    return command_line(entry.setup.program, run_options(entry, scale, extra))
 
 
 def measure_cost(entry: Entry) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 from dataclasses import dataclass, replace
@@ -35,8 +34,8 @@ COUNTED_CLASSES = {"vit_small": 1000}  # Tables 1 and 13 count Small with 1000 c
 DETECTION_ITERATIONS = 184_375  # of batch 32 on COCO's 118,287 training images: 50 epochs (Table 11)
 DEEP_KAN = re.compile(r"deep_kan order=(\d+) grid=(\d+) range=\(-(\d+),\3\) layers=\((\d+),(\d+)\)")
 
-# Kinds of rows whose machinery may be missing: the module that brings it, and what to call it.
-MACHINERY = {"detect": ("karat.detect", "detection")}
+# Kinds of rows that are training runs, and the command that makes them.
+PROGRAMS = {"train": ("train",), "finetune": ("train",), "transfer": ("transfer",), "detect": ("detect", "train")}
 
 
 @dataclass(frozen=True)
@@ -73,22 +72,18 @@ class Setup:
     @property
     def output(self) -> str:
         """The folder that this row's run is kept in, and where rows that build on it look for it."""
-        learnt = f"-from-{self.teacher.rpartition('/')[2].partition('-')[2]}" if self.teacher else ""
-        return _run_name(self.data, self.model, self.attention, suffix=learnt)
+        return _run_name(self.data, self.model, self.attention, suffix=self._suffix())
 
-    def why_not(self) -> str | None:
-        """Why this row can't be run here; None when it can."""
-        if self.kind not in MACHINERY:
-            return None
-        module, name = MACHINERY[self.kind]
-        if importlib.util.find_spec(module) is None:
-            return f"this version of karat has no {name}"
-        return f"{name}: run its own command, `karat paper` trains classifiers only"
+    def _suffix(self) -> str:
+        """What tells runs apart that share model, attention and data."""
+        if self.teacher:
+            return f"-from-{self.teacher.rpartition('/')[2].partition('-')[2]}"
+        return "-imagenet" if self.kind == "detect" and self.init != "random" else ""
 
     def options(self) -> dict[str, str]:
-        """`karat train`'s options for this row. Raises ValueError for a row that is not a training run."""
-        if self.kind not in ("train", "finetune", "transfer"):
-            raise ValueError(f"a {self.kind} row is no run of karat train")
+        """The options of `program` for this row. Raises ValueError for a row that is not a training run."""
+        if self.kind not in PROGRAMS:
+            raise ValueError(f"a {self.kind} row is no training run")
         options = {
             "--model": self.model,
             "--attention": self.attention,  # softmax where the model has none (deep KANs)
@@ -98,20 +93,25 @@ class Setup:
             "--batch-size": str(self.batch_size),
             "--output": self.output,
         }
-        start = {"finetune": {"--init": self.init}, "transfer": {"--teacher": self.teacher}}
-        return options | start.get(self.kind, {})
+        start = {"--init": self.init} if self.init != "random" else {}
+        return options | start | ({"--teacher": self.teacher} if self.teacher else {})
+
+    @property
+    def program(self) -> tuple[str, ...]:
+        """The words of the command that trains this row."""
+        return PROGRAMS[self.kind]
 
 
-def command_words(options: dict[str, str]) -> list[str]:
-    """`train` with these options, or `transfer` from the run that --teacher names."""
+def command_words(program: tuple[str, ...], options: dict[str, str]) -> list[str]:
+    """The words behind `karat`; a teacher stands before the options (`karat transfer TEACHER`)."""
     rest = {name: value for name, value in options.items() if name != "--teacher"}
-    command = ["transfer", options["--teacher"]] if "--teacher" in options else ["train"]
-    return [*command, *(word for pair in rest.items() for word in pair)]
+    teacher = [options["--teacher"]] if "--teacher" in options else []
+    return [*program, *teacher, *(word for pair in rest.items() for word in pair)]
 
 
-def command_line(options: dict[str, str]) -> str:
-    """`karat train` or `karat transfer` with these options, quoted for a shell."""
-    return shlex.join(["karat", *command_words(options)])
+def command_line(program: tuple[str, ...], options: dict[str, str]) -> str:
+    """The command, quoted for a shell."""
+    return shlex.join(["karat", *command_words(program, options)])
 
 
 def attention_spec(variant: str) -> str:
@@ -161,7 +161,7 @@ def read_setup(model: str, variant: str, dataset: str, note: str) -> Setup:
     if dataset == "coco":
         start = "random" if "init=random" in note else _run_name("torch/imagenet", name, "softmax")
         epochs = round(DETECTION_ITERATIONS * 32 / 118_287)
-        return Setup("detect", name, attention_spec(variant), data, classes, epochs=epochs, batch_size=32, init=start)
+        return Setup("detect", name, attention_spec(variant), data, classes, "published", epochs, 32, init=start)
     recipe = next((family for family in ("convit", "swin") if model.startswith(family)), "vit")
     batch_size = RECIPES[recipe].batch_size if dataset == "imagenet1k" else 32  # SPEC §4
     common = (name, attention_spec(variant.split("<-")[0]), data, classes)

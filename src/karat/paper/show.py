@@ -42,7 +42,7 @@ def one_table(number: int, results: Sequence[tuple[Entry, Measured]] = ()) -> Ta
         found = [run for e, run in results if e == entry]
         cells = [str(entry.row), entry.model, entry.variant, entry.dataset, entry.metric, f"{entry.value:g}"]
         if results:
-            cells.append("\n".join(f"{getattr(run, entry.metric):.2f}" for run in found))
+            cells.append("\n".join(f"{run.figures[entry.metric]:.2f}" for run in found))
             cells.append("\n".join(run.run + (f" ({run.caveat})" if run.caveat else "") for run in found))
         table.add_row(*cells)
     return table

@@ -94,10 +94,13 @@ def _read_run(folder: Path, settings: RunSettings) -> tuple[nn.Module, bool]:
     from karat.train.measure import load_run  # it builds models, and those may begin here
 
     theirs, _ = runs.read_config(folder)
-    source = load_run(folder)
-    mine, other = KArAtConfig.parse(settings.attention), KArAtConfig.parse(theirs.attention)
-    same = all(getattr(mine, name) == getattr(other, name) for name in ("basis", "order", "base", "sharing"))
-    return source, same
+    return load_run(folder), same_operators(settings.attention, theirs.attention)
+
+
+def same_operators(mine: str, other: str) -> bool:
+    """Whether the operators of two attentions mean the same, so that one's weights may become the other's."""
+    ours, theirs = KArAtConfig.parse(mine), KArAtConfig.parse(other)
+    return all(getattr(ours, name) == getattr(theirs, name) for name in ("basis", "order", "base", "sharing"))
 
 
 def _side(model: nn.Module) -> int | None:
@@ -159,6 +162,10 @@ def _adapt(name: str, found: Tensor, target: Tensor, model: nn.Module) -> Tensor
             return resample_abs_pos_embed(found, list(model.patch_embed.grid_size), num_prefix_tokens=prefix)  # type: ignore[union-attr, arg-type]
         except (RuntimeError, AssertionError):  # no square number of tokens
             return None
+    if name.startswith("patch_embed") and found.ndim == 4 and found.shape[1] == 1:
+        found = found.repeat(1, 3, 1, 1) / 3  # grey pixels are colours of three equal parts
+        if found.shape == target.shape:
+            return found
     if name.startswith("patch_embed") and found.ndim == 4 and found.shape[2:] == target.shape[2:]:
         try:
             return (

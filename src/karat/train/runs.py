@@ -81,10 +81,18 @@ def begin(folder: Path, settings: RunSettings, facts: dict[str, Any]) -> None:
 
 def remove(folder: Path) -> None:
     """Remove what a run wrote, and nothing else that lies in its folder."""
-    for name in (checkpoint.FOLDER, TRAJECTORY, TEACHER, "tensorboard"):
+    for name in (checkpoint.FOLDER, TRAJECTORY, TEACHER, "tensorboard", "predictions"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (METRICS, SUMMARY, DIGESTS, checkpoint.MODEL, checkpoint.EMA, "eval.json", CONFIG):
+    for name in (METRICS, SUMMARY, DIGESTS, checkpoint.MODEL, checkpoint.EMA, "eval.json", "detections.json", CONFIG):
         (folder / name).unlink(missing_ok=True)
+
+
+def task_of(folder: Path) -> str:
+    """The task of a run, by its config.json; ValueError when it is no run's folder."""
+    if not is_run(folder):
+        raise ValueError(f"{folder} is no run's folder: it has no {CONFIG}")
+    config = files.read_json(folder / CONFIG)
+    return str(config.get("task", Settings.task)) if isinstance(config, dict) else Settings.task
 
 
 @overload

@@ -1,0 +1,91 @@
+"""Finished runs side by side: one table of their last figures, one figure of their curves."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from karat.detect.settings import DetectSettings
+from karat.train import files, runs
+
+RESULT, FIGURE = "compare.json", "curves.png"
+# figure of an epoch -> title of its panel
+PANELS = {
+    "train_loss": "training loss",
+    "box_AP50": "box AP50, evaluation images (%)",
+    "mask_AP50": "mask AP50, evaluation images (%)",
+    "train_box_AP50": "box AP50, training images (%)",
+}
+COLUMNS = ("box_AP", "box_AP50", "mask_AP", "mask_AP50", "train_box_AP50", "train_mask_AP50")
+
+
+def compare_runs(folders: Sequence[Path], output: Path) -> list[dict[str, Any]]:
+    """Write compare.json and curves.png about the runs into `output` and return the rows, figures of the last epoch.
+
+    Raises ValueError for a folder that is no run of detection, or has no finished epoch.
+    """
+    if not folders:
+        raise ValueError("no runs: name at least one folder")
+    rows, histories = [], {}
+    for folder in folders:
+        settings, facts = runs.read_config(folder, DetectSettings)
+        history = runs.read_history(folder)
+        if not history:
+            raise ValueError(f"{folder} has no finished epoch to show")
+        last = history[-1]
+        row: dict[str, Any] = {
+            "run": folder.name,
+            "model": settings.model,
+            "attention": settings.attention,
+            "parameters": facts["parameters"],
+            "epochs": len(history),
+        }
+        row |= {name: last[name] for name in COLUMNS if name in last}
+        row["seconds_per_epoch"] = statistics.median(line["seconds"] for line in history)
+        row["peak_memory_mib"] = max(line["peak_memory_mib"] for line in history)
+        rows.append(row)
+        histories[folder.name] = history
+    output.mkdir(parents=True, exist_ok=True)
+    files.write_json(output / RESULT, rows)
+    draw_curves(histories, output / FIGURE)
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows for the terminal."""
+    drawn = Table(title="detectors after their last epoch (%)", title_justify="left")
+    drawn.add_column("run")
+    names = [name for name in COLUMNS if any(name in row for row in rows)]
+    for column in ("parameters", "epochs", *names, "s / epoch", "peak memory MiB"):
+        drawn.add_column(column.replace("_", " "), justify="right")
+    for row in rows:
+        figures = [f"{row[name]:.1f}" if name in row else "–" for name in names]
+        cost = [f"{row['seconds_per_epoch']:.1f}", f"{row['peak_memory_mib']:,.0f}"]
+        drawn.add_row(row["run"], f"{row['parameters']:,}", str(row["epochs"]), *figures, *cost)
+    return drawn
+
+
+def draw_curves(histories: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """One panel for each figure that the runs have, one colour a run."""
+    from matplotlib.figure import Figure
+
+    shown = [name for name in PANELS if any(name in line for lines in histories.values() for line in lines)]
+    figure = Figure(figsize=(3.4 * len(shown), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for panel, name in zip(panels, shown, strict=True):
+        for index, (run, lines) in enumerate(histories.items()):
+            points = [(line["epoch"], line[name]) for line in lines if name in line]
+            panel.plot(*zip(*points, strict=True), color=f"C{index}", label=run, linewidth=1.5)
+        panel.set_title(PANELS[name], fontsize=9)
+        panel.set_xlabel("epoch")
+        panel.grid(alpha=0.3)
+        if "AP" in name:
+            panel.set_ylim(0, 100)
+    panels[0].legend(frameon=False)
+    draft = path.with_name(f".{path.name}")
+    figure.savefig(draft, dpi=110, format="png")
+    draft.replace(path)

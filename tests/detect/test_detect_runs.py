@@ -1,0 +1,318 @@
+"""Runs of detection: the loop that classification has, resumed bit-equal; evaluated, drawn, begun from classifiers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from detect_helpers import TINY, tiny, write_coco
+
+from karat.cli import main
+from karat.detect.detector import build_detector
+from karat.detect.init import load_init, load_trunk
+from karat.detect.measure import evaluate_run
+from karat.detect.settings import DetectSettings
+from karat.detect.task import DetectTrainer, total_loss, train
+from karat.train import runs
+from karat.train.engine import Trainer
+from karat.train.files import read_tensors
+from karat.train.init import DROPPED, FRESH, LOADED, RESIZED
+from karat.train.settings import Settings
+
+
+class CutOff(BaseException):
+    """Stands for the process's death."""
+
+
+def outcome(run: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+    weights = {name: t.numpy().tobytes() for name, t in read_tensors(run / "model.safetensors").items()}
+    timed = ("seconds", "images_per_second", "peak_memory_mib")
+    return weights, [{k: v for k, v in line.items() if k not in timed} for line in runs.read_history(run)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_coco(tmp_path_factory.mktemp("data"), 8)
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train(tiny(data, folder, attention="g1b,rank=2", recovery_interval=3, model_ema_decay=0.9, eval_train=True))
+    return folder
+
+
+@pytest.mark.parametrize("lives", [2, 7])
+def test_cut_off_and_resumed_ends_bit_equal(data: Path, finished: Path, tmp_path: Path, lives: int) -> None:
+    values = {"attention": "g1b,rank=2", "recovery_interval": 3, "model_ema_decay": 0.9, "eval_train": True}
+    doomed = DetectTrainer(tiny(data, tmp_path / "run", **values))
+
+    def strike() -> None:
+        if doomed.progress.step == lives:
+            raise CutOff
+
+    doomed.after_step = strike  # type: ignore[method-assign]
+    with pytest.raises(CutOff):
+        doomed.fit()
+    train(tiny(data, tmp_path / "run", resume="auto", **values))
+    assert outcome(tmp_path / "run") == outcome(finished)
+
+
+def test_the_loop_is_the_classifiers() -> None:
+    assert issubclass(DetectTrainer, Trainer)
+    for name in ("_train_epoch", "_close_epoch", "save", "_resume", "_leave"):
+        assert getattr(DetectTrainer, name) is getattr(Trainer, name)
+
+
+def test_a_run_holds_what_is_needed(finished: Path) -> None:
+    config = json.loads((finished / "config.json").read_text())
+    assert config["task"] == "detect"
+    assert config["categories"] == [{"id": 3, "name": "fig"}, {"id": 9, "name": "nut"}]
+    last = runs.read_history(finished)[-1]
+    assert {"box_AP", "mask_AP", "train_box_AP", "ema_box_AP", "train_loss", "images"} <= set(last)
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["finished"]
+    assert "box_AP" in summary["best"]
+
+
+def test_evaluation_of_a_run_is_what_training_measured(finished: Path) -> None:
+    last = runs.read_history(finished)[-1]
+    assert evaluate_run(finished)["box_AP"] == pytest.approx(last["box_AP"], abs=1e-9)
+    assert evaluate_run(finished, part="train", batch_size=1)["box_AP"] == pytest.approx(last["train_box_AP"], abs=1e-3)
+    assert evaluate_run(finished, weights="ema")["box_AP"] == pytest.approx(last["ema_box_AP"], abs=1e-9)
+    assert json.loads((finished / "detections.json").read_text()) is not None
+
+
+def test_command_line_trains_evaluates_and_draws(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["detect", "train", "--data", str(data), "--output", str(tmp_path / "run"), "--attention", "g1u"]
+    for name, value in (TINY | {"epochs": 1}).items():
+        words = [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
+        line += [f"--{name.replace('_', '-')}", *words]
+    assert main(line) == 0, capsys.readouterr().err
+    assert "finished: box AP" in capsys.readouterr().out
+    assert main(["detect", "eval", str(tmp_path / "run"), "--part", "train"]) == 0
+    assert "6 images" in capsys.readouterr().out
+    other = tmp_path / "stranger.png"
+    other.write_bytes((data.parent / "0.png").read_bytes())
+    pictures = [str(data.parent / "1.png"), str(other)]
+    assert main(["detect", "predict", str(tmp_path / "run"), *pictures, "--score", "0.0"]) == 0
+    from PIL import Image
+
+    for name, width in (("1", 120), ("stranger", 60)):  # beside the truth, and alone
+        with Image.open(tmp_path / "run" / "predictions" / f"{name}.jpg") as drawing:
+            assert drawing.width == width
+    found = json.loads((tmp_path / "run" / "predictions" / "predictions.json").read_text())
+    assert all({"file_name", "bbox", "score", "category_id", "segmentation"} <= set(entry) for entry in found)
+
+
+def test_runs_side_by_side(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["detect", "compare", str(finished), "--output", str(tmp_path / "out")]) == 0
+    assert "AP50" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "out" / "compare.json").read_text())
+    last = runs.read_history(finished)[-1]
+    assert (row["epochs"], row["box_AP"], row["train_box_AP50"]) == (2, last["box_AP"], last["train_box_AP50"])
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 5000
+
+
+BAD = {
+    "detect fly": "unknown action 'fly'",
+    "detect train --data nowhere": "no such file or folder",
+    "detect train --data DATA --model convit_tiny": "no plain ViT",
+    "detect train --data DATA --recipe soup": "the presets for detection are published, jitter, small",
+    "detect train --data DATA --img-size 100": "multiple of the patch size",
+    "detect train --data DATA --jitter 0 2": "jitter=(0.0, 2.0)",
+    "detect train --data DATA --eval-images 99": "--eval-images 99",
+    "detect eval nowhere": "is no run's folder",
+    "detect predict RUN nowhere.jpg": "no such image file",
+    "detect predict RUN DATA": "can't be decoded as an image",
+    "detect predict RUN DATA --score 2": "score=2.0",
+    "detect compare nowhere": "is no run's folder",
+    "eval RUN": "a run of `karat train` is needed here",
+    "train --resume RUN": "a run of `karat train` is needed here",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_is_one_line(
+    line: str,
+    data: Path,
+    finished: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(line.replace("DATA", str(data)).replace("RUN", str(finished)).split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(BAD[line]) in error
+
+
+def test_images_without_objects_train(data: Path) -> None:
+    detector = build_detector(tiny(data), 2)
+    nothing = {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "masks": torch.zeros(0, 40, 64, dtype=torch.uint8),
+    }
+    loss = total_loss(detector, ([torch.rand(3, 40, 64)], [nothing]))
+    loss.backward()
+    assert torch.isfinite(loss)
+    missing = [name for name, p in detector.named_parameters() if p.grad is None]
+    assert missing == []  # several processes wait for every gradient
+    with pytest.raises(ValueError, match="exceeds img_size=64"):
+        detector([torch.rand(3, 80, 64)], [nothing])
+
+
+def test_published_settings_reach_torchvision() -> None:
+    settings = DetectSettings.make(attention="softmax", embed_dim=16, num_heads=2, depth=4)
+    detector = build_detector(settings, 80)
+    assert detector.rpn._pre_nms_top_n == {"training": 12000, "testing": 6000}
+    assert detector.rpn._post_nms_top_n == {"training": 2000, "testing": 1000}
+    assert detector.rpn.nms_thresh == 0.7
+    heads = detector.roi_heads
+    assert (heads.score_thresh, heads.nms_thresh, heads.proposal_matcher.high_threshold) == (0.05, 0.5, 0.5)
+    assert detector.rpn.anchor_generator.sizes == ((32,), (64,), (128,), (256,), (512,))
+    assert detector.backbone.out_channels == 256
+    recipe = settings.recipe
+    assert (recipe.lr, recipe.opt_eps, recipe.weight_decay, recipe.batch_size) == (1e-4, 1e-6, 0.1, 32)
+    assert recipe.epochs * 118_287 // 32 == pytest.approx(184_375, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("classifier") / "run"
+    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    from karat.train.engine import train as train_classifier
+
+    values = {"data": "digits", "recipe": "quick", "data_fraction": 0.1, "epochs": 1, "track": (), "device": "cpu"}
+    train_classifier(
+        Settings.make(attention="g1b,rank=2", output=folder, model="vit_tiny_patch16_224", **sizes, **values)
+    )
+    return folder
+
+
+def test_a_classifier_gives_the_trunk_its_weights(data: Path, classifier: Path) -> None:
+    """Of 2x2 tokens and a class token, to windows of 2x2 and a global grid of 4x4."""
+    settings = tiny(data, attention="g1b,rank=2", init=str(classifier))
+    detector = build_detector(settings, 2)
+    fates = load_trunk(detector, settings)
+    by_fate = {fate: {f.part for f in fates if f.fate == fate} for fate in (LOADED, RESIZED, FRESH, DROPPED)}
+    assert {"operators", "blocks: attn", "blocks: mlp", "pos_embed"} <= by_fate[LOADED] | by_fate[RESIZED]
+    assert {"pyramid", "rpn", "heads"} <= by_fate[FRESH]
+    theirs = read_tensors(classifier / "model.safetensors")
+    mine = detector.trunk.vit.state_dict()
+    assert torch.equal(mine["blocks.0.attn.qkv.weight"], theirs["blocks.0.attn.qkv.weight"])
+    windowed, whole = (mine[f"blocks.{i}.attn.operator.layers.0.coefficients"] for i in (0, 1))
+    assert torch.equal(windowed, theirs["blocks.0.attn.operator.layers.0.coefficients"][:, :, 1:])
+    assert whole.shape[2] == 16
+    # amplitudes are scaled so that sums over keys keep their size (SPEC §9)
+    wanted = theirs["blocks.1.attn.operator.layers.0.coefficients"][:, :, 1:].sum(2)
+    assert torch.allclose(whole.sum(2), wanted, atol=0.2 * float(wanted.abs().max()))
+
+
+def test_a_softmax_classifier_leaves_operators_fresh(data: Path, classifier: Path) -> None:
+    settings = tiny(data, attention="dog-b,rank=2", init=str(classifier))
+    detector = build_detector(settings, 2)
+    fates = {(f.part, f.fate) for f in load_trunk(detector, settings)}
+    assert ("operators", FRESH) in fates
+    with pytest.raises(ValueError, match="no such run or file"):
+        load_trunk(detector, tiny(data, init="nowhere"))
+
+
+@pytest.mark.parametrize("side", [64, 96])
+def test_a_detector_gives_all_it_has_at_another_size_too(data: Path, finished: Path, side: int) -> None:
+    settings = tiny(data, attention="g1b,rank=2", init=str(finished), img_size=side)
+    detector = build_detector(settings, 2)
+    assert {f.fate for f in load_init(detector, settings)} == {LOADED}
+    theirs = read_tensors(finished / "model.safetensors")
+    mine = detector.state_dict()
+    changed = {name for name in mine if mine[name].shape != theirs[name].shape}
+    assert all("operator" in name or "pos_embed" in name for name in changed)
+    assert (changed == set()) == (side == 64)
+    assert torch.equal(mine["rpn.head.bbox_pred.weight"], theirs["rpn.head.bbox_pred.weight"])
+    more = build_detector(settings, 5)
+    fates = {(f.part, f.fate) for f in load_init(more, settings)}
+    assert {("roi_heads", FRESH), ("roi_heads", LOADED)} <= fates
+
+
+def test_weights_from_a_file(data: Path, classifier: Path) -> None:
+    settings = tiny(data, attention="g1b,rank=2", init=str(classifier / "model.safetensors"))
+    detector = build_detector(settings, 2)
+    load_trunk(detector, settings)
+    theirs = read_tensors(classifier / "model.safetensors")
+    key = "blocks.1.mlp.fc1.weight"
+    assert torch.equal(detector.trunk.vit.state_dict()[key], theirs[key])
+
+
+def test_layer_wise_decay_and_no_weight_decay_know_the_trunk(data: Path) -> None:
+    from karat.train.optim import parameter_groups
+
+    settings = tiny(data, attention="g1b,rank=2", rel_pos=True, layer_decay=0.5)
+    detector = build_detector(settings, 2)
+    groups = parameter_groups(detector, settings.recipe)
+    scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
+    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    vit = detector.trunk.vit
+    order = [
+        vit.pos_embed,
+        vit.blocks[0].mlp.fc1.weight,
+        vit.blocks[1].mlp.fc1.weight,
+        detector.rpn.head.bbox_pred.weight,
+    ]
+    found = [scale[id(p)] for p in order]
+    assert found == sorted(found)
+    assert len(set(found)) == 4
+    assert found[-1] == 1.0
+    for p in (vit.pos_embed, vit.blocks[0].attn.rel_pos_h, vit.blocks[0].attn.operator.W):
+        assert decay[id(p)] == 0
+
+
+@pytest.mark.parametrize("values", [{"amp_dtype": "bfloat16"}, {"grad_checkpointing": True, "grad_accum_steps": 2}])
+def test_other_ways_to_train(data: Path, tmp_path: Path, values: dict[str, Any]) -> None:
+    settings = tiny(data, tmp_path / "run", attention="g1u,rank=2", view="pad", jitter=(0.5, 1.5), epochs=1, **values)
+    assert train(settings)["finished"]
+
+
+DISTRIBUTED = """
+import sys
+from pathlib import Path
+from detect_helpers import tiny
+from karat.detect.task import train
+train(tiny(Path(sys.argv[1]), Path(sys.argv[2]), attention="g1u,rank=2", batch_size=1, epochs=1, hflip=0.0))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_every_image(data: Path, tmp_path: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    script = tmp_path / "run.py"
+    script.write_text(DISTRIBUTED)
+    launch = (
+        "import sys; from torch.distributed.run import main; "
+        "main(['--nproc_per_node', '2', '--master_port', '0', '--rdzv_backend', 'c10d', '--rdzv_endpoint', "
+        "'localhost:0', *sys.argv[1:]])"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", launch, str(script), str(data), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = runs.read_history(tmp_path / "run")
+    assert line["images"] == 2
+    assert evaluate_run(tmp_path / "run")["box_AP"] == pytest.approx(line["box_AP"], abs=1e-3)
