@@ -162,7 +162,7 @@ def test_a_folder_of_images_needs_nothing_else(tmp_path: Path, monkeypatch: pyte
 
 
 SHARDED = """
-import os, socket, sys
+import copy, os, socket, sys
 from types import SimpleNamespace
 import torch
 from accelerate.utils import DistributedType
@@ -206,12 +206,12 @@ def advance(model, optimizer, ema, start, stop, share):
 whole, sharded = built(False), built(True)
 advance(*whole, 0, 3, False)
 advance(*sharded, 0, 3, True)
-taken = state.model_state(accelerator, sharded[0])
-moments = state.optimizer_state(accelerator, *sharded[:2])
+taken = copy.deepcopy(state.model_state(accelerator, sharded[0]))  # on the CPU they are the very tensors
+moments = copy.deepcopy(state.optimizer_state(accelerator, *sharded[:2]))
 with sharded[2].lent():
-    averaged = state.model_state(accelerator, sharded[0])
+    averaged = copy.deepcopy(state.model_state(accelerator, sharded[0]))
 grown = watch.sizes(sharded[0])
-box = [{n: t for n, t in taken.items()}, dict(moments)]
+box = copy.deepcopy([taken, moments])
 distributed.broadcast_object_list(box)  # as read from the one checkpoint that the main process wrote
 again = built(True)
 state.load_model_state(accelerator, again[0], box[0], "checkpoint")
