@@ -348,21 +348,18 @@ from karat.train import engine
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-child = os.fork()  # before any kernel has run
-rank = str(int(child == 0))
+pids = []
+for rank in "01":
+    if not (pid := os.fork()):  # torch is imported once; the parent runs no kernel, so a fork is safe
+        break
+    pids.append(pid)
+else:
+    print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])
+    raise SystemExit
 os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 values = {"train_crop_mode": "rrc", "data_fraction": 1.0, "batch_size": 2, "epochs": 1, "recovery_interval": 1}
-try:
-    engine.Trainer(tiny(Path(sys.argv[2]), data=sys.argv[1], **values)).fit()
-except Exception as error:
-    print("because", " ".join(str(error).split()), flush=True)
-    status = 2
-else:
-    status = 0
-if child:
-    status = 10 * status + os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-raise SystemExit(status)
+engine.Trainer(tiny(Path(sys.argv[2]), data=sys.argv[1], **values)).fit()
 """
 
 
@@ -372,5 +369,5 @@ def test_what_one_of_two_processes_fails_at_ends_both(tmp_path: Path) -> None:
     folder = images(tmp_path / "data")
     (folder / "train" / "class0" / "0.png").write_bytes(b"no image")
     done = python(ONE_OF_TWO, str(folder), str(tmp_path / "run"), timeout=300)
-    assert done.returncode == 22, done.stderr
-    assert "0.png: cannot be decoded" in done.stdout
+    assert done.stdout.strip() == "[1, 1]", done.stderr
+    assert "0.png: cannot be decoded" in done.stderr
