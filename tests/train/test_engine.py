@@ -338,3 +338,36 @@ if end == "signal":
 def test_the_process_group_is_left_however_a_process_ends(tmp_path: Path) -> None:
     done = python(LEAVING, str(tmp_path))
     assert sorted(done.stdout.splitlines()) == ["[0, 1, 143]", "done False", "error False", "signal False"], done.stderr
+
+
+ONE_OF_TWO = """
+import os, socket, sys
+from pathlib import Path
+from helpers import tiny
+from karat.train import engine
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+pids = []
+for rank in "01":
+    if not (pid := os.fork()):  # torch is imported once; the parent runs no kernel, so a fork is safe
+        break
+    pids.append(pid)
+else:
+    print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])
+    raise SystemExit
+os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+values = {"train_crop_mode": "rrc", "data_fraction": 1.0, "batch_size": 2, "epochs": 1, "recovery_interval": 1}
+engine.Trainer(tiny(Path(sys.argv[2]), data=sys.argv[1], **values)).fit()
+"""
+
+
+@pytest.mark.slow
+def test_what_one_of_two_processes_fails_at_ends_both(tmp_path: Path) -> None:
+    """The other one must not be left waiting for a checkpoint that the first one can't make alone."""
+    folder = images(tmp_path / "data")
+    (folder / "train" / "class0" / "0.png").write_bytes(b"no image")
+    done = python(ONE_OF_TWO, str(folder), str(tmp_path / "run"), timeout=300)
+    assert done.stdout.strip() == "[1, 1]", done.stderr
+    assert "0.png: cannot be decoded" in done.stderr

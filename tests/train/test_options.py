@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, options, outcome, python, tiny
+from helpers import TINY, outcome, python, tiny
 from test_engine import images
 from torch import nn
 
 from karat import cli, create_model
-from karat.train import files, runs, step
-from karat.train.build import create_accelerator
+from karat.train import checkpoint, files, runs, step
 from karat.train.engine import Trainer, train
 from karat.train.optim import create_optimizer, parameter_groups
 from karat.train.recipes import RECIPES
+from karat.train.snapshot import give
 
 SIZES = {name: TINY[name] for name in ("img_size", "patch_size", "embed_dim", "num_heads")}
 
@@ -142,12 +142,21 @@ def test_an_overflow_of_fp16_is_skipped_and_no_fault_until_the_scale_is_spent(
     assert all(torch.equal(p, old) for p, old in zip(trainer.parts.bare.parameters(), before, strict=True))
 
 
-def test_a_precision_that_the_device_lacks_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a device for float16")
-    assert cli.main(["train", *options(tmp_path / "run", amp_dtype="float16")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    create_accelerator(tiny(tmp_path / "run"))  # and the next run is none the worse
+def test_the_scale_of_float16_goes_on_where_it_was(tmp_path: Path) -> None:
+    trainer = Trainer(tiny(tmp_path / "run", attention="g3b"))
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    trainer.save()
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    found = checkpoint.newest(tmp_path / "run")
+    assert found is not None
+    give(trainer.parts, found[0])
+    assert trainer.accelerator.scaler.get_scale() == 128
+
+
+def test_a_precision_that_the_device_lacks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"float16 needs a GPU.*bfloat16"):
+        Trainer(tiny(tmp_path / "run", amp_dtype="float16"))
+    Trainer(tiny(tmp_path / "run"))  # and the next run is none the worse
 
 
 def test_a_folder_of_images_needs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +171,7 @@ def test_a_folder_of_images_needs_nothing_else(tmp_path: Path, monkeypatch: pyte
 
 
 SHARDED = """
-import os, socket, sys
+import copy, os, socket, sys
 from types import SimpleNamespace
 import torch
 from accelerate.utils import DistributedType
@@ -206,12 +215,12 @@ def advance(model, optimizer, ema, start, stop, share):
 whole, sharded = built(False), built(True)
 advance(*whole, 0, 3, False)
 advance(*sharded, 0, 3, True)
-taken = state.model_state(accelerator, sharded[0])
-moments = state.optimizer_state(accelerator, *sharded[:2])
+taken = copy.deepcopy(state.model_state(accelerator, sharded[0]))  # on the CPU they are the very tensors
+moments = copy.deepcopy(state.optimizer_state(accelerator, *sharded[:2]))
 with sharded[2].lent():
-    averaged = state.model_state(accelerator, sharded[0])
+    averaged = copy.deepcopy(state.model_state(accelerator, sharded[0]))
 grown = watch.sizes(sharded[0])
-box = [{n: t for n, t in taken.items()}, dict(moments)]
+box = copy.deepcopy([taken, moments])
 distributed.broadcast_object_list(box)  # as read from the one checkpoint that the main process wrote
 again = built(True)
 state.load_model_state(accelerator, again[0], box[0], "checkpoint")

@@ -168,8 +168,8 @@ def read_setup(model: str, variant: str, dataset: str, note: str) -> Setup:
     if "<-" in variant:
         teacher, attention = variant.split("<-")[1].split("+")
         theirs = (MODELS[teacher], attention_spec(attention))
-        learnt = {"teacher": _run_name(data, *theirs), "teacher_model": theirs[0], "teacher_attention": theirs[1]}
-        return Setup("transfer", *common, recipe, RECIPES[recipe].epochs, batch_size, **learnt)
+        scratch = Setup("transfer", *common, recipe, RECIPES[recipe].epochs, batch_size)
+        return replace(scratch, teacher=_run_name(data, *theirs), teacher_model=theirs[0], teacher_attention=theirs[1])
     if "fine-tuned" in note:
         tune = RECIPES["finetune"]
         start = _run_name("torch/imagenet", name, common[1])

@@ -44,12 +44,15 @@ def create_accelerator(settings: RunSettings) -> Accelerator:
     # the published s_b gets no gradient while b = 0 (SPEC §2): DDP has to be told that parameters may stay unused
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=published)]
     leave_at_exit()
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=PRECISION[settings.amp_dtype],
         cpu=settings.device == "cpu",
         kwargs_handlers=handlers,
         step_scheduler_with_optimizer=False,
     )
+    if settings.amp_dtype == "float16" and accelerator.device.type == "cpu":  # accelerate would go on in float32
+        raise ValueError("amp_dtype=float16 needs a GPU: on the CPU give bfloat16 or float32")
+    return accelerator
 
 
 def input_size(model: str) -> int:

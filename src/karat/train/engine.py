@@ -204,23 +204,27 @@ class Trainer:
         """Called after each update; for subclasses that watch."""
 
     def _next(self, batches: Iterator[list[Batch]]) -> list[Batch] | None:
-        """The next group of batches; when loading fails, what was reached is saved before the error goes on."""
+        """The next group of batches; when loading fails, what was reached is saved before the error goes on.
+
+        Saving takes all processes: where there are several, the others wait in this update and can't be asked.
+        """
         try:
             return next(batches, None)
         except ConnectionError:  # a worker's end of the pipe: see _worker_died
             raise
         except (ValueError, OSError):
-            self.save()
+            if self.accelerator.num_processes == 1:
+                self.save()
             raise
 
     def _worker_died(self, error: Exception, reason: str) -> NoReturn:
-        """Save, unless a change was under way, and end with one line that says how to go on.
+        """Save, unless a change was under way or others would have to, and end with one line that says how to go on.
 
         torch reports the death by a signal, which may arrive anywhere: while loading, updating, evaluating, saving.
         """
         if self.stop.received is not None:  # the signal reached the workers too, and they obeyed
             self._leave()
-        if self.changing:
+        if self.changing or self.accelerator.num_processes > 1:
             raise OSError(f"{reason}; go on from the last checkpoint: --resume {self.folder}") from error
         try:
             self.save()

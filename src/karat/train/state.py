@@ -61,7 +61,8 @@ def optimizer_state(accelerator: Accelerator, model: nn.Module, optimizer: torch
     """The optimiser's whole state as tensors named `parameter/entry`."""
     if is_sharded(accelerator):
         state: Any = sharded.get_optimizer_state_dict(model, optimizer, options=WHOLE)
-        return {f"{name}/{key}": value for name, entry in state["state"].items() for key, value in entry.items()}
+        entries = state.get("state", {})  # only the main process is given any
+        return {f"{name}/{key}": value for name, entry in entries.items() for key, value in entry.items()}
     return pack_optimizer(optimizer, names_of(bare(accelerator, model)))
 
 
@@ -72,7 +73,7 @@ def load_optimizer_state(
     if not is_sharded(accelerator):
         unpack_optimizer(optimizer, names_of(bare(accelerator, model)), packed)
         return
-    state: Any = sharded.get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    state: Any = sharded.get_optimizer_state_dict(model, optimizer)  # in shards: every process has its groups
     entries: dict[str, dict[str, Tensor]] = {}
     for full_name, value in packed.items():
         name, key = full_name.rsplit("/", 1)

@@ -19,8 +19,6 @@ from karat.train.build import input_size
 from karat.train.settings import AUTO, Settings
 from karat.transfer import transfer_attention
 
-SIZES = ("embed_dim", "depth", "num_heads")
-
 
 def teacher_folder(settings: Settings, folder: Path | None) -> Path:
     """Where the teacher lies: in the run that keeps it, else where the settings say."""
@@ -81,7 +79,7 @@ def student_defaults(teacher: Path, given: Sequence[str]) -> Settings:
         num_classes=None,
     )
     if "model" in given:
-        fresh = replace(fresh, **dict.fromkeys(SIZES))
+        fresh = replace(fresh, embed_dim=None, depth=None, num_heads=None)
     if "data" in given:
         fresh = replace(fresh, data_fraction=1.0, data_dir=None, num_samples=None)
     return replace(fresh, preset=AUTO) if {"data", "recipe"} & set(given) else fresh
