@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from karat.analyze.figures import encode
 from karat.analyze.loading import trajectory
 from karat.analyze.studies import STUDIES
-from karat.analyze.study import Options, Study, Subject, open_subjects
+from karat.analyze.study import Options, Study, Subject, as_json, open_subjects
 from karat.train.files import write_text
 
 REPORT = "report.html"
@@ -41,7 +41,7 @@ SECTIONS: dict[str, str] = {
     "hessian": "Top eigenvalues and trace of the loss's Hessian on a small subset of images: larger is sharper.",
 }
 SHOWN_SETTINGS = (
-    *("model", "attention", "data", "img_size", "patch_size", "embed_dim", "depth", "num_heads"),
+    *("model", "attention", "mlp", "data", "img_size", "patch_size", "embed_dim", "depth", "num_heads"),
     *("init", "seed", "amp_dtype", "grad_accum_steps", "preset"),
 )
 SHOWN_RECIPE = (
@@ -112,9 +112,9 @@ def write_report(
     announce: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write the page about some runs to `output`, by default the first one's report.html; its path."""
+    """Write the page about some runs to `output`, by default report.html in the first folder; its path."""
     subjects = open_subjects(folders, options, progress)
-    path = subjects[0].run.folder / REPORT if output is None else output
+    path = folders[0] / REPORT if output is None else output
     page = build_report(subjects, sections=sections, announce=announce)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
@@ -133,7 +133,7 @@ def _section(name: str, subjects: Sequence[Subject]) -> Section:
         text=SECTIONS[name],
         pictures=[Picture(key, _embedded(figure)) for key, figure in study.figures.items()],
         notes=study.notes,
-        numbers=json.dumps(_rounded(study.numbers), indent=1, ensure_ascii=False) if study.numbers else "",
+        numbers=json.dumps(as_json(study.numbers, 6), indent=1, ensure_ascii=False) if study.numbers else "",
     )
 
 
@@ -189,19 +189,10 @@ def _results(subjects: Sequence[Subject]) -> dict[str, list[str]]:
 
 
 def _settings(subjects: Sequence[Subject]) -> dict[str, list[str]]:
-    plain = [s.run.settings.as_dict() for s in subjects]
-    rows = {name: [_cell(one[name]) for one in plain] for name in SHOWN_SETTINGS}
-    return rows | {name: [_cell(one["recipe"][name]) for one in plain] for name in SHOWN_RECIPE}
+    found = [s.run.settings.as_dict() for s in subjects]
+    rows = {name: [_cell(one[name]) for one in found] for name in SHOWN_SETTINGS}
+    return rows | {name: [_cell(one["recipe"][name]) for one in found] for name in SHOWN_RECIPE}
 
 
 def _cell(value: Any) -> str:
     return "–" if value is None else str(value)
-
-
-def _rounded(value: Any) -> Any:
-    """Numbers to six digits, for reading; non-finite ones as text, which JSON has no word for."""
-    if isinstance(value, Mapping):
-        return {key: _rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(inner) for inner in value]
-    return float(f"{value:.6g}") if isinstance(value, float) and abs(value) < float("inf") else value
