@@ -154,7 +154,9 @@ def build_app(explorer: Explorer) -> Any:
         gr.Markdown(f"## {explorer.run.label}\n{settings.model} on {settings.data}, {explorer.run.folder.name}")
         with gr.Row():
             with gr.Column(scale=1):
-                image = gr.Image(type="filepath", label="image", sources=["upload", "clipboard"], elem_id="image")
+                image = gr.Image(
+                    type="filepath", height=240, label="image", sources=["upload", "clipboard"], elem_id="image"
+                )
                 image.preprocess = _path  # gradio's would open a broken file first and say so less clearly
                 own = gr.Button("an image of the run's data", elem_id="own")
                 names = [(f"{i}: {name}", i) for i, name in enumerate(explorer.blocks)]

@@ -21,6 +21,8 @@ from karat.train.files import write_text
 REPORT = "report.html"
 # Larger drawings are embedded as pixels: a browser is slow with ten thousands of strokes.
 MOST_SVG_BYTES = 200_000
+# Narrower figures stay readable at half of the page's width.
+MOST_HALF_INCHES = 8.0
 
 # What the page shows, in order, with a sentence on how to read it.
 SECTIONS: dict[str, str] = {
@@ -56,6 +58,7 @@ class Picture:
 
     name: str
     source: str  # a data: address
+    half: bool  # two of them fit beside each other
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Section:
     name: str
     title: str
     text: str
-    pictures: list[Picture]
+    pictures: list[list[Picture]]  # by kind
     notes: list[str]
     numbers: str  # JSON
 
@@ -93,6 +96,7 @@ def build_report(
         made.append(_section(name, subjects))
     page = resources.files("karat.analyze").joinpath("report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.tests["differs"] = lambda cells: len(set(cells)) > 1
     return environment.from_string(page).render(
         title=", ".join(s.label for s in subjects),
         labels=[s.label for s in subjects],
@@ -131,10 +135,22 @@ def _section(name: str, subjects: Sequence[Subject]) -> Section:
         name=name,
         title=title,
         text=SECTIONS[name],
-        pictures=[Picture(key, _embedded(figure)) for key, figure in study.figures.items()],
+        pictures=_pictures(study, subjects),
         notes=study.notes,
         numbers=json.dumps(as_json(study.numbers, 6), indent=1, ensure_ascii=False) if study.numbers else "",
     )
+
+
+def _pictures(study: Study, subjects: Sequence[Subject]) -> list[list[Picture]]:
+    """The figures by kind: one that each run has stands beside those of the others."""
+    kinds: dict[str, list[Picture]] = {}
+    for name, figure in study.figures.items():
+        run = next((s for s in subjects if name.endswith(f"-{s.key}")), None)
+        half = run is not None and len(subjects) > 1 and figure.get_figwidth() <= MOST_HALF_INCHES
+        kind = name if run is None else name.removesuffix(f"-{run.key}")
+        title = kind if run is None else f"{kind}, {run.label}"
+        kinds.setdefault(kind, []).append(Picture(title.replace("-", " "), _embedded(figure), half))
+    return list(kinds.values())
 
 
 def _landscape(subjects: Sequence[Subject]) -> Study:

@@ -138,11 +138,14 @@ def _scale(array: NDArray[np.float32]) -> tuple[str, float, float]:
 
 
 def draw_matrices(scores: Tensor, sigmas: Mapping[str, Tensor], place: str = "") -> Figure:
-    """Scores (M,N) of one head, and one matrix (M,N) for each activation of them, each with its own colour bar."""
+    """Scores (M,N) of one head, and one matrix (M,N) for each activation of them, each with its own colour bar.
+
+    `place` says which head of which block.
+    """
     with looks():
         figure = new_figure(2.5 * (len(sigmas) + 1), 2.4)
         axes = figure.subplots(1, len(sigmas) + 1, squeeze=False)[0]
-        panels = {f"scores A, {place}" if place else "scores A": scores, **sigmas}
+        panels = {"scores A": scores, **sigmas}
         for panel, (name, values) in zip(axes, panels.items(), strict=True):
             colours, low, high = _scale(values.numpy())
             image = panel.imshow(values.numpy(), cmap=colours, vmin=low, vmax=high, interpolation="nearest")
@@ -150,4 +153,6 @@ def draw_matrices(scores: Tensor, sigmas: Mapping[str, Tensor], place: str = "")
             panel.set_title(name)
             panel.set_xlabel("key")
             panel.set_ylabel("query")
+        if place:
+            figure.suptitle(place, fontsize=8.5)
     return figure
