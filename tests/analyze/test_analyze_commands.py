@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -135,7 +136,7 @@ BAD = {
     "report FOLDER": "is no run's folder",
     "report RUN --sections poetry": "unknown section 'poetry'",
     "report RUN --sections landscape --points 2 --output FOLDER": "FOLDER",
-    "explore FOLDER": "",
+    "explore FOLDER": "is no run's folder",
 }
 
 
@@ -153,6 +154,18 @@ def test_bad_input_is_one_line(
     assert error.startswith("karat: ")
     assert error.count("\n") == 1
     assert BAD[line].replace("FOLDER", str(tmp_path)) in error
+
+
+@pytest.mark.parametrize("what", ["attention", "spectrum", "functions"])
+def test_a_model_without_attention_is_one_line(
+    what: str, softmax_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convolutional = timm.create_model("resnet10t", in_chans=1)
+    monkeypatch.setattr("karat.analyze.loading.load_run", lambda *_: convolutional)
+    assert main(f"analyze {what} {softmax_run}".split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "attention" in error
 
 
 class Page(HTMLParser):
