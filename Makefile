@@ -33,7 +33,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,cpp]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,cpp,explore]"
 	touch $@
 
 clean:

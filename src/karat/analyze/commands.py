@@ -26,11 +26,11 @@ class Analyze(Options):
     what: tyro.conf.Positional[What]
     """What to look at."""
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """The folders of the runs."""
+    """The folders of the runs; a comparison's folder means its runs."""
     formats: tuple[Format, ...] = ("png",)
     """File formats of the figures."""
     output: Path | None = None
-    """Another folder for the result; none: the first run's analysis/WHAT."""
+    """Another folder for the result; none: analysis/WHAT in the first folder that is named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,11 @@ class Report(Options):
     """Write one self-contained HTML page about one run or several side by side; it opens offline."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """The folders of the runs."""
+    """The folders of the runs; a comparison's folder means its runs."""
     sections: tuple[str, ...] = ()
     """Sections of the page; none: all of them."""
     output: Path | None = None
-    """The page's file; none: the first run's report.html."""
+    """The page's file; none: report.html in the first folder that is named."""
     points: int = 11
     images: int = 4
     eigenvalues: int = 1
@@ -98,7 +98,7 @@ def analyze(arguments: Sequence[str]) -> None:
     with _bar(console, parsed.what) as progress:
         subjects = open_subjects(parsed.runs, _options(parsed), progress)
         study = STUDIES[parsed.what](subjects)
-    folder = parsed.output or subjects[0].run.folder / FOLDER / parsed.what
+    folder = parsed.output or parsed.runs[0] / FOLDER / parsed.what
     for note in study.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     for path in study.write(folder, parsed.formats):

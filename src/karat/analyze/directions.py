@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from karat.analyze.trajectory import Direction
 from karat.edges import EdgeLayer
+from karat.kan import FourierLinear, RBFLinear, SplineLinear
 from karat.operator import KArAtOperator
 
 
@@ -18,6 +19,7 @@ def filter_axes(model: nn.Module) -> dict[str, tuple[int, ...] | None]:
     - KAN coefficients (H,count,Q,P), of every group, and edge scales (H,Q,P): all numbers of one head and output p,
       for σ's p-th hidden value is the sum of the edges φ_p1 ... φ_pQ and not of one edge alone;
     - W (H,N,R) or (H,R,N): one row of one head;
+    - KAN layers of the MLP, coefficients (F,Q,P): all numbers of one output p;
     - embeddings: one token.
     Biases, norms, gates and other vectors don't move, as in the authors' code: scaling them has no invariance to
     take out, and they hold few numbers.
@@ -29,6 +31,8 @@ def filter_axes(model: nn.Module) -> dict[str, tuple[int, ...] | None]:
             rules |= {id(p): (0, p.dim() - 1) for p in module.parameters(recurse=False)}
         elif isinstance(module, KArAtOperator) and module.W is not None:
             rules[id(module.W)] = (0, 1)
+        elif isinstance(module, SplineLinear | FourierLinear | RBFLinear):
+            rules[id(module.coefficients)] = (2,)
         elif isinstance(module, nn.Linear | nn.Conv2d):
             rules[id(module.weight)] = (0,)
     for name, parameter in model.named_parameters():

@@ -58,17 +58,17 @@ class Explorer:
     def __init__(self, run: Run, weights: str = "last") -> None:
         self.run, self.model = run, run.model(weights)
         self._recorded = lru_cache(maxsize=4)(self._record)
-        first = run.samples(1)
-        self.example = first
-        self.blocks = [block.name for block in attention_of(self.model, first.images)]
-        self.heads = [block.sigma.shape[1] for block in attention_of(self.model, first.images)]
+        self.example = run.samples(1)
+        found = attention_of(self.model, self.example.images)
+        self.blocks = [block.name for block in found]
+        self.heads = [block.sigma.shape[1] for block in found]
 
     def view(self, path: Path, block: int, head: int, *, signed: bool = False) -> View:
         """Scores, σ, maps, edge functions and measures for an image file.
 
         Raises ValueError for a file that is no whole image, or a block or head that isn't there.
         """
-        samples, blocks = self._recorded(path)
+        samples, blocks = self._recorded(path, _stamp(path))
         chosen = choose_block(blocks, block)
         check_head(head, chosen.sigma.shape[1])
         scores, sigma = chosen.scores[:1, head : head + 1], chosen.sigma[:1, head : head + 1]
@@ -87,7 +87,7 @@ class Explorer:
             note=note if has_edges else f"{note} This head keeps softmax: it has no edge functions.".strip(),
         )
 
-    def _record(self, path: Path) -> tuple[Samples, list[BlockAttention]]:
+    def _record(self, path: Path, stamp: tuple[int, int]) -> tuple[Samples, list[BlockAttention]]:
         samples = self.run.image(path)
         return samples, attention_of(self.model, samples.images)
 
@@ -112,6 +112,14 @@ class Explorer:
         near = [fit_formula(x.numpy(), values.numpy()) for values in strong.values]
         both = strong.joined(curves(op, head, x, edges=DRAWN_EDGES))
         return figures.draw_functions({title: both}, {title: near}, {title: scores}, scale=1.4)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What tells a file from what stood there before; zeros where there is none, which reading it will say."""
+    if not path.is_file():
+        return 0, 0
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
 
 
 def build_app(explorer: Explorer) -> Any:
@@ -146,7 +154,9 @@ def build_app(explorer: Explorer) -> Any:
         gr.Markdown(f"## {explorer.run.label}\n{settings.model} on {settings.data}, {explorer.run.folder.name}")
         with gr.Row():
             with gr.Column(scale=1):
-                image = gr.Image(type="filepath", label="image", sources=["upload", "clipboard"], elem_id="image")
+                image = gr.Image(
+                    type="filepath", height=240, label="image", sources=["upload", "clipboard"], elem_id="image"
+                )
                 image.preprocess = _path  # gradio's would open a broken file first and say so less clearly
                 own = gr.Button("an image of the run's data", elem_id="own")
                 names = [(f"{i}: {name}", i) for i, name in enumerate(explorer.blocks)]

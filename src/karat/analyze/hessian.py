@@ -15,6 +15,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from karat.kan.plain import plain
 from karat.operator import KArAtOperator
 
 Closure = Callable[[], Tensor]  # the loss, a scalar, with a graph to differentiate twice
@@ -31,14 +32,14 @@ class Curvature:
 
 @contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Within the block every attention of the model has second derivatives: the reference path of basis attention
-    and unfused softmax (the fused ones have first derivatives only)."""
+    """Within the block the whole model has second derivatives: attention by the reference path of basis attention or
+    by unfused softmax, KAN layers by their plain formulas (the fused ways have first derivatives only)."""
     operators = [module for module in model.modules() if isinstance(module, KArAtOperator)]
     configs = [operator.config for operator in operators]
     try:
         for operator in operators:
             operator.config = dataclasses.replace(operator.config, impl="reference")
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), plain():
             yield
     finally:
         for operator, config in zip(operators, configs, strict=True):

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from karat.train import runs
 from karat.train.build import input_size
+from karat.train.compare import RESULT
 from karat.train.data import Data, open_splits
 from karat.train.data_augment import Fit, Normalise, decode
+from karat.train.files import read_json
 from karat.train.measure import load_run
 from karat.train.settings import Settings
 
@@ -47,9 +49,15 @@ class Run:
 
     @property
     def label(self) -> str:
-        """How the run is called in figures: its attention, with the seed where that isn't 0."""
+        """How the run is called in figures: its contender's name, with the seed where that isn't 0."""
         seed = f" seed {self.settings.seed}" if self.settings.seed else ""
-        return f"{self.settings.attention}{seed}"
+        return f"{self.contender}{seed}"
+
+    @property
+    def contender(self) -> str:
+        """The attention, with the MLP where it isn't the model's own, as in `karat compare`: "g3b", "softmax/grkan"."""
+        mlp = self.settings.mlp
+        return self.settings.attention if mlp == "mlp" else f"{self.settings.attention}/{mlp}"
 
     def model(self, weights: str = "last") -> nn.Module:
         """The run's model in evaluation mode, with its last, best or averaged ("ema") weights."""
@@ -62,7 +70,9 @@ class Run:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
         s = self.settings
-        splits = open_splits(s.data)
+        splits = open_splits(s.data, data_dir=Path(s.data_dir) if s.data_dir else None, num_samples=s.num_samples)
+        if not splits.class_names:  # a stream that doesn't name them
+            splits.class_names = tuple(map(str, range(int(self.facts["num_classes"]))))
         splits = splits if split == "eval" else dataclasses.replace(splits, eval=splits.train)
         size = getattr(splits.eval, "length", None)
         total = int(size) if size is not None else len(splits.eval)  # type: ignore[arg-type]
@@ -135,6 +145,14 @@ def open_run(folder: Path | str) -> Run:
     folder = Path(folder)
     settings, facts = runs.read_config(folder)
     return Run(folder, settings, facts, runs.read_history(folder))
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs that a folder stands for: those of a comparison, in its order; else the folder itself."""
+    if not (folder / RESULT).is_file():
+        return [folder]
+    rows = read_json(folder / RESULT)["rows"]
+    return [folder / Path(run).name for row in rows for run in row["runs"]]  # by name, so that it may be moved
 
 
 def labels_of(opened: list[Run]) -> list[str]:

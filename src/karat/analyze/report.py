@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
@@ -15,12 +15,14 @@ from jinja2 import Environment, StrictUndefined
 from karat.analyze.figures import encode
 from karat.analyze.loading import trajectory
 from karat.analyze.studies import STUDIES
-from karat.analyze.study import Options, Study, Subject, open_subjects
+from karat.analyze.study import Options, Study, Subject, as_json, open_subjects
 from karat.train.files import write_text
 
 REPORT = "report.html"
 # Larger drawings are embedded as pixels: a browser is slow with ten thousands of strokes.
 MOST_SVG_BYTES = 200_000
+# Narrower figures stay readable at half of the page's width.
+MOST_HALF_INCHES = 8.0
 
 # What the page shows, in order, with a sentence on how to read it.
 SECTIONS: dict[str, str] = {
@@ -41,7 +43,7 @@ SECTIONS: dict[str, str] = {
     "hessian": "Top eigenvalues and trace of the loss's Hessian on a small subset of images: larger is sharper.",
 }
 SHOWN_SETTINGS = (
-    *("model", "attention", "data", "img_size", "patch_size", "embed_dim", "depth", "num_heads"),
+    *("model", "attention", "mlp", "data", "img_size", "patch_size", "embed_dim", "depth", "num_heads"),
     *("init", "seed", "amp_dtype", "grad_accum_steps", "preset"),
 )
 SHOWN_RECIPE = (
@@ -56,6 +58,7 @@ class Picture:
 
     name: str
     source: str  # a data: address
+    half: bool  # two of them fit beside each other
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Section:
     name: str
     title: str
     text: str
-    pictures: list[Picture]
+    pictures: list[list[Picture]]  # by kind
     notes: list[str]
     numbers: str  # JSON
 
@@ -93,6 +96,7 @@ def build_report(
         made.append(_section(name, subjects))
     page = resources.files("karat.analyze").joinpath("report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.tests["differs"] = lambda cells: len(set(cells)) > 1
     return environment.from_string(page).render(
         title=", ".join(s.label for s in subjects),
         labels=[s.label for s in subjects],
@@ -112,9 +116,9 @@ def write_report(
     announce: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write the page about some runs to `output`, by default the first one's report.html; its path."""
+    """Write the page about some runs to `output`, by default report.html in the first folder; its path."""
     subjects = open_subjects(folders, options, progress)
-    path = subjects[0].run.folder / REPORT if output is None else output
+    path = folders[0] / REPORT if output is None else output
     page = build_report(subjects, sections=sections, announce=announce)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
@@ -131,10 +135,22 @@ def _section(name: str, subjects: Sequence[Subject]) -> Section:
         name=name,
         title=title,
         text=SECTIONS[name],
-        pictures=[Picture(key, _embedded(figure)) for key, figure in study.figures.items()],
+        pictures=_pictures(study, subjects),
         notes=study.notes,
-        numbers=json.dumps(_rounded(study.numbers), indent=1, ensure_ascii=False) if study.numbers else "",
+        numbers=json.dumps(as_json(study.numbers, 6), indent=1, ensure_ascii=False) if study.numbers else "",
     )
+
+
+def _pictures(study: Study, subjects: Sequence[Subject]) -> list[list[Picture]]:
+    """The figures by kind: one that each run has stands beside those of the others."""
+    kinds: dict[str, list[Picture]] = {}
+    for name, figure in study.figures.items():
+        run = next((s for s in subjects if name.endswith(f"-{s.key}")), None)
+        half = run is not None and len(subjects) > 1 and figure.get_figwidth() <= MOST_HALF_INCHES
+        kind = name if run is None else name.removesuffix(f"-{run.key}")
+        title = kind if run is None else f"{kind}, {run.label}"
+        kinds.setdefault(kind, []).append(Picture(title.replace("-", " "), _embedded(figure), half))
+    return list(kinds.values())
 
 
 def _landscape(subjects: Sequence[Subject]) -> Study:
@@ -189,19 +205,10 @@ def _results(subjects: Sequence[Subject]) -> dict[str, list[str]]:
 
 
 def _settings(subjects: Sequence[Subject]) -> dict[str, list[str]]:
-    plain = [s.run.settings.as_dict() for s in subjects]
-    rows = {name: [_cell(one[name]) for one in plain] for name in SHOWN_SETTINGS}
-    return rows | {name: [_cell(one["recipe"][name]) for one in plain] for name in SHOWN_RECIPE}
+    found = [s.run.settings.as_dict() for s in subjects]
+    rows = {name: [_cell(one[name]) for one in found] for name in SHOWN_SETTINGS}
+    return rows | {name: [_cell(one["recipe"][name]) for one in found] for name in SHOWN_RECIPE}
 
 
 def _cell(value: Any) -> str:
     return "–" if value is None else str(value)
-
-
-def _rounded(value: Any) -> Any:
-    """Numbers to six digits, for reading; non-finite ones as text, which JSON has no word for."""
-    if isinstance(value, Mapping):
-        return {key: _rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(inner) for inner in value]
-    return float(f"{value:.6g}") if isinstance(value, float) and abs(value) < float("inf") else value

@@ -6,6 +6,7 @@ The studies of the loss itself (landscape, Hessian) are in `studies_loss`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,10 +40,6 @@ from karat.analyze.weights import histograms
 MOST_HEADS, NAMED_EDGES, DRAWN_EDGES, CURVE_POINTS = 6, 3, 40, 201
 
 
-def _key(text: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in text).strip("-")
-
-
 def _learns(subject: Subject) -> bool:
     return subject.run.settings.attention != "softmax"
 
@@ -59,10 +56,20 @@ def study_curves(subjects: Sequence[Subject]) -> Study:
     return study
 
 
+@dataclass(frozen=True)
+class _Picked:
+    """The dominant head of each image (B,), its map (B,h,w) and the region that it picks, boolean (B,h,w)."""
+
+    subject: Subject
+    heads: Tensor
+    maps: Tensor
+    regions: Tensor
+
+
 def study_attention(subjects: Sequence[Subject]) -> Study:
-    """Maps of the class token, rollout, the region that the dominant head picks, σ as a matrix, measures."""
+    """Maps of the class token, rollout, the region that the dominant head picks, σ of every head, measures."""
     study = Study("attention")
-    picked: dict[str, tuple[Subject, Tensor, Tensor]] = {}
+    picked: dict[str, _Picked] = {}
     for s in subjects:
         block = choose_block(s.attention, s.options.block)
         study.numbers[s.label] = {found.name: _table(measures(found.sigma)) for found in s.attention}
@@ -78,24 +85,28 @@ def study_attention(subjects: Sequence[Subject]) -> Study:
             heads = range(maps.shape[1]) if s.options.head is None else [check_head(s.options.head, maps.shape[1])]
             columns = {f"head {h}": maps[:, h] for h in list(heads)[:MOST_HEADS]}
             columns["rollout"] = rollout_maps(flow, grid)
-            title = f"maps-{_key(s.label)}"
+            title = f"maps-{s.key}"
             study.figures[title] = figures.draw_maps(s.samples.pixels, columns, titles=names)
             dominant, chosen = dominant_regions(maps)
-            picked[s.label] = s, maps[torch.arange(len(maps)), dominant], chosen
-            study.arrays |= {f"{_key(s.label)}/maps": maps, f"{_key(s.label)}/rollout": flow}
+            picked[s.label] = _Picked(s, dominant, maps[torch.arange(len(maps)), dominant], chosen)
+            study.arrays |= {f"{s.key}/maps": maps, f"{s.key}/rollout": flow}
             overlap = _overlap(s, maps)
             if overlap:
                 study.numbers[s.label]["overlap"] = overlap
-        study.figures[f"matrices-{_key(s.label)}"] = _matrices(s, block)
-        study.arrays |= {f"{_key(s.label)}/scores": block.scores, f"{_key(s.label)}/sigma": block.sigma}
+        study.figures[f"matrices-{s.key}"] = _matrices(s, block)
+        study.figures[f"heads-{s.key}"] = figures.draw_heads(
+            {str(index): found.sigma[0] for index, found in enumerate(s.attention)}
+        )
+        study.arrays |= {f"{s.key}/scores": block.scores, f"{s.key}/sigma": block.sigma}
     for group in _same_images(picked):
-        first = picked[group[0]][0]
-        title = "regions" if len(picked) == len(group) else f"regions-{_key(group[0])}"
+        first = picked[group[0]].subject
+        title = "regions" if len(picked) == len(group) else f"regions-{first.key}"
         study.figures[title] = figures.draw_regions(
             first.samples.pixels,
-            {name: picked[name][1] for name in group},
-            {name: picked[name][2] for name in group},
+            {name: picked[name].maps for name in group},
+            {name: picked[name].regions for name in group},
             titles=_names(first),
+            captions={name: [f"head {head}" for head in picked[name].heads.tolist()] for name in group},
         )
     return study
 
@@ -105,11 +116,11 @@ def _names(s: Subject) -> list[str]:
     return [classes[label] if 0 <= label < len(classes) else "" for label in s.samples.labels.tolist()]
 
 
-def _same_images(picked: dict[str, tuple[Subject, Tensor, Tensor]]) -> list[list[str]]:
+def _same_images(picked: dict[str, _Picked]) -> list[list[str]]:
     """Runs grouped by the images they see."""
     groups: dict[Any, list[str]] = {}
-    for name, (s, _, _) in picked.items():
-        groups.setdefault((s.run.settings.data, tuple(s.samples.pixels.shape)), []).append(name)
+    for name, one in picked.items():
+        groups.setdefault((one.subject.run.settings.data, tuple(one.subject.samples.pixels.shape)), []).append(name)
     return list(groups.values())
 
 
@@ -118,7 +129,8 @@ def _matrices(s: Subject, block: BlockAttention) -> Any:
     check_head(head, block.sigma.shape[1])
     scores, sigma = block.scores[0, head], block.sigma[0, head]
     shown = {f"σ(A), {s.label}": sigma}
-    return figures.draw_matrices(scores, shown | {"softmax(A)": scores.softmax(-1)} if _learns(s) else shown)
+    place = f"{block.name}, head {head}"
+    return figures.draw_matrices(scores, shown | ({"softmax(A)": scores.softmax(-1)} if _learns(s) else {}), place)
 
 
 def _overlap(s: Subject, maps: Tensor) -> dict[str, list[float]]:
@@ -162,7 +174,7 @@ def study_spectrum(subjects: Sequence[Subject]) -> Study:
             name: {"effective_rank": one.effective_rank, "scree_index": one.scree_index} for name, one in found.items()
         }
         for name, one in found.items():
-            study.arrays[f"{_key(s.label)}/{name}"] = torch.stack([one.mean, one.low, one.high])
+            study.arrays[f"{s.key}/{name}"] = torch.stack([one.mean, one.low, one.high])
     study.figures["spectrum"] = figures.draw_spectra(panels)
     return study
 
@@ -192,11 +204,11 @@ def study_functions(subjects: Sequence[Subject]) -> Study:
                 {"p": int(p), "q": int(q), "formula": near.text, "family": near.family, "error": near.error}
                 for p, q, near in zip(strong.outputs, strong.inputs, named[title], strict=True)
             ]
-            study.arrays[f"{_key(s.label)}/{title}"] = drawn[title].values
-        study.arrays[f"{_key(s.label)}/x"] = x
-        study.figures[f"functions-{_key(s.label)}"] = figures.draw_functions(drawn, named)
+            study.arrays[f"{s.key}/{title}"] = drawn[title].values
+        study.arrays[f"{s.key}/x"] = x
+        study.figures[f"functions-{s.key}"] = figures.draw_functions(drawn, named)
         rows = {name.replace(".attn.operator", ""): coefficients(op) for name, op in _first_and_last(s).items()}
-        study.figures[f"coefficients-{_key(s.label)}"] = figures.draw_coefficients(rows)
+        study.figures[f"coefficients-{s.key}"] = figures.draw_coefficients(rows)
     return study
 
 
@@ -213,16 +225,16 @@ def study_weights(subjects: Sequence[Subject]) -> Study:
         checkpoints = trajectory(s.run.folder)
         found = histograms(checkpoints)
         names, epochs, _ = zip(*moments(checkpoints), strict=True)
-        study.figures[f"weights-{_key(s.label)}"] = figures.draw_histograms(found, names, epochs)
-        study.figures[f"divergence-{_key(s.label)}"] = figures.draw_divergence(found)
+        study.figures[f"weights-{s.key}"] = figures.draw_histograms(found, names, epochs)
+        study.figures[f"divergence-{s.key}"] = figures.draw_divergence(found)
         study.numbers[s.label] = {kind.kind: [float(value) for value in kind.from_start] for kind in found}
-        study.arrays |= {f"{_key(s.label)}/{kind.kind}": kind.counts for kind in found}
+        study.arrays |= {f"{s.key}/{kind.kind}": kind.counts for kind in found}
     return study
 
 
 def study_sweep(subjects: Sequence[Subject]) -> Study:
     """Top-1 over the setting that the runs differ in."""
-    results = [(s.run.settings.attention, float(s.run.history[-1]["top1"])) for s in subjects if s.run.history]
+    results = [(s.run.contender, float(s.run.history[-1]["top1"])) for s in subjects if s.run.history]
     found = sweep(results, subjects[0].options.sweep)
     study = Study(f"sweep over {found.setting}")
     study.figures["sweep"] = figures.draw_sweep(found)

@@ -36,6 +36,7 @@ from karat.analyze.trajectory import Direction, Plane, principal_plane
 from karat.train import runs
 from karat.train.build import build_model
 from karat.train.files import digest
+from karat.train.settings import Settings
 
 FOLDER = "analysis"
 COST_BATCH = 8
@@ -71,7 +72,7 @@ def study_landscape(subjects: Sequence[Subject]) -> Study:
                 ).tolist(),
             }
         study.numbers[s.label] = numbers
-        study.arrays |= {f"{s.label}/{name}": getattr(surface, name) for name in ("x", "y", "loss", "top1")}
+        study.arrays |= {f"{s.key}/{name}": getattr(surface, name) for name in ("x", "y", "loss", "top1")}
     study.figures["surface"] = figures.draw_surface(surfaces)
     study.figures["contours"] = figures.draw_contours(surfaces, planes)
     return study
@@ -138,9 +139,13 @@ def study_hessian(subjects: Sequence[Subject]) -> Study:
 
 def _has_softmax_twin(s: Subject, subjects: Sequence[Subject]) -> bool:
     """Whether one of the subjects is the same model with softmax."""
-    asked = (s.run.settings.model, s.run.settings.model_kwargs())
-    softmax = (other.run.settings for other in subjects if other.run.settings.attention == "softmax")
-    return any((other.model, other.model_kwargs()) == asked for other in softmax)
+    asked = dataclasses.replace(s.run.settings, attention="softmax")
+    return any(_builds(other.run.settings) == _builds(asked) for other in subjects)
+
+
+def _builds(settings: Settings) -> tuple[object, ...]:
+    """What makes the model."""
+    return settings.model, settings.attention, settings.mlp, settings.model_kwargs()
 
 
 def study_cost(subjects: Sequence[Subject]) -> Study:
@@ -166,7 +171,11 @@ def study_cost(subjects: Sequence[Subject]) -> Study:
             }
             published = PUBLISHED.get((settings.model, attention))
             if published is not None and published_size:
-                rows[label] |= {"paper: parameters (M)": published.params_M, "paper: GFLOPs": published.GFLOPs}
+                rows[label] |= {
+                    "paper: parameters (M)": published.params_M,
+                    "paper: multiply-adds an image (G)": published.GFLOPs,
+                    "paper: GPU memory, batch 32 (GB)": published.gpu_GB,
+                }
             history = s.run.history
             if label == s.label and history:
                 seconds = sum(line["seconds"] for line in history) / len(history)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from karat.analyze.attention import BlockAttention, attention_of
 from karat.analyze.landscape import Progress
-from karat.analyze.loading import Run, Samples, labels_of, open_run
+from karat.analyze.loading import Run, Samples, labels_of, open_run, runs_in
+from karat.train.files import write_json
+from karat.train.runs import slug
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,9 +33,9 @@ class Options:
     head: int | None = None
     """The head to look at, counted from 0; none: all, or the dominant one."""
     images: int = 8
-    """How many evaluation images attention and spectra are computed on."""
+    """How many evaluation images attention and spectra are computed on; the same ones each time."""
     image: Path | None = None
-    """An image file to look at instead of the run's data (attention, spectrum)."""
+    """An image file to look at instead of the run's data (attention, spectrum, functions)."""
     mask: Path | None = None
     """With --image: the object's mask in that image's pixels, white on black; maps are measured against it."""
     box: tuple[float, float, float, float] | None = None
@@ -80,14 +82,27 @@ class Study:
         written = [save(figure, folder / f"{name}.{form}") for name, figure in self.figures.items() for form in formats]
         if self.numbers:
             path = folder / "numbers.json"
-            path.write_text(json.dumps(self.numbers, indent=1) + "\n", encoding="utf-8")
+            write_json(path, as_json(self.numbers))
             written.append(path)
         if self.arrays:
             path = folder / "arrays.npz"
-            plain: Mapping[str, Any] = {name: array.numpy() for name, array in self.arrays.items()}
-            np.savez_compressed(path, **plain)
+            named: Mapping[str, Any] = {name: array.numpy() for name, array in self.arrays.items()}
+            np.savez_compressed(path, **named)
             written.append(path)
         return written
+
+
+def as_json(value: Any, digits: int | None = None) -> Any:
+    """Nested numbers as JSON has them: to `digits` significant ones where given, NaN and infinities as None."""
+    if isinstance(value, Mapping):
+        return {key: as_json(inner, digits) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(inner, digits) for inner in value]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return value if digits is None else float(f"{value:.{digits}g}")
+    return value
 
 
 @dataclass
@@ -98,6 +113,11 @@ class Subject:
     label: str
     options: Options
     progress: Progress | None = None
+
+    @property
+    def key(self) -> str:
+        """The label as part of a file's name."""
+        return slug(self.label)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -122,8 +142,15 @@ class Subject:
 
 
 def open_subjects(folders: Sequence[Path], options: Options, progress: Progress | None = None) -> list[Subject]:
-    """Runs opened by their folders, labelled so that no two are called alike. Raises ValueError for none."""
+    """Runs opened by their folders, labelled so that no two are called alike; a comparison's folder means its runs.
+
+    Raises ValueError for no folder, one that is no run's, or a run that is named twice.
+    """
     if not folders:
         raise ValueError("name at least one run's folder")
-    opened = [open_run(folder) for folder in folders]
+    chosen = [run for folder in folders for run in runs_in(folder)]
+    twice = next((run for run in chosen if chosen.count(run) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is named twice: name each run once")
+    opened = [open_run(folder) for folder in chosen]
     return [Subject(run, label, options, progress) for run, label in zip(opened, labels_of(opened), strict=True)]

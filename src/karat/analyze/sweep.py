@@ -34,13 +34,14 @@ class Sweep:
 
 
 def settings_of(attention: str) -> dict[str, Any]:
-    """An attention's settings as a flat table: the basis's own options (grid, order, ...) beside the operator's.
+    """A contender's settings as a flat table: the basis's own options (grid, order, ...) beside the operator's.
 
     >>> settings_of("g5u,rank=4")["grid"], settings_of("g5u,rank=4")["sharing"]
     (5, 'universal')
     """
+    attention, _, mlp = attention.partition("/")
     config = KArAtConfig.parse(attention)
-    flat = dataclasses.asdict(config)
+    flat = dataclasses.asdict(config) | ({"mlp": mlp} if mlp else {})
     if config.is_softmax:
         return flat
     family, options = re.fullmatch(r"(\w+)(?:\((.*)\))?", config.basis).groups()  # type: ignore[union-attr]
@@ -55,15 +56,18 @@ def settings_of(attention: str) -> dict[str, Any]:
 
 
 def sweep(results: Sequence[tuple[str, float]], setting: str | None = None) -> Sweep:
-    """Curves from (attention, top-1) of any number of runs.
+    """Curves from (contender, top-1) of any number of runs; contenders as in `karat compare`: "g3b", "g3b/grkan".
 
     `setting` is the one to draw along, such as "grid", "rank", "order", "basis" or "sharing"; None takes the one
     with the most values.
 
     Raises ValueError where no setting differs, or the named one doesn't.
     """
-    learned = [(settings_of(name), top1) for name, top1 in results if name != "softmax"]
-    fixed = [top1 for name, top1 in results if name == "softmax"]
+    learned = [(settings_of(name), top1) for name, top1 in results if not _is_softmax(name)]
+    fixed: dict[str, list[float]] = {}
+    for name, top1 in results:
+        if _is_softmax(name):
+            fixed.setdefault(name, []).append(top1)
     names = dict.fromkeys(name for settings, _ in learned for name in settings)
     taken = {name: {_key(settings.get(name)) for settings, _ in learned} for name in names}
     varied = {name: len(values) for name, values in taken.items() if len(values) > 1}
@@ -87,7 +91,11 @@ def sweep(results: Sequence[tuple[str, float]], setting: str | None = None) -> S
             mean=tuple(statistics.fmean(s) if s else None for s in seeds),
             deviation=tuple(statistics.stdev(s) if len(s) > 1 else None for s in seeds),
         )
-    return Sweep(setting, tuple(values), lines, {"softmax": statistics.fmean(fixed)} if fixed else {})
+    return Sweep(setting, tuple(values), lines, {name: statistics.fmean(found) for name, found in fixed.items()})
+
+
+def _is_softmax(contender: str) -> bool:
+    return contender.partition("/")[0] == "softmax"
 
 
 def _key(value: Any) -> str:

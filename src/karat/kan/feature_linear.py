@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from karat.basis import LinearBasis
+from karat.kan.plain import plain_formulas
 
 # Values of ψ that exist at a time: on a CPU they should stay near the cache, a GPU wants large products.
 _CHUNK = {"cpu": 1 << 20}
@@ -21,7 +22,8 @@ def feature_linear(x: Tensor, weight: Tensor, basis: LinearBasis) -> Tensor:
 
     A product of the features ψ(x) (T, F·Q) and the weights (F·Q, P), T being all leading axes. The features are
     F times as large as x, so they are written for a block of rows at a time and computed again in the backward
-    pass; only x is kept. Under torch.compile and export the plain formula stands in its place.
+    pass; only x is kept. Under torch.compile and export, and within `karat.kan.plain.plain`, the plain formula
+    stands in its place.
 
     Under autocast the features are computed in float32 and the product in autocast's precision.
 
@@ -38,7 +40,7 @@ def feature_linear(x: Tensor, weight: Tensor, basis: LinearBasis) -> Tensor:
         weight = weight.to(torch.get_autocast_dtype(device))
         x = x.float()
     rows = x.reshape(-1, Q)
-    if torch.compiler.is_compiling():
+    if plain_formulas():
         psi = basis.features(rows).flatten(1).to(weight.dtype)
         return (psi @ weight.reshape(F * Q, P)).reshape(*x.shape[:-1], P)
     out: Tensor = _FeatureLinear.apply(rows, weight, basis)

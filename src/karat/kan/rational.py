@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from karat.basis.base import check_count
+from karat.kan.plain import plain_formulas
 from karat.kan.rational_fit import fit_rational
 
 # Values of x that are worked on at a time, with the powers and polynomials of each beside them: a few times that
@@ -34,7 +35,7 @@ def group_rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
             f"{x.shape[-1]} channels, {len(numerator)} numerators and {len(denominator)} denominators don't fit: the "
             "number of groups must divide the channels, and each has one row or as many as there are groups"
         )
-    if torch.compiler.is_compiling():  # the compiler fuses the formula by itself
+    if plain_formulas():
         return rational_formula(x, numerator, denominator)
     out: Tensor = _GroupRational.apply(x, numerator, denominator)
     return out

@@ -3,7 +3,7 @@
 Save one with `save(figure, "name.svg")`; the ending chooses PNG, SVG or PDF.
 """
 
-from karat.analyze.figures.attention import draw_maps, draw_matrices, draw_regions
+from karat.analyze.figures.attention import draw_heads, draw_maps, draw_matrices, draw_regions
 from karat.analyze.figures.functions import draw_coefficients, draw_functions
 from karat.analyze.figures.landscape import draw_contours, draw_surface
 from karat.analyze.figures.spectrum import draw_spectra
@@ -18,6 +18,7 @@ __all__ = [
     "draw_curves",
     "draw_divergence",
     "draw_functions",
+    "draw_heads",
     "draw_histograms",
     "draw_maps",
     "draw_matrices",

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from karat.analyze.attention import upsample
 from karat.analyze.figures.style import COLOURS, DIVERGING, SEQUENTIAL, bare, looks, new_figure
+
+SCALE = "each map on its own scale: dark 0, yellow its largest value; with negative values white 0, purple below"
 
 
 def draw_maps(pixels: Tensor, maps: Mapping[str, Tensor], *, titles: Sequence[str] = ()) -> Figure:
@@ -32,6 +36,7 @@ def draw_maps(pixels: Tensor, maps: Mapping[str, Tensor], *, titles: Sequence[st
             for column, (name, found) in enumerate(maps.items(), start=1):
                 _map(axes[row, column], found[row])
                 bare(axes[row, column], name if row == 0 else "")
+        figure.supxlabel(SCALE, fontsize=7.5)
     return figure
 
 
@@ -50,13 +55,14 @@ def draw_regions(
     regions: Mapping[str, Tensor],
     *,
     titles: Sequence[str] = (),
+    captions: Mapping[str, Sequence[str]] | None = None,
     maps_too: bool = False,
     scale: float = 1.0,
 ) -> Figure:
     """Each image with what attention picks: the map laid over it, the rest dimmed, the region outlined.
 
-    pixels (B,height,width,3); maps (B,h,w) and regions, boolean (B,h,w), by column title. With `maps_too` each map
-    stands on its own below that.
+    pixels (B,height,width,3); maps (B,h,w) and regions, boolean (B,h,w), by column title; a caption below each picture
+    where given. With `maps_too` each map stands on its own below that.
     """
     B, size, lines = len(pixels), (pixels.shape[1], pixels.shape[2]), 1 + maps_too
     with looks():
@@ -76,6 +82,8 @@ def draw_regions(
                 upper[column].imshow((pixels[row] * (0.25 + 0.75 * shade[..., None])).numpy(), interpolation="nearest")
                 _outline(upper[column], regions[name][row], size)
                 bare(upper[column], name if row == 0 else "")
+                if captions:
+                    upper[column].set_xlabel(captions[name][row], fontsize=7, labelpad=2)
                 if maps_too:
                     _map(lower[column], maps[name][row])
                     bare(lower[column])
@@ -93,19 +101,58 @@ def _outline(axes: Axes, mask: Tensor, size: tuple[int, int]) -> None:
     axes.add_collection(LineCollection(lines, colors=COLOURS[5], linewidths=1.3, clip_on=False))
 
 
-def draw_matrices(scores: Tensor, sigmas: Mapping[str, Tensor]) -> Figure:
-    """Scores (M,N) of one head, and one matrix (M,N) for each activation of them, each with its own colour bar."""
+def draw_heads(blocks: Mapping[str, Tensor]) -> Figure:
+    """σ of every head (columns) in every block (rows): blocks by name, (H,M,N) each.
+
+    Every matrix is on its own scale; colours as in `draw_maps`.
+    """
+    most = max(sigma.shape[0] for sigma in blocks.values())
+    M, N = (max(sigma.shape[axis] for sigma in blocks.values()) for axis in (1, 2))
+    gap = max(1, N // 20)
+    canvas = np.ones((len(blocks) * (M + gap) - gap, most * (N + gap) - gap, 3))
+    for row, sigma in enumerate(blocks.values()):
+        for head, matrix in enumerate(sigma.numpy()):
+            y, x = row * (M + gap), head * (N + gap)
+            colours, low, high = _scale(matrix)
+            shade = np.clip((matrix - low) / (high - low), 0, 1)
+            canvas[y : y + matrix.shape[0], x : x + matrix.shape[1]] = colormaps[colours](shade)[..., :3]
+    with looks():
+        side = min(1.1, 9 / most)
+        figure = new_figure(side * most + 1, side * len(blocks) * M / N + 0.9)
+        panel = figure.subplots()
+        panel.imshow(canvas)
+        bare(panel)
+        panel.set_xticks([h * (N + gap) + N / 2 for h in range(most)], [str(h) for h in range(most)])
+        panel.set_yticks([row * (M + gap) + M / 2 for row in range(len(blocks))], list(blocks))
+        panel.tick_params(length=0)
+        panel.spines[:].set_visible(False)
+        panel.set_xlabel("head (in each matrix: key)")
+        panel.set_ylabel("block (in each matrix: query)")
+    return figure
+
+
+def _scale(array: NDArray[np.float32]) -> tuple[str, float, float]:
+    """Colours and their ends: symmetric around 0 with negative values, from 0 without; one outlier doesn't set them."""
+    reach = float(np.quantile(np.abs(array), 0.995)) or 1e-12
+    return (DIVERGING, -reach, reach) if array.min() < 0 else (SEQUENTIAL, 0.0, reach)
+
+
+def draw_matrices(scores: Tensor, sigmas: Mapping[str, Tensor], place: str = "") -> Figure:
+    """Scores (M,N) of one head, and one matrix (M,N) for each activation of them, each with its own colour bar.
+
+    `place` says which head of which block.
+    """
     with looks():
         figure = new_figure(2.5 * (len(sigmas) + 1), 2.4)
         axes = figure.subplots(1, len(sigmas) + 1, squeeze=False)[0]
-        for panel, (name, values) in zip(axes, {"scores A": scores, **sigmas}.items(), strict=True):
-            array = values.numpy()
-            reach = float(np.quantile(np.abs(array), 0.995)) or 1e-12  # one outlier shouldn't grey out the rest
-            signed = array.min() < 0
-            colours = {"cmap": DIVERGING, "vmin": -reach} if signed else {"cmap": SEQUENTIAL, "vmin": 0}
-            image = panel.imshow(array, vmax=reach, interpolation="nearest", **colours)
+        panels = {"scores A": scores, **sigmas}
+        for panel, (name, values) in zip(axes, panels.items(), strict=True):
+            colours, low, high = _scale(values.numpy())
+            image = panel.imshow(values.numpy(), cmap=colours, vmin=low, vmax=high, interpolation="nearest")
             figure.colorbar(image, ax=panel, shrink=0.8)
             panel.set_title(name)
             panel.set_xlabel("key")
             panel.set_ylabel("query")
+        if place:
+            figure.suptitle(place, fontsize=8.5)
     return figure

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from karat.analyze.figures.style import COLOURS, INK, finish, looks, new_figure
+from karat.analyze.figures.style import COLOURS, INK, few_ticks, finish, looks, new_figure
 from karat.analyze.functions import Curves, Distribution
 from karat.analyze.symbolic import Formula
 
@@ -36,7 +36,7 @@ def draw_functions(
                 label = None
                 if named:
                     p, q = int(found.outputs[edge]), int(found.inputs[edge])
-                    label = f"φ{p},{q} ≈ {near[edge].text} ({100 * near[edge].error:.0f} %)"
+                    label = rf"$\varphi_{{{p},{q}}}$ ≈ {near[edge].text} ({100 * near[edge].error:.0f} %)"
                     panel.plot(x, near[edge].values, color=INK, linewidth=0.8, linestyle=":", zorder=4)
                 panel.plot(x, values.numpy(), color=colour, linewidth=1.3 if named else 0.6, label=label, zorder=3)
             finish(panel, title, "score", "φ(score)")
@@ -64,5 +64,6 @@ def draw_coefficients(blocks: Mapping[str, Sequence[Distribution]]) -> Figure:
                     colour = COLOURS[found.head % len(COLOURS)]
                     panel.stairs(share, np.asarray(found.bin_edges), color=colour, linewidth=1, label=label)
                 finish(panel, f"{block}: {name}", "value", "share")
+                few_ticks(panel)
                 panel.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=1)
     return figure

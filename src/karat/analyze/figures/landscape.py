@@ -32,7 +32,8 @@ def draw_surface(surfaces: Mapping[str, Surface]) -> Figure:
                 X, Y, heights[name], cmap=SEQUENTIAL, vmin=low, vmax=high, rcount=60, ccount=60, linewidth=0.1
             )
             panel.set_zlim(low, high)
-            panel.set_title(name)
+            panel.set_box_aspect(None, zoom=0.8)  # room for the labels, which the layout doesn't see
+            panel.set_title(name, y=0.95)
             panel.set_xlabel("direction 1")
             panel.set_ylabel("direction 2")
             panel.set_zlabel("loss")

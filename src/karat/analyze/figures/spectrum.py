@@ -20,19 +20,19 @@ def draw_spectra(panels: Mapping[str, Mapping[str, Spectrum]]) -> Figure:
     The curves of a panel are named, e.g. "A" and "σ(A)"; a dot marks the scree index.
     """
     with looks():
-        figure = new_figure(3.3 * len(panels), 2.8)
+        figure = new_figure(3.3 * len(panels), 3.2)
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for panel, (title, curves) in zip(axes, panels.items(), strict=True):
             for index, (name, found) in enumerate(curves.items()):
                 place = np.arange(1, len(found.mean) + 1)
                 floor = float(found.mean.max()) * FLOOR
                 mean, low, high = (np.maximum(part.numpy(), floor) for part in (found.mean, found.low, found.high))
-                label = f"{name} (effective rank {found.effective_rank:.1f})"
+                label = f"{name}: effective rank {found.effective_rank:.1f}, break at {found.scree_index}"
                 panel.plot(place, mean, label=label, **line_style(index))
                 panel.fill_between(place, low, high, color=line_style(index)["color"], alpha=0.18, linewidth=0)
                 at = max(found.scree_index, 1)
                 panel.plot(at, mean[at - 1], "o", color=line_style(index)["color"], markersize=4)
             panel.set_yscale("log")
             finish(panel, title, "index", "singular value")
-            panel.legend()
+            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=7.5)
     return figure

@@ -53,9 +53,9 @@ def looks() -> Any:
     return matplotlib.rc_context(RC)
 
 
-def line_style(index: int) -> dict[str, Any]:
-    """Colour and dashes of the index-th line."""
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)], "linewidth": 1.4}
+def line_style(index: int, width: float = 1.4) -> dict[str, Any]:
+    """Colour, dashes and width of the index-th line."""
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)], "linewidth": width}
 
 
 def finish(axes: Axes, title: str = "", x: str = "", y: str = "") -> None:
@@ -71,6 +71,11 @@ def finish(axes: Axes, title: str = "", x: str = "", y: str = "") -> None:
 def whole_epochs(axes: Axes) -> None:
     """Ticks at whole numbers only."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def few_ticks(axes: Axes, most: int = 4) -> None:
+    """No more intervals along x than a narrow panel has room for."""
+    axes.xaxis.set_major_locator(MaxNLocator(most))
 
 
 def bare(axes: Axes, title: str = "") -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from karat.analyze.figures.style import COLOURS, finish, line_style, looks, new_figure, whole_epochs
+from karat.analyze.figures.style import COLOURS, few_ticks, finish, line_style, looks, new_figure, whole_epochs
 from karat.analyze.sweep import Sweep
 from karat.analyze.weights import Histograms
 
@@ -39,25 +39,26 @@ def draw_histograms(found: Sequence[Histograms], moments: Sequence[str], epochs:
     columns = min(4, len(found))
     rows = -(-len(found) // columns)
     with looks():
-        figure = new_figure(2.5 * columns, 2.0 * rows + 0.2)
+        figure = new_figure(2.5 * columns, 2.0 * rows + 0.4)
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
         for panel, kind in zip(axes, found, strict=False):
             for index, (moment, epoch) in enumerate(zip(moments, epochs, strict=True)):
                 counts = kind.counts[kind.epochs.index(epoch)].numpy()
                 panel.stairs(
-                    counts / max(counts.sum(), 1), kind.bin_edges.numpy(), label=f"{moment} ({epoch})", **_stairs(index)
+                    counts / max(counts.sum(), 1),
+                    kind.bin_edges.numpy(),
+                    label=f"{moment} ({epoch})",
+                    **line_style(index, 1.0),
                 )
             panel.set_yscale("log")
             panel.yaxis.set_minor_formatter(NullFormatter())
             finish(panel, kind.kind, "value", "share")
-        axes[0].legend()
+            few_ticks(panel)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), title="epoch")
         for panel in axes[len(found) :]:
             panel.set_visible(False)
     return figure
-
-
-def _stairs(index: int) -> dict[str, Any]:
-    return {"color": COLOURS[index % len(COLOURS)], "linewidth": 1.0}
 
 
 def draw_divergence(found: Sequence[Histograms]) -> Figure:
@@ -74,7 +75,7 @@ def draw_divergence(found: Sequence[Histograms]) -> Figure:
 
 
 def draw_cost(rows: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Bars of what runs cost: one panel a quantity, one bar a run; rows by run, {quantity: value}."""
+    """Bars of what runs cost or measure: one panel a quantity, one bar a run; rows by run, {quantity: value}."""
     quantities = list(dict.fromkeys(name for row in rows.values() for name in row))
     columns = min(3, len(quantities))
     lines = -(-len(quantities) // columns)
@@ -86,8 +87,12 @@ def draw_cost(rows: Mapping[str, Mapping[str, float]]) -> Figure:
             colours = [COLOURS[place % len(COLOURS)] for place in known]
             bars = panel.barh(list(known), list(known.values()), color=colours, height=0.6)
             panel.bar_label(bars, fmt="{:,.4g}", fontsize=7, padding=2)
-            panel.set_xlim(0, 1.3 * max([*known.values(), 1e-12]))
+            low, high = min([*known.values(), 0.0]), max([*known.values(), 0.0])
+            reach = max(high - low, 1e-12)
+            panel.set_xlim(low - 0.3 * reach * (low < 0), high + 0.3 * reach)
             finish(panel, name)
+            panel.grid(False)
+            panel.tick_params(length=0)
             panel.set_xticks([])
         axes[0, 0].set_yticks(range(len(rows)), list(rows))
         axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
@@ -113,11 +118,10 @@ def draw_sweep(sweep: Sweep) -> Figure:
                 markersize=4,
                 capsize=2,
                 label=name or None,
-                **line_style(index),
+                **line_style(index) | ({} if numeric else {"linestyle": "none"}),  # nothing lies between two names
             )
-        if sweep.reference:
-            for index, (name, value) in enumerate(sweep.reference.items()):
-                panel.axhline(value, color="#777777", linewidth=0.9, linestyle=":", label=name if index < 3 else None)
+        for index, (name, value) in enumerate(sweep.reference.items(), start=len(sweep.lines)):
+            panel.axhline(value, label=name, **line_style(index, 1.0))
         panel.set_xticks(places, [str(value) for value in sweep.values])
         finish(panel, "", sweep.setting, "top-1 (%)")
         if any(sweep.lines) or sweep.reference:

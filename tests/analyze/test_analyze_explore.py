@@ -1,0 +1,119 @@
+"""The explorer without a browser: what an image shows in a block and head; and the page, where gradio is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+import karat
+from karat.analyze.explore import Explorer
+from karat.analyze.figures import encode
+from karat.analyze.loading import open_run
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    array = np.random.default_rng(0).integers(0, 255, (12, 12), np.uint8)
+    Image.fromarray(array).save(tmp_path / "image.png")
+    return tmp_path / "image.png"
+
+
+@pytest.fixture(scope="module")
+def explorer(karat_run: Path) -> Explorer:
+    return Explorer(open_run(karat_run))
+
+
+def drawn(figure: Figure | None) -> bytes:
+    assert figure is not None
+    return encode(figure, "png", dpi=40)
+
+
+def test_another_head_block_or_image_is_another_picture(explorer: Explorer, image: Path, tmp_path: Path) -> None:
+    views = [explorer.view(image, block, head) for block, head in ((0, 0), (0, 1), (1, 0))]
+    for name in ("maps", "matrices", "functions"):
+        assert len({drawn(getattr(view, name)) for view in views}) == 3
+    assert views[0].numbers != views[1].numbers
+    Image.new("L", (12, 12), 200).save(tmp_path / "grey.png")
+    assert drawn(explorer.view(tmp_path / "grey.png", 0, 0).matrices) != drawn(views[0].matrices)
+
+
+def test_numbers_stand_beside_those_of_softmax(explorer: Explorer, image: Path) -> None:
+    view = explorer.view(image, 1, 1, signed=True)
+    assert set(view.numbers) == {"entropy", "sparsity", "effective_rank", "negative_mass"}
+    own, fixed = view.numbers["negative_mass"]
+    assert own > 0
+    assert fixed == 0
+    assert view.note == ""
+
+
+def test_an_image_file_that_changes_is_read_again(explorer: Explorer, image: Path) -> None:
+    before = drawn(explorer.view(image, 0, 0).matrices)
+    Image.new("L", (12, 12), 30).save(image)
+    assert drawn(explorer.view(image, 0, 0).matrices) != before
+
+
+def test_a_softmax_run_has_no_edge_functions(softmax_run: Path, image: Path) -> None:
+    view = Explorer(open_run(softmax_run)).view(image, 0, 0)
+    assert view.functions is None
+    assert "keeps softmax" in view.note
+    own, fixed = view.numbers["entropy"]
+    assert own == pytest.approx(fixed, abs=1e-5)
+
+
+def test_what_is_not_there_is_said(explorer: Explorer, image: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="block 5 isn't there"):
+        explorer.view(image, 5, 0)
+    with pytest.raises(ValueError, match="head 5 isn't there"):
+        explorer.view(image, 0, 5)
+    (tmp_path / "torn.png").write_bytes(image.read_bytes()[:80])
+    with pytest.raises(ValueError, match="can't be read"):
+        explorer.view(tmp_path / "torn.png", 0, 0)
+
+
+def test_windows_have_no_maps(explorer: Explorer, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    swin = karat.create_model(
+        "swin_tiny_patch4_window7_224", "softmax", img_size=8, patch_size=2, window_size=2, embed_dim=12, depths=(1, 1),
+        num_heads=(2, 4), in_chans=1,
+    )  # fmt: skip
+    monkeypatch.setattr(explorer, "model", swin.eval())
+    view = explorer.view(image, 1, 3)
+    assert view.maps is None
+    assert "windows" in view.note
+
+
+def test_the_page(karat_run: Path, explorer: Explorer) -> None:
+    pytest.importorskip("gradio")
+    from karat.analyze.explore import build_app
+
+    config = build_app(explorer).get_config_file()
+    labels = {part["props"].get("label") for part in config["components"]}
+    assert {"image", "block", "head"} <= labels
+    ids = {part["props"].get("elem_id") for part in config["components"]}
+    assert {"maps", "matrices", "functions", "numbers"} <= ids
+
+
+def test_without_gradio_the_page_names_the_extra(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from karat.analyze.explore import build_app
+
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ValueError, match=r"karat\[explore\]"):
+        build_app(explorer)
+
+
+def test_arrays_need_no_plotting_library() -> None:
+    """Everything that gives arrays imports without matplotlib."""
+    import subprocess
+    import sys
+
+    names = "attention quality spectrum functions symbolic weights trajectory directions landscape hessian cost sweep"
+    code = "import sys, importlib\n"
+    code += "".join(f"importlib.import_module('karat.analyze.{name}')\n" for name in names.split())
+    code += "assert 'matplotlib' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
