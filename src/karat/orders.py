@@ -15,7 +15,7 @@ from torch import Tensor
 from karat.basis import LinearBasis
 from karat.edges import EdgeLayer
 from karat.ops import basis_attention, basis_contraction
-from karat.products import shared_product
+from karat.products import product_for_tokens, shared_product
 from karat.simplex import simplex_projection
 
 if TYPE_CHECKING:
@@ -114,7 +114,8 @@ class WPhi(Order):
         return hidden @ op.projector_as(hidden).transpose(-2, -1)
 
     def apply(self, op: KArAtOperator, hidden: Tensor, v: Tensor) -> Tensor:
-        return hidden @ shared_product(op.projector_as(v).transpose(-2, -1), v)  # (B,H,M,R) (B,H,R,D)
+        projected = shared_product(op.projector_as(v).transpose(-2, -1), v)  # (B,H,R,D)
+        return product_for_tokens(hidden, projected)
 
 
 class Full(Order):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -76,3 +77,14 @@ def test_steps_and_throughput_of_whole_models(monkeypatch: pytest.MonkeyPatch) -
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
     peak = memory.measure("vit_tiny_patch16_224", "g1b", "karat", batch=2, steps=1, model_options=SMALL)
     assert 0 <= peak.model <= peak.step < 500
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_script_says_that_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--output", str(tmp_path / "gpu")])
+    assert importlib.import_module("gpu").main() == 1
+    assert "No CUDA GPU is here, so nothing was measured" in capsys.readouterr().err
+    assert not (tmp_path / "gpu").exists()

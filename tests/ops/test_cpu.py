@@ -63,7 +63,7 @@ def test_any_share_of_work(impl: str, threads: int, B: int, H: int, per_image: b
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(data=st.data())
 def test_random_shapes(impl: str, data: st.DataObject) -> None:
     """Sizes off the vector width, strides, broadcast bias and mask, any threads, against float64."""

@@ -22,7 +22,8 @@ from karat.basis import Basis, LinearBasis
 from karat.ops import reference
 from karat.ops.tiling import Tile, cache_bytes, tiles
 
-# Numbers of one tile's features: on a CPU four second-level caches full; on other devices enough to fill them.
+# Numbers of one tile's features: on a CPU, where a number has four bytes, four second-level caches full (smaller ones
+# lose more to the calls than they gain from the cache); on other devices enough to fill them.
 # And the most keys of a tile. Found by measurement: benchmarks/tile_size.py.
 TILE_NUMBERS = {"cpu": cache_bytes()}
 TILE_NUMBERS_ELSEWHERE = 1 << 26
@@ -106,7 +107,7 @@ def forward(
     out = call.sums(*q.shape[:3], u.shape[-1])
     heads = out.transpose(0, 1)
     for tile in call.tiles():
-        part = evaluate(call, tile)
+        part = evaluate(call, tile, tile.rows(call.q, tile.queries), tile.rows(call.k, tile.keys))
         _add(heads[tile.heads, tile.images, tile.queries], part, tile.keys.start == 0)
     return out.to(q.dtype)
 
@@ -132,7 +133,9 @@ def backward(
     du = call.q.new_zeros(H, images, E, F, N) if needs[2] else None
     dbias = torch.zeros_like(bias, dtype=call.q.dtype) if bias is not None and needs[3] else None
     for tile in call.tiles():
-        dscores, du_part = step(call, tile, tile.rows(grad, tile.queries), needs[2])  # (batch, m, n), (batch, E, F, n)
+        rows, keys = tile.rows(call.q, tile.queries), tile.rows(call.k, tile.keys)
+        dout = tile.rows(grad, tile.queries)
+        dscores, du_part = step(call, tile, rows, keys, dout, needs[2])  # (batch, m, n), (batch, E, F, n)
         if du is not None and du_part is not None:
             parts = du_part.unflatten(0, tile.pairs)
             if images == 1 < tile.pairs[1]:
@@ -142,11 +145,11 @@ def backward(
             part = tile.of_pairs(dbias)
             part.add_(dscores.unflatten(0, tile.pairs).sum_to_size(part.shape))
         if dq is not None:
-            part = torch.bmm(dscores, tile.rows(call.k, tile.keys))
+            part = torch.bmm(dscores, keys)
             target = dq.transpose(0, 1)[tile.heads, tile.images, tile.queries]
             _add(target, part, tile.keys.start == 0, scale)
         if dk is not None:
-            part = torch.bmm(dscores.transpose(1, 2), tile.rows(call.q, tile.queries))
+            part = torch.bmm(dscores.transpose(1, 2), rows)
             _add(dk.transpose(0, 1)[tile.heads, tile.images, tile.keys], part, tile.queries.start == 0, scale)
     if du is not None:
         du = du.permute(1, 0, 3, 4, 2).to(u.dtype).contiguous().view(u.shape)
@@ -158,9 +161,9 @@ def backward(
     )
 
 
-def _linear_features(call: _Call, tile: Tile) -> tuple[Tensor, Tensor]:
+def _linear_features(call: _Call, tile: Tile, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Scores (batch, n·m), zero where masked, and ψ (batch, F, n·m), likewise."""
-    basis, rows, keys = call.basis, tile.rows(call.q, tile.queries), tile.rows(call.k, tile.keys)
+    basis = call.basis
     assert isinstance(basis, LinearBasis)
     batch, m, n = len(rows), rows.shape[1], keys.shape[1]
     scores = call.buffers.take("scores", batch, n, m)
@@ -178,19 +181,21 @@ def _linear_features(call: _Call, tile: Tile) -> tuple[Tensor, Tensor]:
     return scores.view(batch, n * m), psi
 
 
-def _linear(call: _Call, tile: Tile) -> Tensor:
+def _linear(call: _Call, tile: Tile, rows: Tensor, keys: Tensor) -> Tensor:
     """Σ_f ψ_f(S) U_f of one tile, (batch, m, E)."""
     weights = tile.parameters(call.u).flatten(1, 2)  # (batch, F·n, E)
-    _, psi = _linear_features(call, tile)
+    _, psi = _linear_features(call, tile, rows, keys)
     return torch.bmm(weights.transpose(1, 2), psi.view(*weights.shape[:2], -1)).transpose(1, 2)
 
 
-def _linear_step(call: _Call, tile: Tile, dout: Tensor, need_weights: bool) -> tuple[Tensor, Tensor | None]:
+def _linear_step(
+    call: _Call, tile: Tile, rows: Tensor, keys: Tensor, dout: Tensor, need_weights: bool
+) -> tuple[Tensor, Tensor | None]:
     """dS = Σ_f ψ_f'(S) ∘ (dO U_fᵀ) and dU_f = ψ_f(S)ᵀ dO of one tile."""
     basis, weights = call.basis, tile.parameters(call.u)  # (batch, F, n, E)
     assert isinstance(basis, LinearBasis)
     F, n, m = *weights.shape[1:3], dout.shape[1]
-    scores, psi = _linear_features(call, tile)
+    scores, psi = _linear_features(call, tile, rows, keys)
     dout = dout.transpose(1, 2)  # (batch, E, m)
     dweights = None
     if need_weights:
@@ -203,9 +208,8 @@ def _linear_step(call: _Call, tile: Tile, dout: Tensor, need_weights: bool) -> t
     return dscores, dweights
 
 
-def _scores_of_queries(call: _Call, tile: Tile) -> tuple[Tensor, Tensor | None]:
+def _scores_of_queries(call: _Call, tile: Tile, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
     """Scores (batch, m, n), zero where masked, and the mask in that shape."""
-    rows, keys = tile.rows(call.q, tile.queries), tile.rows(call.k, tile.keys)
     scores = torch.bmm(rows, keys.transpose(1, 2)).mul_(call.scale)
     if call.bias is not None:
         scores.unflatten(0, tile.pairs).add_(tile.of_pairs(call.bias))
@@ -215,18 +219,20 @@ def _scores_of_queries(call: _Call, tile: Tile) -> tuple[Tensor, Tensor | None]:
     return scores.masked_fill_(~keep, 0), keep
 
 
-def _nonlinear(call: _Call, tile: Tile) -> Tensor:
+def _nonlinear(call: _Call, tile: Tile, rows: Tensor, keys: Tensor) -> Tensor:
     """The definition on one tile, (batch, m, E)."""
-    scores, keep = _scores_of_queries(call, tile)
+    scores, keep = _scores_of_queries(call, tile, rows, keys)
     weights = tile.parameters(call.u).unsqueeze(1)
     return reference.contract(
         scores.unsqueeze(1), weights, call.basis, None if keep is None else keep.unsqueeze(1)
     ).squeeze(1)
 
 
-def _nonlinear_step(call: _Call, tile: Tile, dout: Tensor, need_weights: bool) -> tuple[Tensor, Tensor | None]:
+def _nonlinear_step(
+    call: _Call, tile: Tile, rows: Tensor, keys: Tensor, dout: Tensor, need_weights: bool
+) -> tuple[Tensor, Tensor | None]:
     """dS = Σ_e ∂φ/∂s ∘ dO_e and dU = Σ_i ∂φ/∂u ∘ dO of one tile, one evaluation per edge."""
-    scores, keep = _scores_of_queries(call, tile)
+    scores, keep = _scores_of_queries(call, tile, rows, keys)
     dphi = dout.unsqueeze(-2)  # (batch, m, 1, E)
     if keep is not None:
         dphi = dphi * keep.unsqueeze(-1)
