@@ -15,6 +15,7 @@ from torch import Tensor
 from karat.basis import LinearBasis
 from karat.edges import EdgeLayer
 from karat.ops import basis_attention, basis_contraction
+from karat.products import product_for_tokens, shared_product
 from karat.simplex import simplex_projection
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def _last_layer(layer: EdgeLayer, hidden: Tensor, v: Tensor, impl: str) -> Tenso
 
 def _values_as_parameters(u: Tensor, v: Tensor) -> Tensor:
     """u (H,F,Q,N), v (B,H,N,D) -> (B,H,F,Q,D), U_f,q = Σ_n u_f,q,n v_n."""
-    return (u.to(v.dtype).flatten(1, 2) @ v).unflatten(2, u.shape[1:3])
+    return shared_product(u.to(v.dtype).flatten(1, 2), v).unflatten(2, u.shape[1:3])
 
 
 class WPhi(Order):
@@ -113,7 +114,8 @@ class WPhi(Order):
         return hidden @ op.projector_as(hidden).transpose(-2, -1)
 
     def apply(self, op: KArAtOperator, hidden: Tensor, v: Tensor) -> Tensor:
-        return hidden @ (op.projector_as(v).transpose(-2, -1) @ v)  # (B,H,M,R) (B,H,R,D)
+        projected = shared_product(op.projector_as(v).transpose(-2, -1), v)  # (B,H,R,D)
+        return product_for_tokens(hidden, projected)
 
 
 class Full(Order):
@@ -159,7 +161,7 @@ class PhiW(Order):
             return self.hidden_of_scores(op, scores if bias is None else scores + bias, mask)
         if mask is not None:
             k = torch.where(mask.transpose(-2, -1), k, 0)
-        projected = q @ (op.projector_as(k) @ k).transpose(-2, -1) * scale  # (B,H,M,R)
+        projected = q @ shared_product(op.projector_as(k), k).transpose(-2, -1) * scale  # (B,H,M,R)
         if bias is None:
             return projected
         bias = bias.expand(*bias.shape[:3], k.shape[2])

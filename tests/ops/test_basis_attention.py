@@ -60,6 +60,7 @@ def test_tiled_equals_reference(
     spec: str, per_image: bool, masked: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(tiled.TILE_NUMBERS, "cpu", 200)  # several tiles even here
+    monkeypatch.setitem(tiled.TILE_KEYS, "cpu", 4)
     q, k, u = inputs(spec, per_image=per_image)
     bias = torch.randn(1, 2, 7, 9, dtype=torch.float64, requires_grad=True)
     mask = None if masked is None else torch.rand(3, 1, 7 if masked == "pairs" else 1, 9) > 0.3
@@ -77,28 +78,26 @@ def test_tiled_equals_reference(
     M=st.integers(1, 12),
     N=st.integers(1, 12),
     spec=st.sampled_from(SPECS),
-    tile=st.integers(1, 400),
+    tile=st.tuples(st.integers(1, 400), st.integers(1, 14)),
     per_image=st.booleans(),
     axes=st.tuples(*[st.booleans()] * 4),
     seed=st.integers(0, 2**31),
 )
 def test_tiled_over_shapes(
-    M: int, N: int, spec: str, tile: int, per_image: bool, axes: tuple[bool, ...], seed: int
+    M: int, N: int, spec: str, tile: tuple[int, int], per_image: bool, axes: tuple[bool, ...], seed: int
 ) -> None:
     torch.manual_seed(seed)
     q, k, u = inputs(spec, per_image=per_image, M=M, N=N)
     shape = [size if whole else 1 for size, whole in zip((3, 2, M, N), axes, strict=True)]
     bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(shape) > 0.4
-    before = tiled.TILE_NUMBERS["cpu"]
-    tiled.TILE_NUMBERS["cpu"] = tile
-    try:
-        results = []
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiled.TILE_NUMBERS, "cpu", tile[0])
+        patch.setitem(tiled.TILE_KEYS, "cpu", tile[1])
         for impl in ("reference", "tiled"):
             out = basis_attention(q, k, u, spec, bias=bias, mask=mask, impl=impl)
             results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, u, bias))))
-    finally:
-        tiled.TILE_NUMBERS["cpu"] = before
     for wanted, got in zip(*results, strict=True):
         assert (got - wanted).norm() <= 1e-9 * (wanted.norm() + 1e-6)
 

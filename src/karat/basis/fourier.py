@@ -34,23 +34,25 @@ class Fourier(LinearBasis):
         return [mx.cos() for mx in multiples] + [mx.sin() for mx in multiples]
 
     def write_features(self, x: Tensor, out: Tensor) -> None:
-        # One sine and cosine; higher multiples by c_{m+1} = 2 c_1 c_m - c_{m-1}, likewise s (SPEC §8).
-        cos, sin = out[..., : self.grid, :], out[..., self.grid :, :]
-        torch.cos(x, out=cos[..., 0, :])
-        torch.sin(x, out=sin[..., 0, :])
+        # One sine and cosine; higher multiples by c_{m+1} = c_{m-1} - 2 s_1 s_m and s_{m+1} = s_{m-1} + 2 s_1 c_m,
+        # which is the recurrence of SPEC §8 in another dress: one pass over memory a feature, where that takes two.
+        cos, sin = out[..., : self.grid, :].unbind(-2), out[..., self.grid :, :].unbind(-2)
+        torch.cos(x, out=cos[0])
+        torch.sin(x, out=sin[0])
         if self.grid == 1:
             return
-        twice = 2 * cos[..., 0, :]
+        before_cos, before_sin = x.new_ones(()), x.new_zeros(())  # cos 0x, sin 0x
         for m in range(1, self.grid):
-            for wave, before in ((cos, 1.0), (sin, 0.0)):
-                torch.mul(wave[..., m - 1, :], twice, out=wave[..., m, :])
-                wave[..., m, :].sub_(wave[..., m - 2, :] if m > 1 else before)
+            torch.addcmul(before_cos, sin[0], sin[m - 1], value=-2, out=cos[m])
+            torch.addcmul(before_sin, sin[0], cos[m - 1], value=2, out=sin[m])
+            before_cos, before_sin = cos[m - 1], sin[m - 1]
 
     def pull_back(self, x: Tensor, psi: Tensor, dpsi: Tensor) -> Tensor:
         # cos(mx)' = -m sin(mx), sin(mx)' = m cos(mx): the features themselves serve as derivatives.
-        G = self.grid
-        dx = torch.mul(psi[..., 0, :], dpsi[..., G, :]).addcmul_(psi[..., G, :], dpsi[..., 0, :], value=-1)
+        G, psi_f, dpsi_f = self.grid, psi.unbind(-2), dpsi.unbind(-2)
+        dx = dpsi_f[G].mul_(psi_f[0])
+        dx.addcmul_(psi_f[G], dpsi_f[0], value=-1)
         for m in range(1, G):
-            dx.addcmul_(psi[..., m, :], dpsi[..., G + m, :], value=m + 1)
-            dx.addcmul_(psi[..., G + m, :], dpsi[..., m, :], value=-(m + 1))
+            dx.addcmul_(psi_f[m], dpsi_f[G + m], value=m + 1)
+            dx.addcmul_(psi_f[G + m], dpsi_f[m], value=-(m + 1))
         return dx

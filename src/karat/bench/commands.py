@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,16 @@ import tyro
 from karat.bench import attention, memory, step, throughput
 from karat.bench.attention import Shape
 from karat.bench.results import Rows
-from karat.bench.timing import Timing
+from karat.bench.timing import Timing, against_softmax
 from karat.options import parse
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Common:
-    """Options of all benchmarks."""
+class Place:
+    """Where a benchmark runs and where its results go."""
 
-    rounds: int = 15
-    """counted rounds; the median is quoted"""
     device: str = "cpu"
     """cpu or cuda"""
     threads: int = 0
@@ -34,20 +32,41 @@ class Common:
 
     def prepare(self) -> None:
         """Set the threads. Raises ValueError for values that can't be."""
-        if self.rounds < 1 or self.threads < 0:
-            raise ValueError(f"--rounds must be >= 1 and --threads >= 0, got {self.rounds} and {self.threads}")
+        if self.threads < 0:
+            raise ValueError(f"--threads must be >= 0, got {self.threads}")
         if self.device not in ("cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
             raise ValueError(f"--device {self.device} is not there; choose cpu{' or cuda' * torch.cuda.is_available()}")
         if self.threads:
             torch.set_num_threads(self.threads)
 
-    def keep(self, rows: Rows, name: str, curves: tuple[str, str, str] | None = None) -> None:
+    def keep(self, rows: Rows, name: str, draw: Callable[[Rows, Path], None]) -> None:
         """Show the rows and, if there is a folder, write NAME.json and NAME.png there."""
         rows.show()
         if self.output is not None:
             rows.save(self.output / f"{name}.json")
-            if curves:
-                rows.draw(self.output / f"{name}.png", *curves)
+            draw(rows, self.output / f"{name}.png")
+
+
+@dataclass(frozen=True)
+class Common(Place):
+    """Options of all benchmarks that are timed."""
+
+    rounds: int = 15
+    """counted rounds; the median is quoted"""
+
+    def prepare(self) -> None:
+        """Raises ValueError for values that can't be."""
+        if self.rounds < 1:
+            raise ValueError(f"--rounds must be >= 1, got {self.rounds}")
+        super().prepare()
+
+
+def _bars(value: str, *groups: str) -> Callable[[Rows, Path], None]:
+    return lambda rows, path: rows.bars(path, value, "way", groups)
+
+
+def _curves(rows: Rows, path: Path) -> None:
+    rows.draw(path, "value", "median ms", "way")
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -56,10 +75,10 @@ def _dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _timing_rows(head: dict[str, Any], timings: dict[str, Timing], baseline: Sequence[str]) -> list[dict[str, Any]]:
-    fastest = min(timings[name].median for name in baseline)
+def _timing_rows(head: dict[str, Any], timings: dict[str, Timing]) -> list[dict[str, Any]]:
+    ratios = against_softmax(timings)
     return [
-        {**head, "way": way, "median ms": 1e3 * t.median, "least ms": 1e3 * t.least, "× softmax": t.median / fastest}
+        {**head, "way": way, "median ms": 1e3 * t.median, "least ms": 1e3 * t.least, "× softmax": ratios[way]}
         for way, t in timings.items()
     ]
 
@@ -94,10 +113,9 @@ class Op(Common):
                 timings = attention.measure(
                     shape, name, rounds=self.rounds, device=self.device, dtype=_dtype(self.dtype), backward=backward
                 )
-                rows += _timing_rows(head, timings, attention.SOFTMAX)
-        self.keep(
-            Rows(f"attention alone, B={self.batch}, N={self.tokens}, D={self.head_dim}, {self.dtype}", rows), "op"
-        )
+                rows += _timing_rows(head, timings)
+        title = f"attention alone, B={self.batch}, N={self.tokens}, D={self.head_dim}, {self.dtype}"
+        self.keep(Rows(title, rows), "op", _bars("median ms", "attention", "H", "pass"))
 
 
 def _models(names: Sequence[str]) -> list[tuple[str, str, str]]:
@@ -127,13 +145,17 @@ class Step(Common):
             timings = step.measure(
                 name, short, batch=self.batch, rounds=self.rounds, device=self.device, amp=amp, materialised=self.paper
             )
-            rows += _timing_rows({"model": f"{size}+{short}"}, timings, step.SOFTMAX_WAYS)
-        self.keep(Rows(f"training step, 224², batch {self.batch}", rows), "step")
+            rows += _timing_rows({"model": f"{size}+{short}"}, timings)
+        title = f"training step, 224², batch {self.batch}{', bfloat16 autocast' * self.bf16}"
+        self.keep(Rows(title, rows), "step", _bars("median ms", "model"))
 
 
 @dataclass(frozen=True)
-class Memory(Common):
-    """Peak process memory of a training step above the idle process, against SDPA and the paper's way."""
+class Memory(Place):
+    """Peak memory of a training step, against SDPA and the paper's way.
+
+    On a CPU the process's, above the idle process; on a GPU the allocator's, in bfloat16 autocast.
+    """
 
     models: tuple[str, ...] = ("tiny", "base")
     """which of tiny, small, base"""
@@ -158,9 +180,8 @@ class Memory(Common):
                 }
                 for way, peak in peaks.items()
             ]
-        self.keep(
-            Rows(f"peak memory of a training step above the idle process, 224², batch {self.batch}", rows), "memory"
-        )
+        title = f"peak memory of a training step above the idle process, 224², batch {self.batch}"
+        self.keep(Rows(title, rows), "memory", _bars("peak MiB", "model"))
 
 
 @dataclass(frozen=True)
@@ -177,6 +198,8 @@ class Scaling(Common):
     """images"""
     heads: int = 3
     """heads"""
+    dtype: str = "float32"
+    """float32 or bfloat16"""
     most_materialised: int = 800
     """the paper's way is left out above this many tokens: it needs M·N·(2+3G) numbers a head"""
 
@@ -190,14 +213,15 @@ class Scaling(Common):
                 f"g{G}b,rank={R}",
                 rounds=self.rounds,
                 device=self.device,
+                dtype=_dtype(self.dtype),
                 materialised=self.most_materialised >= N,
             )
-            rows += _timing_rows({"axis": axis, "value": value}, timings, attention.SOFTMAX)
+            rows += _timing_rows({"axis": axis, "value": value}, timings)
         for axis in ("N", "G", "R"):
             some = [row for row in rows if row["axis"] == axis]
             if some:
                 title = f"attention forward+backward over {axis}, B={self.batch}, H={self.heads}"
-                self.keep(Rows(title, some), f"scaling-{axis}", ("value", "median ms", "way"))
+                self.keep(Rows(title, some), f"scaling-{axis}", _curves)
 
 
 @dataclass(frozen=True)
@@ -208,14 +232,17 @@ class Throughput(Common):
     """which of tiny, small, base"""
     batch: int = 16
     """images a batch"""
+    bf16: bool = False
+    """bfloat16 autocast"""
 
     def run(self) -> None:
         rows = []
+        amp = torch.bfloat16 if self.bf16 else None
         for size, name, short in _models(self.models):
-            timings = throughput.measure(name, short, batch=self.batch, rounds=self.rounds, device=self.device)
-            for row in _timing_rows({"model": f"{size}+{short}"}, timings, step.SOFTMAX_WAYS):
+            timings = throughput.measure(name, short, batch=self.batch, rounds=self.rounds, device=self.device, amp=amp)
+            for row in _timing_rows({"model": f"{size}+{short}"}, timings):
                 rows.append({**row, "images/s": 1e3 * self.batch / row["median ms"]})
-        self.keep(Rows(f"inference, 224², batch {self.batch}", rows), "throughput")
+        self.keep(Rows(f"inference, 224², batch {self.batch}", rows), "throughput", _bars("images/s", "model"))
 
 
 @dataclass(frozen=True)
@@ -250,6 +277,6 @@ def bench(arguments: Sequence[str]) -> None:
         lambda: tyro.extras.subcommand_cli_from_dict(dict(BENCHMARKS), prog="karat bench", args=list(arguments)),
         "karat bench",
     )
-    if isinstance(benchmark, Common):
+    if isinstance(benchmark, Place):
         benchmark.prepare()
     benchmark.run()

@@ -1,7 +1,7 @@
 """Peak process memory of a training step, each way in a process of its own.
 
 What is counted: the process's highest resident memory during the steps, minus that of the idle process, which has
-imported everything and built nothing.
+imported everything and done one step of a toy, so that libraries, their threads and their code are there.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -17,6 +19,7 @@ import torch
 from karat.bench.step import build, step_of
 
 MIB = 2**20
+TOY = {"img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 3}
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,22 @@ class Peak:
     step: float
 
 
-def measure(name: str, attention: str, way: str, *, batch: int = 16, device: str = "cpu", steps: int = 3) -> Peak:
-    """Peak of `steps` training steps of one model, in a fresh process (CPU) or as the allocator counts it (GPU).
+def measure(
+    name: str,
+    attention: str,
+    way: str,
+    *,
+    batch: int = 16,
+    device: str = "cpu",
+    steps: int = 3,
+    model_options: Mapping[str, object] | None = None,
+) -> Peak:
+    """Peak of `steps` training steps of one model in a fresh process, resident (CPU) or as the allocator counts (GPU).
 
-    Raises RuntimeError with the child's last line if it fails.
+    `model_options` are timm's. Raises RuntimeError with the child's last line if it fails.
     """
-    arguments = [name, attention, way, str(batch), device, str(steps)]
+    settings = (batch, device, steps, torch.get_num_threads(), json.dumps(dict(model_options or {})))
+    arguments = [name, attention, way, *map(str, settings)]
     child = subprocess.run([sys.executable, "-m", "karat.bench.memory", *arguments], capture_output=True, text=True)
     if child.returncode:
         raise RuntimeError(
@@ -55,16 +68,17 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _child(name: str, attention: str, way: str, batch: int, device: str, steps: int) -> Peak:
+def _child(name: str, attention: str, way: str, batch: int, device: str, steps: int, options: dict[str, Any]) -> Peak:
     if device == "cuda":
-        step = step_of(build(name, way, attention), batch, device=device, amp=torch.bfloat16)
+        step = step_of(build(name, way, attention, **options), batch, device=device, amp=torch.bfloat16)
         model = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         for _ in range(steps):
             step()
         return Peak(model / MIB, torch.cuda.max_memory_allocated() / MIB)
+    step_of(build(name, way, attention, **options | TOY), 2)()
     idle = _resident()
-    step = step_of(build(name, way, attention), batch)
+    step = step_of(build(name, way, attention, **options), batch)
     model = _resident() - idle
     for _ in range(steps):
         step()
@@ -72,5 +86,7 @@ def _child(name: str, attention: str, way: str, batch: int, device: str, steps: 
 
 
 if __name__ == "__main__":
-    _name, _attention, _way, _batch, _device, _steps = sys.argv[1:]
-    print(json.dumps(asdict(_child(_name, _attention, _way, int(_batch), _device, int(_steps)))))
+    _name, _attention, _way, _batch, _device, _steps, _threads, _options = sys.argv[1:]
+    torch.set_num_threads(int(_threads))
+    _peak = _child(_name, _attention, _way, int(_batch), _device, int(_steps), json.loads(_options))
+    print(json.dumps(asdict(_peak)))

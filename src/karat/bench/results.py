@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,25 @@ class Rows:
         axes.legend(fontsize="small")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
+
+    def bars(self, path: Path, value: str, label: str, groups: Sequence[str]) -> None:
+        """Bars of column `value`, one panel for each setting of the columns `groups`, one bar for each `label`."""
+        from matplotlib.figure import Figure
+
+        panels: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            panels.setdefault(", ".join(f"{row[group]}" for group in groups), []).append(row)
+        figure = Figure(figsize=(3.2 * len(panels), 3.2), layout="constrained")
+        grid = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (title, rows) in zip(grid, panels.items(), strict=True):
+            bars = axes.barh([str(row[label]) for row in rows], [row[value] for row in rows])
+            axes.bar_label(bars, [text(float(row[value])) for row in rows], padding=2, fontsize="small")
+            axes.set(xlabel=value, title=title)
+            axes.margins(x=0.2)
+            axes.invert_yaxis()
+        figure.suptitle(self.title)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
 
 
 def text(value: object) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from karat.bench import paper_way
 from karat.bench.timing import Timing, alternate
@@ -71,13 +70,12 @@ def measure(
     device: str = "cpu",
     amp: torch.dtype | None = None,
     materialised: bool = False,
+    model_options: Mapping[str, object] | None = None,
 ) -> dict[str, Timing]:
-    """Seconds of a training step, each way, in one alternating run."""
+    """Seconds of a training step, each way, in one alternating run; `model_options` are timm's."""
     ways = [*SOFTMAX_WAYS, "karat", *(["paper's way"] if materialised else [])]
-    steps = {way: step_of(build(name, way, attention), batch, device=device, amp=amp) for way in ways}
+    steps = {
+        way: step_of(build(name, way, attention, **(model_options or {})), batch, device=device, amp=amp)
+        for way in ways
+    }
     return alternate(steps, rounds)
-
-
-def flash_only() -> object:
-    """A context in which SDPA may use its flash path alone (GPU)."""
-    return sdpa_kernel(SDPBackend.FLASH_ATTENTION)

@@ -11,14 +11,22 @@ from karat.bench.step import SOFTMAX_WAYS, build
 from karat.bench.timing import Timing, alternate
 
 
-def _infer(model: nn.Module, images: Tensor) -> Tensor:
-    with torch.inference_mode():
+def _infer(model: nn.Module, images: Tensor, amp: torch.dtype | None) -> Tensor:
+    with torch.inference_mode(), torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
         return model(images)
 
 
-def measure(name: str, attention: str, *, batch: int = 16, rounds: int = 9, device: str = "cpu") -> dict[str, Timing]:
+def measure(
+    name: str,
+    attention: str,
+    *,
+    batch: int = 16,
+    rounds: int = 9,
+    device: str = "cpu",
+    amp: torch.dtype | None = None,
+) -> dict[str, Timing]:
     """Seconds of one inference batch, softmax both ways and karat, in one alternating run."""
     models = {way: build(name, way, attention).to(device).eval() for way in (*SOFTMAX_WAYS, "karat")}
     size = models["karat"].patch_embed.img_size  # type: ignore[union-attr]
     images = torch.randn(batch, 3, *size, device=device)  # type: ignore[misc]
-    return alternate({way: partial(_infer, model, images) for way, model in models.items()}, rounds)
+    return alternate({way: partial(_infer, model, images, amp) for way, model in models.items()}, rounds)

@@ -45,6 +45,12 @@ def alternate(candidates: Mapping[str, Callable[[], object]], rounds: int, warmu
     return {name: Timing.of(values) for name, values in seconds.items()}
 
 
+def against_softmax(timings: Mapping[str, Timing]) -> dict[str, float]:
+    """Each candidate's median over that of the fastest whose name begins with "softmax"."""
+    fastest = min(timing.median for name, timing in timings.items() if name.startswith("softmax"))
+    return {name: timing.median / fastest for name, timing in timings.items()}
+
+
 def synchronise() -> None:
     """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():

@@ -17,10 +17,11 @@ from karat.basis.activations import LinearBasisWithBase
 from karat.basis.bspline import BSpline
 from karat.basis.fourier import Fourier
 from karat.ops import cpp_build
+from karat.ops.tiling import cache_bytes
 
-# A tile's features fill this much of a core's second-level cache; a tile has at most so many keys. Both found by
+# A tile's features fill a quarter of a core's second-level cache; a tile has at most so many keys. Both found by
 # measurement: benchmarks/tile_size.py.
-TILE_BYTES = 1 << 18
+TILE_BYTES = cache_bytes() // 4
 TILE_KEYS = 256
 
 _MAX_ORDER = 5  # of B-splines, as in features.h

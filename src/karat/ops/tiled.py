@@ -1,12 +1,18 @@
 """Basis attention tile by tile, in plain PyTorch on any device.
 
-A tile is a few (image, query) rows of one head. Scores and features of one tile are all that exists at a time;
-the backward pass recomputes them. Nothing of size N² is kept between the passes.
+A tile is a range of (head, image) pairs, queries and keys. Scores and features of one tile are all that exists at a
+time, in buffers that the next tile overwrites; the backward pass recomputes them. Nothing of size N² is kept between
+the passes.
+
+For bases that are linear in their parameters a tile's scores lie keys first, (heads·images, n, m), and so do its
+features, (heads·images, F, n·m): every feature is one contiguous block, and features and keys together are the one
+axis over which the matrix products sum. The narrow side of those products, E, comes first as well: a product with
+few rows and long columns runs at twice the speed of one with few columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -14,100 +20,15 @@ from torch import Tensor
 
 from karat.basis import Basis, LinearBasis
 from karat.ops import reference
+from karat.ops.tiling import Tile, cache_bytes, tiles
 
-# Numbers of one tile's feature buffer: about the size of a core's second-level cache on a CPU, and on other
-# devices enough to fill them. Found by measurement: benchmarks/tile_size.py.
-TILE_NUMBERS = {"cpu": 1 << 19}
+# Numbers of one tile's features: on a CPU, where a number has four bytes, four second-level caches full (smaller ones
+# lose more to the calls than they gain from the cache); on other devices enough to fill them.
+# And the most keys of a tile. Found by measurement: benchmarks/tile_size.py.
+TILE_NUMBERS = {"cpu": cache_bytes()}
 TILE_NUMBERS_ELSEWHERE = 1 << 26
-
-
-class Tile(NamedTuple):
-    """One head, a range of images, a range of queries."""
-
-    head: int
-    images: slice
-    queries: slice
-
-
-def tiles(q: Tensor, numbers_per_row: int) -> Iterator[Tile]:
-    """Cut (B,H,M) into tiles whose rows need `numbers_per_row` buffer entries each, head by head."""
-    images, heads, queries = q.shape[:3]
-    rows = max(1, TILE_NUMBERS.get(q.device.type, TILE_NUMBERS_ELSEWHERE) // max(1, numbers_per_row))
-    deep = max(1, min(images, rows // max(1, queries)))
-    wide = queries if rows >= queries else rows
-    for head in range(heads):
-        for first in range(0, images, deep):
-            for start in range(0, queries, wide):
-                yield Tile(head, slice(first, first + deep), slice(start, start + wide))
-
-
-def _part(x: Tensor | None, tile: Tile) -> Tensor | None:
-    """The tile's part of a bias or mask (B|1,H|1,M|1,N|1), as (images|1, queries|1, N|1)."""
-    if x is None:
-        return None
-    head = x[:, tile.head if x.shape[1] > 1 else 0]
-    head = head[tile.images] if head.shape[0] > 1 else head
-    return head[:, tile.queries] if head.shape[1] > 1 else head
-
-
-def _scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, tile: Tile, dtype: torch.dtype) -> Tensor:
-    rows = q[tile.images, tile.head, tile.queries].to(dtype)
-    keys = k[tile.images, tile.head].to(dtype)
-    scores = torch.bmm(rows, keys.transpose(1, 2)).mul_(scale)  # (images, queries, N)
-    part = _part(bias, tile)
-    return scores if part is None else scores.add_(part)
-
-
-def _weights(u: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
-    """u of the tile: (1 or images, F, N, E)."""
-    return (u[tile.head].unsqueeze(0) if u.dim() == 4 else u[tile.images, tile.head]).to(dtype)
-
-
-def _product(features: Tensor, weights: Tensor) -> Tensor:
-    """(images, m, F·N) with (1|images, F·N, E): one large matrix product where the weights are shared."""
-    if weights.shape[0] == 1:
-        return (features.flatten(0, 1) @ weights[0]).unflatten(0, features.shape[:2])
-    return torch.bmm(features, weights)
-
-
-def _numbers_per_row(basis: Basis, k: Tensor, u: Tensor) -> int:
-    # An edge function that isn't linear is evaluated for every key and output, and has F gradients of that size.
-    width = 1 if isinstance(basis, LinearBasis) else u.shape[-1]
-    return k.shape[2] * basis.num_parameters * width
-
-
-def forward(
-    q: Tensor, k: Tensor, u: Tensor, basis: Basis, scale: float, bias: Tensor | None, mask: Tensor | None
-) -> Tensor:
-    """out (B,H,M,E) in q's precision; see `karat.basis_attention`."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_empty(*q.shape[:3], u.shape[-1])
-    for tile in tiles(q, _numbers_per_row(basis, k, u)):
-        scores = _scores(q, k, scale, bias, tile, dtype)
-        weights = _weights(u, tile, dtype)
-        keep = _part(mask, tile)
-        if isinstance(basis, LinearBasis):
-            psi = _features(basis, scores, keep)
-            out[tile.images, tile.head, tile.queries] = _product(psi.flatten(2), weights.flatten(1, 2))
-        else:
-            out[tile.images, tile.head, tile.queries] = _contract(scores, weights, basis, keep)
-    return out
-
-
-def _features(basis: LinearBasis, scores: Tensor, keep: Tensor | None) -> Tensor:
-    """ψ (images, m, F, N), zero where masked; masked scores are set to zero in place."""
-    if keep is not None:
-        scores.masked_fill_(~keep, 0)
-    psi = scores.new_empty(*scores.shape[:2], basis.num_parameters, scores.shape[2])
-    basis.write_features(scores, psi)
-    return psi if keep is None else psi.masked_fill_(~keep.unsqueeze(-2), 0)
-
-
-def _contract(scores: Tensor, weights: Tensor, basis: Basis, keep: Tensor | None) -> Tensor:
-    """The definition on one tile: (images, m, N), (1|images, F, N, E) -> (images, m, E)."""
-    return reference.contract(
-        scores.unsqueeze(1), weights.unsqueeze(1), basis, None if keep is None else keep.unsqueeze(1)
-    )[:, 0]
+TILE_KEYS = {"cpu": 256}
+TILE_KEYS_ELSEWHERE = 4096
 
 
 class Gradients(NamedTuple):
@@ -117,6 +38,78 @@ class Gradients(NamedTuple):
     k: Tensor | None
     u: Tensor | None
     bias: Tensor | None
+
+
+class _Buffers:
+    """Memory that all tiles of a call share, by name; it grows to the largest tile's size."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._kept: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """A contiguous tensor of that shape with anything in it, valid until the name is taken again."""
+        size = prod(shape)
+        kept = self._kept.get(name)
+        if kept is None or kept.numel() < size:
+            kept = self._kept[name] = self._like.new_empty(size)
+        return kept[:size].view(shape)
+
+
+class _Call:
+    """The inputs head by head, (H,B,·,·), in the precision of the computation; what every tile takes its part of."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        u: Tensor,
+        basis: Basis,
+        scale: float,
+        bias: Tensor | None,
+        mask: Tensor | None,
+    ) -> None:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        self.q, self.k = (x.transpose(0, 1).to(dtype) for x in (q, k))
+        self.u = (u.unsqueeze(1) if u.dim() == 4 else u.transpose(0, 1)).to(dtype)  # (H,1|B,F,N,E)
+        self.basis, self.scale, self.bias, self.mask = basis, scale, bias, mask
+        self.buffers = _Buffers(self.q)
+
+    def tiles(self) -> list[Tile]:
+        # An edge function that isn't linear is evaluated for every pair and output, and has F gradients of that size.
+        width = 1 if isinstance(self.basis, LinearBasis) else self.u.shape[-1]
+        device = self.q.device.type
+        most_numbers = TILE_NUMBERS.get(device, TILE_NUMBERS_ELSEWHERE)
+        most_keys = TILE_KEYS.get(device, TILE_KEYS_ELSEWHERE)
+        return list(tiles(self.q, self.k.shape[2], self.basis.num_parameters * width, most_numbers, most_keys))
+
+    def sums(self, *shape: int) -> Tensor:
+        """Memory for sums over tiles; the first tile of a sum overwrites it, so it's zero where there is none."""
+        make = torch.zeros if 0 in (*self.q.shape[:3], self.k.shape[2]) else torch.empty
+        return make(shape, dtype=self.q.dtype, device=self.q.device)
+
+
+def _add(total: Tensor, part: Tensor, first: bool, factor: float = 1.0) -> None:
+    """total += factor · part, or total = factor · part if this is the first; part has its first two axes as one."""
+    part = part.view(total.shape) if part.is_contiguous() else part.unflatten(0, total.shape[:2])
+    if first:
+        torch.mul(part, factor, out=total)
+    else:
+        total.add_(part, alpha=factor)
+
+
+def forward(
+    q: Tensor, k: Tensor, u: Tensor, basis: Basis, scale: float, bias: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """out (B,H,M,E) in q's precision; see `karat.basis_attention`."""
+    call = _Call(q, k, u, basis, scale, bias, mask)
+    evaluate = _linear if isinstance(basis, LinearBasis) else _nonlinear
+    out = call.sums(*q.shape[:3], u.shape[-1])
+    heads = out.transpose(0, 1)
+    for tile in call.tiles():
+        part = evaluate(call, tile, tile.rows(call.q, tile.queries), tile.rows(call.k, tile.keys))
+        _add(heads[tile.heads, tile.images, tile.queries], part, tile.keys.start == 0)
+    return out.to(q.dtype)
 
 
 def backward(
@@ -131,72 +124,123 @@ def backward(
     needs: tuple[bool, bool, bool, bool],
 ) -> Gradients:
     """Gradients for q, k, u and bias (`needs` says which), given that of the output, `grad` (B,H,M,E)."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    dq = torch.zeros_like(q, dtype=dtype) if needs[0] else None
-    dk = torch.zeros_like(k, dtype=dtype) if needs[1] else None
-    du = torch.zeros_like(u, dtype=dtype) if needs[2] else None
-    dbias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needs[3] else None
-    for tile in tiles(q, 2 * _numbers_per_row(basis, k, u)):
-        scores = _scores(q, k, scale, bias, tile, dtype)
-        weights = _weights(u, tile, dtype)
-        keep = _part(mask, tile)
-        dout = grad[tile.images, tile.head, tile.queries].to(dtype)
-        step = _linear_step if isinstance(basis, LinearBasis) else _nonlinear_step
-        dscores, dweights = step(basis, scores, weights, keep, dout, needs[2])  # type: ignore[arg-type]
-        if du is not None and dweights is not None:
-            part = du[tile.head] if u.dim() == 4 else du[tile.images, tile.head]
-            part += dweights[0] if u.dim() == 4 else dweights
+    call = _Call(q, k, u, basis, scale, bias, mask)
+    step = _linear_step if isinstance(basis, LinearBasis) else _nonlinear_step
+    grad = grad.transpose(0, 1).to(call.q.dtype)
+    dq = call.sums(*q.shape) if needs[0] else None
+    dk = call.sums(*k.shape) if needs[1] else None
+    H, images, F, N, E = call.u.shape
+    du = call.q.new_zeros(H, images, E, F, N) if needs[2] else None
+    dbias = torch.zeros_like(bias, dtype=call.q.dtype) if bias is not None and needs[3] else None
+    for tile in call.tiles():
+        rows, keys = tile.rows(call.q, tile.queries), tile.rows(call.k, tile.keys)
+        dout = tile.rows(grad, tile.queries)
+        dscores, du_part = step(call, tile, rows, keys, dout, needs[2])  # (batch, m, n), (batch, E, F, n)
+        if du is not None and du_part is not None:
+            parts = du_part.unflatten(0, tile.pairs)
+            if images == 1 < tile.pairs[1]:
+                parts = parts.sum(1, keepdim=True)
+            du[tile.heads, tile.images if images > 1 else slice(None), ..., tile.keys].add_(parts)
         if dbias is not None:
-            bias_part = _part(dbias, tile)
-            assert bias_part is not None
-            bias_part += dscores.sum_to_size(bias_part.shape)
+            part = tile.of_pairs(dbias)
+            part.add_(dscores.unflatten(0, tile.pairs).sum_to_size(part.shape))
         if dq is not None:
-            dq[tile.images, tile.head, tile.queries] = torch.bmm(dscores, k[tile.images, tile.head].to(dtype)).mul_(
-                scale
-            )
+            part = torch.bmm(dscores, keys)
+            target = dq.transpose(0, 1)[tile.heads, tile.images, tile.queries]
+            _add(target, part, tile.keys.start == 0, scale)
         if dk is not None:
-            rows = q[tile.images, tile.head, tile.queries].to(dtype)
-            dk[tile.images, tile.head] += torch.bmm(dscores.transpose(1, 2), rows).mul_(scale)
+            part = torch.bmm(dscores.transpose(1, 2), rows)
+            _add(dk.transpose(0, 1)[tile.heads, tile.images, tile.keys], part, tile.queries.start == 0, scale)
+    if du is not None:
+        du = du.permute(1, 0, 3, 4, 2).to(u.dtype).contiguous().view(u.shape)
     return Gradients(
         None if dq is None else dq.to(q.dtype),
         None if dk is None else dk.to(k.dtype),
-        None if du is None else du.to(u.dtype),
+        du,
         None if dbias is None or bias is None else dbias.to(bias.dtype),
     )
 
 
+def _linear_features(call: _Call, tile: Tile, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (batch, n·m), zero where masked, and ψ (batch, F, n·m), likewise."""
+    basis = call.basis
+    assert isinstance(basis, LinearBasis)
+    batch, m, n = len(rows), rows.shape[1], keys.shape[1]
+    scores = call.buffers.take("scores", batch, n, m)
+    torch.baddbmm(scores, keys, rows.transpose(1, 2), beta=0, alpha=call.scale, out=scores)
+    pairs = scores.view(*tile.pairs, n, m)
+    if call.bias is not None:
+        pairs.add_(tile.of_pairs(call.bias).transpose(-2, -1))
+    drop = None if call.mask is None else ~tile.of_pairs(call.mask).transpose(-2, -1)
+    if drop is not None:
+        pairs.masked_fill_(drop, 0)
+    psi = call.buffers.take("features", batch, basis.num_parameters, n * m)
+    basis.write_features(scores.view(batch, n * m), psi)
+    if drop is not None:
+        psi.view(*tile.pairs, -1, n, m).masked_fill_(drop.unsqueeze(-3), 0)
+    return scores.view(batch, n * m), psi
+
+
+def _linear(call: _Call, tile: Tile, rows: Tensor, keys: Tensor) -> Tensor:
+    """Σ_f ψ_f(S) U_f of one tile, (batch, m, E)."""
+    weights = tile.parameters(call.u).flatten(1, 2)  # (batch, F·n, E)
+    _, psi = _linear_features(call, tile, rows, keys)
+    return torch.bmm(weights.transpose(1, 2), psi.view(*weights.shape[:2], -1)).transpose(1, 2)
+
+
 def _linear_step(
-    basis: LinearBasis, scores: Tensor, weights: Tensor, keep: Tensor | None, dout: Tensor, need_weights: bool
+    call: _Call, tile: Tile, rows: Tensor, keys: Tensor, dout: Tensor, need_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
     """dS = Σ_f ψ_f'(S) ∘ (dO U_fᵀ) and dU_f = ψ_f(S)ᵀ dO of one tile."""
-    psi = _features(basis, scores, keep)
-    flat = psi.flatten(2)  # (images, m, F·N)
+    basis, weights = call.basis, tile.parameters(call.u)  # (batch, F, n, E)
+    assert isinstance(basis, LinearBasis)
+    F, n, m = *weights.shape[1:3], dout.shape[1]
+    scores, psi = _linear_features(call, tile, rows, keys)
+    dout = dout.transpose(1, 2)  # (batch, E, m)
     dweights = None
-    if need_weights and weights.shape[0] == 1:
-        dweights = (flat.flatten(0, 1).t() @ dout.flatten(0, 1)).view_as(weights)
-    elif need_weights:
-        dweights = torch.bmm(flat.transpose(1, 2), dout).view_as(weights)
-    dpsi = _product(dout, weights.flatten(1, 2).transpose(1, 2)).view_as(psi)
-    dscores = basis.pull_back(scores, psi, dpsi)
-    return dscores if keep is None else dscores.masked_fill_(~keep, 0), dweights
+    if need_weights:
+        dweights = torch.bmm(dout, psi.view(-1, F * n, m).transpose(1, 2)).unflatten(2, (F, n))
+    dpsi = call.buffers.take("gradients", *psi.shape)
+    torch.bmm(weights.flatten(1, 2), dout, out=dpsi.view(-1, F * n, m))
+    dscores = basis.pull_back(scores, psi, dpsi).unflatten(1, (n, m)).transpose(1, 2)
+    if call.mask is not None:
+        dscores.unflatten(0, tile.pairs).masked_fill_(~tile.of_pairs(call.mask), 0)
+    return dscores, dweights
+
+
+def _scores_of_queries(call: _Call, tile: Tile, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Scores (batch, m, n), zero where masked, and the mask in that shape."""
+    scores = torch.bmm(rows, keys.transpose(1, 2)).mul_(call.scale)
+    if call.bias is not None:
+        scores.unflatten(0, tile.pairs).add_(tile.of_pairs(call.bias))
+    if call.mask is None:
+        return scores, None
+    keep = tile.of_pairs(call.mask).expand(*tile.pairs, *scores.shape[1:]).flatten(0, 1)
+    return scores.masked_fill_(~keep, 0), keep
+
+
+def _nonlinear(call: _Call, tile: Tile, rows: Tensor, keys: Tensor) -> Tensor:
+    """The definition on one tile, (batch, m, E)."""
+    scores, keep = _scores_of_queries(call, tile, rows, keys)
+    weights = tile.parameters(call.u).unsqueeze(1)
+    return reference.contract(
+        scores.unsqueeze(1), weights, call.basis, None if keep is None else keep.unsqueeze(1)
+    ).squeeze(1)
 
 
 def _nonlinear_step(
-    basis: Basis, scores: Tensor, weights: Tensor, keep: Tensor | None, dout: Tensor, need_weights: bool
+    call: _Call, tile: Tile, rows: Tensor, keys: Tensor, dout: Tensor, need_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
     """dS = Σ_e ∂φ/∂s ∘ dO_e and dU = Σ_i ∂φ/∂u ∘ dO of one tile, one evaluation per edge."""
-    if keep is not None:
-        scores.masked_fill_(~keep, 0)
-    dphi = dout.unsqueeze(-2)  # (images, m, 1, E)
+    scores, keep = _scores_of_queries(call, tile, rows, keys)
+    dphi = dout.unsqueeze(-2)  # (batch, m, 1, E)
     if keep is not None:
         dphi = dphi * keep.unsqueeze(-1)
-    packed = weights.transpose(0, 1).unsqueeze(2)  # (F, 1|images, 1, N, E)
-    dx, du = basis.edge_gradients(scores.unsqueeze(-1), packed, dphi)
+    packed = tile.parameters(call.u).transpose(0, 1).unsqueeze(2)  # (F, batch, 1, n, E)
+    dx, du = call.basis.edge_gradients(scores.unsqueeze(-1), packed, dphi)
     if not need_weights:
         return dx.sum(-1), None
-    summed = (0, 1) if weights.shape[0] == 1 else (1,)
-    dweights = torch.stack([part.expand_as(dx).sum(summed) for part in du], dim=-3)
-    return dx.sum(-1), dweights.view_as(weights)
+    return dx.sum(-1), torch.stack([part.expand_as(dx).sum(1).transpose(1, 2) for part in du], dim=2)
 
 
 def unsupported(q: Tensor, u: Tensor, basis: Basis) -> str | None:

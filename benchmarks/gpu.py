@@ -1,0 +1,275 @@
+"""All that has to be shown on a GPU, in one go: correctness, speed against FlashAttention, memory, long sequences.
+
+    python benchmarks/gpu.py                  # JSON, tables and figures in docs/results/performance/gpu
+    python benchmarks/gpu.py --sweep          # tile sizes of the Triton kernels as well
+    python benchmarks/gpu.py --dry            # no GPU: the same steps at toy sizes on the CPU, to try the script itself
+
+Every check is a line of gpu.json: what was measured, its target, whether it's met. Without a CUDA GPU nothing is
+measured, which it says, ending with status 1. A failing check doesn't stop the others; the status is then 1 too.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from karat import KArAtOperator, basis_attention
+from karat.basis import parse_basis
+from karat.bench import attention, memory, step
+from karat.bench.attention import Shape
+from karat.bench.commands import Op, Scaling, Throughput
+from karat.bench.results import Rows
+from karat.bench.timing import alternate, environment
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the checks are."""
+
+    batch: int
+    heads: int
+    tokens: int
+    head: int
+    longest: int
+    step_batch: int
+    models: dict[str, dict[str, Any]]
+    """timm arguments of the models of a training step"""
+
+
+FULL = Sizes(128, 12, 197, 64, 3137, 256, {"base": {}, "tiny": {}})
+TOY_MODEL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 3}
+TOY = Sizes(2, 3, 33, 16, 99, 2, {"base": TOY_MODEL, "tiny": TOY_MODEL})
+
+# The targets: attention forward+backward in bfloat16 against the flash path, whole steps under autocast
+# against SDPA, memory against SDPA and the paper's way, errors against float64.
+ATTENTION = {"g1b": 1.0, "g3b": 1.3}
+STEP = {"base": 1.0, "tiny": 1.1}
+MEMORY = {"softmax SDPA": 1.0, "paper's way": 0.4}
+ERRORS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+SWEPT = {"queries": (32, 64, 128), "keys": (16, 32, 64), "warps": (4, 8), "stages": (2, 3)}
+
+
+def check(name: str, value: float | None, target: float | None, note: str = "") -> dict[str, Any]:
+    """A line of the report; the value must be at most the target."""
+    met = None if value is None or target is None else value <= target
+    return {"check": name, "value": value, "target": target, "met": met, "note": note}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Options."""
+
+    dry: bool = False
+    """try the script on the CPU at toy sizes"""
+    sweep: bool = False
+    """time tile sizes of the Triton kernels as well (minutes of compilation)"""
+    rounds: int = 31
+    """counted rounds; the median is quoted"""
+    output: Path = field(default=ROOT / "docs" / "results" / "performance" / "gpu")
+    """folder of the results"""
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry else "cuda"
+
+    @property
+    def sizes(self) -> Sizes:
+        return TOY if self.dry else FULL
+
+    def run(self) -> int:
+        """Do every step, print and keep the report; the exit status."""
+        steps: list[Callable[[], Iterator[dict[str, Any]]]] = [
+            self.tests, self.accuracy, self.attention, self.steps, self.memory, self.long, self.tables,
+        ]  # fmt: skip
+        if self.sweep:
+            steps.append(self.tiles)
+        checks: list[dict[str, Any]] = []
+        for one in steps:
+            print(f"== {one.__name__}", flush=True)
+            try:
+                for line in one():
+                    print(json.dumps(line), flush=True)
+                    checks.append(line)
+            except Exception as error:  # a GPU is lent for a while: what else can be measured, is
+                traceback.print_exc()
+                checks.append(check(one.__name__, None, None, f"failed: {error}") | {"met": False})
+            self.write(checks)
+        Rows("GPU checks" + " (dry run on the CPU: figures mean nothing)" * self.dry, checks).show()
+        return int(any(line["met"] is False for line in checks) and not self.dry)
+
+    def write(self, checks: list[dict[str, Any]]) -> None:
+        """Keep what there is so far."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        report = {"dry": self.dry, "environment": environment() | {"triton": _triton()}, "checks": checks}
+        (self.output / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+
+    def tests(self) -> Iterator[dict[str, Any]]:
+        """The kernels' tests, compiled where there is a GPU."""
+        files = ["test_triton_functions.py"] if self.dry else ["test_triton_functions.py", "test_triton.py"]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command += [f"tests/ops/{file}" for file in files]
+        child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        last = (child.stdout.strip() or child.stderr.strip() or "no output").splitlines()[-1]
+        yield check("kernel tests: exit status", child.returncode, 0, last)
+
+    def accuracy(self) -> Iterator[dict[str, Any]]:
+        """Outputs and gradients against float64 on the same numbers, and twice the same bits."""
+        B, H, N, D = min(4, self.sizes.batch), 3, self.sizes.tokens, self.sizes.head
+        for dtype, target in ERRORS.items():
+            for spec in ("fourier(grid=1)", "fourier(grid=3)", "silu+bspline"):
+                basis = parse_basis(spec)
+                shapes = ((B, H, N, D), (B, H, N, D), (H, basis.num_parameters, N, 12), (B, H, N, 12))
+                inputs = [torch.randn(shape, device=self.device).to(dtype) for shape in shapes]
+
+                run = partial(_out_and_gradients, inputs, spec)
+                exact = run("reference", torch.float64)
+                first, second = run(self.impl, dtype), run(self.impl, dtype)
+                worst = max(((x.double() - y).norm() / y.norm()).item() for x, y in zip(first, exact, strict=True))
+                same = all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+                name = f"{spec}, {str(dtype).removeprefix('torch.')}"
+                yield check(f"largest relative error of {name}", worst, target)
+                yield check(f"runs that differ in a bit, {name}", int(not same), 0)
+
+    @property
+    def impl(self) -> str:
+        return "auto" if self.dry else "triton"
+
+    def attention(self) -> Iterator[dict[str, Any]]:
+        """Attention alone, forward and backward, against the flash path."""
+        shape = Shape(self.sizes.batch, self.sizes.heads, self.sizes.tokens, self.sizes.head)
+        for name, target in ATTENTION.items():
+            timings = attention.measure(
+                shape, name, rounds=self.rounds, device=self.device, dtype=torch.bfloat16, materialised=False
+            )
+            softmax = timings["softmax SDPA" if self.dry else "softmax flash"].median
+            ours = timings["karat tiled" if self.dry else "karat triton"].median
+            note = f"{1e3 * ours:.3f} ms against {1e3 * softmax:.3f} ms"
+            yield check(f"attention forward+backward, bfloat16, {name}, {shape}: × flash", ours / softmax, target, note)
+
+    def steps(self) -> Iterator[dict[str, Any]]:
+        """Training steps under bfloat16 autocast against SDPA."""
+        for size, target in STEP.items():
+            name, short = step.PAIRS[size]
+            timings = step.measure(
+                name, short, batch=self.sizes.step_batch, rounds=max(3, self.rounds // 3), device=self.device,
+                amp=torch.bfloat16, model_options=self.sizes.models[size],
+            )  # fmt: skip
+            softmax, ours = timings["softmax SDPA"].median, timings["karat"].median
+            note = f"{1e3 * ours:.1f} ms against {1e3 * softmax:.1f} ms, batch {self.sizes.step_batch}"
+            yield check(f"training step, bfloat16 autocast, {size}+{short}: × SDPA", ours / softmax, target, note)
+
+    def memory(self) -> Iterator[dict[str, Any]]:
+        """Peak memory of those steps against SDPA and the paper's way."""
+        for size in STEP:
+            name, short = step.PAIRS[size]
+            peaks: dict[str, float | str] = {}
+            for way in ("karat", *MEMORY):
+                try:
+                    peak = memory.measure(
+                        name, short, way, batch=self.sizes.step_batch, device=self.device,
+                        model_options=self.sizes.models[size],
+                    )  # fmt: skip
+                    peaks[way] = peak.step
+                except RuntimeError as error:  # the paper's way may not fit at all
+                    peaks[way] = str(error)
+            ours = peaks["karat"]
+            for way, target in MEMORY.items():
+                theirs = peaks[way]
+                title = f"peak memory of a step, {size}+{short}, batch {self.sizes.step_batch}: × {way}"
+                if isinstance(ours, str) or isinstance(theirs, str):
+                    yield check(title, None, target, f"karat: {ours}; {way}: {theirs}")
+                else:
+                    yield check(title, ours / theirs, target, f"{ours:,.0f} MiB against {theirs:,.0f} MiB")
+
+    def long(self) -> Iterator[dict[str, Any]]:
+        """As many tokens as an image of 896² has: forward and backward run and are finite."""
+        N = self.sizes.longest
+        for name in ATTENTION:
+            op = KArAtOperator(3, N, f"{name},impl={self.impl}").to(self.device, torch.bfloat16)
+            q, k, v = torch.randn(3, 2, 3, N, self.sizes.head, device=self.device, dtype=torch.bfloat16).unbind()
+            leaves = [x.requires_grad_() for x in (q, k, v)]
+            out = op.attend(*leaves)
+            gradients = torch.autograd.grad(out.float().square().sum(), leaves)
+            bad = sum(int((~x.isfinite()).sum()) for x in (out, *gradients))
+            yield check(f"N={N}, {name}: numbers that aren't finite", bad, 0)
+
+    def tables(self) -> Iterator[dict[str, Any]]:
+        """The tables of `karat bench`, with their figures, beside gpu.json."""
+        common: dict[str, Any] = {"device": self.device, "rounds": self.rounds, "output": self.output}
+        toy = self.dry
+        Op(**common, dtype="bfloat16", batch=self.sizes.batch, tokens=self.sizes.tokens, head_dim=self.sizes.head).run()
+        Scaling(
+            **common, dtype="bfloat16", batch=1 if toy else 8, tokens=(17, 33) if toy else Scaling.tokens,
+            grids=(1,) if toy else Scaling.grids, ranks=(2,) if toy else Scaling.ranks,
+        ).run()  # fmt: skip
+        if not toy:
+            Throughput(**common, bf16=True, batch=self.sizes.step_batch).run()
+        yield check("tables written", 0, 0, str(self.output.name))
+
+    def tiles(self) -> Iterator[dict[str, Any]]:
+        """Forward+backward over tile sizes, one kernel changed at a time; a tile that can't be launched says so."""
+        if self.dry:
+            yield check("tile sizes", None, None, "Triton's tiles aren't used on the CPU")
+            return
+        from karat.ops import triton_launch
+        from karat.ops.triton_launch import Tiles
+
+        shape = (self.sizes.batch, self.sizes.heads, self.sizes.tokens, self.sizes.head)
+        q, k, v, grad = torch.randn(4, *shape, device=self.device, dtype=torch.bfloat16).unbind()
+        for x in (q, k, v):
+            x.requires_grad_()
+        table = triton_launch.TILES["half"]
+        for name, kernel in product(ATTENTION, ("fwd", "dq", "dkdu")):
+            attend = KArAtOperator(shape[1], shape[2], f"{name},impl=triton").to(self.device, torch.bfloat16).attend
+            usual = table[kernel]
+            try:
+                for tile in (usual, *(Tiles(*values) for values in product(*SWEPT.values()))):
+                    table[kernel] = tile
+                    title = f"{name} {kernel} {tuple(tile)}{' (as shipped)' * (tile == usual)}"
+                    try:
+                        run = partial(attention.forward_backward, attend, q, k, v, grad)
+                        yield check(title, 1e3 * alternate({"ours": run}, 9)["ours"].median, None, "ms")
+                    except Exception as error:
+                        yield check(title, None, None, f"can't be launched: {str(error).splitlines()[0]}")
+            finally:
+                table[kernel] = usual
+
+
+def _out_and_gradients(inputs: list[torch.Tensor], spec: str, impl: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    *leaves, grad = (x.detach().to(dtype).requires_grad_() for x in inputs)
+    out = basis_attention(*leaves, spec, impl=impl)
+    return [out, *torch.autograd.grad(out, leaves, grad.detach())]
+
+
+def _triton() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "not installed"
+    return str(triton.__version__)
+
+
+def main() -> int:
+    """Parse, check for the GPU, run."""
+    options = tyro.cli(Gpu, description=__doc__)
+    if not options.dry and not torch.cuda.is_available():
+        print("No CUDA GPU is here, so nothing was measured. --dry tries the script on the CPU.", file=sys.stderr)
+        return 1
+    return options.run()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
