@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import SMALL, images
 
 import karat
 from karat.hub import KArAtModel, ModelConfig, storage
+from small_models import SMALL, images
 
 NAMES = ("zero", "one", "two", "three")
 VARIANTS = [
@@ -201,6 +201,7 @@ def test_push_uploads_the_saved_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def upload(self: Any, **kwargs: Any) -> str:
         seen["files"] = sorted(path.name for path in Path(kwargs["folder_path"]).iterdir())
+        seen["card"] = (Path(kwargs["folder_path"]) / storage.CARD).read_text()
         seen["model"] = karat.from_pretrained(kwargs["folder_path"])
         return "url"
 
@@ -209,7 +210,9 @@ def test_push_uploads_the_saved_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     model = saved_model()
     assert model.push_to_hub("me/model") == "url"
     assert seen["files"] == sorted([storage.CARD, storage.CONFIG, storage.WEIGHTS])
-    assert torch.equal(seen["model"](images("vit")), model(images("vit")))
+    x = images("vit")
+    assert torch.equal(seen["model"](x), model(x))
+    assert 'from_pretrained("me/model")' in seen["card"]
 
 
 def test_pretrained_weights_are_not_asked_for_again() -> None:

@@ -66,7 +66,12 @@ def test_the_card_says_what_the_run_was(karat_run: Path, folder: Path) -> None:
     assert card.data.library_name == "karat"
     metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert metrics["top1"] == pytest.approx(last["top1"], abs=1e-3)
-    for words in (f"top-1 | {last['top1']:.2f} %", "g2b,rank=3", "karat train --recipe", f"torch {torch.__version__[:4]}"):
+    for words in (
+        f"top-1 | {last['top1']:.2f} %",
+        "g2b,rank=3",
+        "karat train --recipe",
+        f"torch {torch.__version__[:4]}",
+    ):
         assert words in card.text
     assert "{{" not in card.text
     assert str(karat_run) not in card.text + (folder / "config.json").read_text()  # no folder of this machine
@@ -192,9 +197,7 @@ def test_push_names_the_repository(karat_run: Path, tmp_path: Path, monkeypatch:
     assert re.search(r'from_pretrained\("me/digits"\)', (tmp_path / "s" / "README.md").read_text())
 
 
-def test_a_refused_upload_is_one_line(
-    karat_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_refused_upload_is_one_line(karat_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # tests run offline: huggingface_hub itself refuses
     assert main(["hub", str(karat_run), "--output", str(tmp_path / "s"), "--push", "me/digits"]) == 2
     assert "could not be uploaded to me/digits" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from karat.export.graph import TOLERANCE, TRACED, as_text, draft_of, exported_pr
 OPSET = 23  # the newest that torch's exporter writes itself
 OPSETS = range(18, 26)  # from its own library of functions' to the newest that onnxruntime runs
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
-INPUT, OUTPUT = "images", "logits"
+INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 
 
 def export_onnx(
@@ -55,6 +56,7 @@ def export_onnx(
     program = exported_program(model, shape)
     with draft_of(Path(path)) as draft, _quiet():
         onnx_program: Any = _translated(program, shape, opset)
+        _name_batch(onnx_program.model)
         onnx_program.model.metadata_props.update(as_text(metadata))
         onnx_program.save(draft)
         return largest_difference(model, runner(draft), shape, tolerance)
@@ -74,6 +76,18 @@ def _translated(program: torch.export.ExportedProgram, shape: tuple[int, int, in
     except torch.onnx.OnnxExporterError as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise ValueError(f"the model can't be translated to ONNX: {reason}") from error
+
+
+def _name_batch(model: Any) -> None:
+    """Call the open dimension "batch": a program that was traced before has but a number for it."""
+    import onnx_ir
+
+    own = model.graph.inputs[0].shape[0].value
+    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    for value in values:
+        for axis, size in enumerate(value.shape or ()):
+            if isinstance(size, onnx_ir.SymbolicDim) and isinstance(size.value, str):
+                value.shape[axis] = onnx_ir.SymbolicDim(re.sub(rf"\b{own}\b", BATCH, size.value))
 
 
 def runner(path: Path) -> Any:

@@ -45,4 +45,3 @@ def export_pt2(
             return logits
 
         return largest_difference(model, run, shape, tolerance)
-

@@ -30,7 +30,7 @@ def model_card(config: ModelConfig, parameters: int, defaults: ModelCardData) ->
             for name, value in results.items()
         ]
     height, width = config.sides
-    template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
     text = template.from_string(resources.files("karat.hub").joinpath("card.md").read_text(encoding="utf-8")).render(
         card_data=data.to_yaml().strip(),
         title=title,

@@ -65,8 +65,9 @@ class ModelConfig:
                 raise ValueError(f"{name} has {len(values)} numbers for {self.in_chans} channels: {values}")
             object.__setattr__(self, name, values)
         object.__setattr__(self, "class_names", tuple(map(str, self.class_names)))
-        if isinstance(self.img_size, list):
-            object.__setattr__(self, "img_size", tuple(self.img_size))
+        # JSON has lists where constructors and comparisons want tuples
+        object.__setattr__(self, "img_size", _tuples(self.img_size))
+        object.__setattr__(self, "model_args", {name: _tuples(value) for name, value in self.model_args.items()})
         self._check()
         # impl says how it was run here; another machine chooses for itself
         object.__setattr__(self, "attention", str(replace(KArAtConfig.parse(self.attention), impl="auto")))
@@ -95,10 +96,9 @@ class ModelConfig:
         return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `karat.create_model`; JSON's lists are tuples again."""
-        extra = {name: _tuples(value) for name, value in self.model_args.items()}
+        """The arguments of `karat.create_model`."""
         common = {"attention": self.attention, "num_classes": self.num_classes, "in_chans": self.in_chans}
-        return common | ({} if self.mlp == OWN_MLP else {"mlp": self.mlp}) | extra
+        return common | ({} if self.mlp == OWN_MLP else {"mlp": self.mlp}) | self.model_args
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` is the inverse."""

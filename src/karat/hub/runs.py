@@ -121,4 +121,3 @@ def open_model(where: str | Path, weights: str = "last") -> KArAtModel:
     if weights != "last":
         raise ValueError(f"--weights {weights}: {where} is no run and has one set of weights only")
     return KArAtModel.from_pretrained(where)
-

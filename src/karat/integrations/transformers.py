@@ -83,7 +83,9 @@ def karatize_hf(model: Model, config: KArAtConfig | str) -> Model:
     config = KArAtConfig.parse(config)
     places: list[Any] = [module for module in model.modules() if isinstance(module, SERVED)]
     if not places:
-        raise ValueError(f"{type(model).__name__} has no attention that karat knows; it knows transformers' ViT and DeiT")
+        raise ValueError(
+            f"{type(model).__name__} has no attention that karat knows; it knows transformers' ViT and DeiT"
+        )
     if any(hasattr(place, "operator") for place in places):
         raise ValueError(f"this {type(model).__name__} has learnable attention already; build a new model")
     if config.is_softmax:
