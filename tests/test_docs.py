@@ -100,17 +100,21 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == {name_of(page).removeprefix("docs/") for page in PAGES if page.parent != ROOT}
 
 
-def test_published_tables_are_the_papers() -> None:
+def test_published_tables_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hook that the site is built with: all 468 rows, and the measured costs where they're comparable."""
-    import sys
-
-    sys.path.insert(0, str(ROOT / "docs" / "hooks"))
-    try:
-        hook = importlib.import_module("paper_tables")
-    finally:
-        sys.path.pop(0)
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "hooks"))
+    hook = importlib.import_module("paper_tables")
     page = hook.on_page_markdown("<!-- published -->")
     assert len(re.findall(r"^    \| \d+ \|", page, re.MULTILINE)) == 468
     line = next(line for line in page.splitlines() if "| vit_tiny | `g3b,rank=12` |  | params_M |" in line)
     assert "| 6.29 | 6.29 |" in line
     assert "| `g1u` | 85.95 | 85.95 | 17.383 | 17.847 |" in hook.on_page_markdown("<!-- measured cost -->")
+
+
+def test_doctests_become_code_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("griffe", reason="the site is an optional extra: pip install 'karat[docs]'")
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "hooks"))
+    fenced = importlib.import_module("doctests").fenced
+    example = ">>> for i in range(2):\n...     print(i)\n0\n1"
+    assert fenced(f"Counts.\n\n{example}\n\nThat is all.") == (f"Counts.\n\n```pycon\n{example}\n```\n\nThat is all.")
+    assert fenced("a >>> b") == "a >>> b"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import logging
 from torch import Tensor, nn
 
 from karat.hub.config import ModelConfig
@@ -62,10 +63,14 @@ def fetch(name_or_folder: str | Path, **options: Any) -> Path:
     name = str(name_or_folder)
     if folder.exists() or name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise ValueError(f"{name} is no folder; give a saved model's folder or its name on the Hub, user/name")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a name that can't be reached is one error here, not one warning an attempt
     try:
         downloaded = [Path(hf_hub_download(name, file, **options)) for file in (CONFIG, WEIGHTS)]
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(f"{name} is no folder here and could not be had from the Hub: {_first_line(error)}") from None
+    finally:
+        logging.set_verbosity(verbosity)
     return downloaded[0].parent
 
 
