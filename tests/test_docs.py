@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,13 +52,15 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     registries: list[dict[Any, Any]] = [karat.basis.BASES, karat.convert.FAMILIES, karat.attention.ADAPTERS]
     before = [dict(registry) for registry in registries]
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"__name__": "page", "images": torch.randn(2, 3, 224, 224)}
+    module = types.ModuleType("page")  # a real one: dataclasses look theirs up
+    monkeypatch.setitem(sys.modules, "page", module)
+    vars(module)["images"] = torch.randn(2, 3, 224, 224)
     try:
         for line, text in blocks(page, "python"):
             for words, needed in NEEDED.items():
                 if words in text:
                     pytest.importorskip(needed)
-            exec(compile("\n" * line + text, name_of(page), "exec"), namespace)
+            exec(compile("\n" * line + text, name_of(page), "exec", dont_inherit=True), vars(module))
     finally:
         for registry, known in zip(registries, before, strict=True):  # pages add to them
             registry.clear()

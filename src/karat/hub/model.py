@@ -132,7 +132,7 @@ class KArAtModel(
         check_rebuilds(self.backbone, self.config)
         storage.write(save_directory, self.config, self.backbone.state_dict())
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # type: ignore[override]
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the model to the Hub as "user/name"; options as huggingface_hub's `ModelHubMixin.push_to_hub`."""
         self.config = dataclasses.replace(self.config, training=self.config.training | {"repo": repo_id})
         return super().push_to_hub(repo_id, **options)

@@ -40,7 +40,10 @@ def view(config: ModelConfig) -> Callable[[Image.Image], Tensor]:
 
 
 def read(source: str | Path | Image.Image, config: ModelConfig) -> Tensor:
-    """A file or picture as the model's input (C,H,W). Raises ValueError for a file that isn't a whole image."""
+    """A file or picture as the model's input (C,H,W). Raises ValueError for a file that isn't a whole image, or a model
+    that takes neither grey nor colour."""
+    if config.in_chans not in (1, 3):
+        raise ValueError(f"images have 1 or 3 channels, this model takes {config.in_chans}: call it with tensors")
     picture = source if isinstance(source, Image.Image) else read_image(Path(source), config.in_chans)
     return view(config)(decode(picture, config.in_chans))
 

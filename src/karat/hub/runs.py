@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from karat.hub import storage
 from karat.hub.config import ModelConfig
 from karat.hub.model import KArAtModel
 from karat.train import files, runs
@@ -116,7 +117,7 @@ def open_model(where: str | Path, weights: str = "last") -> KArAtModel:
     is but one set.
     """
     folder = Path(where)
-    if runs.is_run(folder) and "settings" in runs.files.read_json(folder / runs.CONFIG):
+    if runs.is_run(folder) and not storage.is_saved(folder):
         return from_run(folder, weights)
     if weights != "last":
         raise ValueError(f"--weights {weights}: {where} is no run and has one set of weights only")

@@ -110,7 +110,7 @@ def karatize_hf(model: Model, config: KArAtConfig | str) -> Model:
             places[index].operator = operator
     model.config.karat_attention = str(config)
     model.set_attn_implementation(NAME)
-    model.no_weight_decay = NoWeightDecay(model)  # type: ignore[assignment]
+    model.no_weight_decay = NoWeightDecay(model)
     return model
 
 
@@ -134,7 +134,7 @@ def from_pretrained(kind: type[Model], name_or_folder: str | Path, **options: An
         ValueError: no such model, a config without learnable attention, or weights that are missing or left over.
     """
     try:
-        config = kind.config_class.from_pretrained(name_or_folder)  # type: ignore[union-attr]
+        config = kind.config_class.from_pretrained(name_or_folder)
     except OSError as error:
         raise ValueError(f"{name_or_folder} can't be read: {' '.join(str(error).split())}") from None
     spec = getattr(config, SETTING, None)
@@ -146,7 +146,7 @@ def from_pretrained(kind: type[Model], name_or_folder: str | Path, **options: An
 
         def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
             super().__init__(config, *arguments, **keywords)
-            karatize_hf(self, spec)
+            karatize_hf(self, str(spec))
 
     Converted.__name__ = kind.__name__
     loaded, report = Converted.from_pretrained(name_or_folder, config=config, output_loading_info=True, **options)
