@@ -27,8 +27,8 @@ NOT_TOLD = frozenset(
 def train_command(settings: Settings) -> str:
     """The `karat train` that gives these settings again, data and folders aside.
 
-    >>> train_command(Settings.make(attention="g3b", epochs=5))[:43]
-    'karat train --recipe digits --model vit_tiny'
+    >>> train_command(Settings.make(attention="g3b", epochs=5))
+    'karat train --recipe digits --model vit_tiny_patch16_224 --attention g3b ... --epochs 5'
     """
     defaults = Settings(recipe=get_recipe(settings.preset))
     words = ["karat", "train", "--recipe", settings.preset]
