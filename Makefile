@@ -1,5 +1,6 @@
 # make run   set up and do the main job: three attentions trained side by side on real scanned digits
 # make test  set up, then lint, types and tests
+# make docs  set up, then the documentation site in build/site
 # Both create .venv when it is missing and install again when pyproject.toml or constraints.txt change.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.karat-installed
 JOBS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: run test install lint format clean
+.PHONY: run test docs install lint format clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -28,6 +29,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 install: $(STAMP)
 

@@ -2,6 +2,7 @@
 
 from karat.config import KArAtConfig
 from karat.convert import karat_operators, karatize
+from karat.hub import KArAtModel, from_pretrained
 from karat.models import create_model
 from karat.operator import KArAtOperator
 from karat.ops import basis_attention
@@ -11,9 +12,11 @@ from karat.simplex import simplex_projection
 
 __all__ = [
     "KArAtConfig",
+    "KArAtModel",
     "KArAtOperator",
     "basis_attention",
     "create_model",
+    "from_pretrained",
     "karat_operators",
     "karatize",
     "record",

@@ -73,7 +73,7 @@ def _sum_of_edges(layer: EdgeLayer, scores: Tensor, mask: Tensor | None) -> Tens
     u = layer.packed()
     B, H, M, N = scores.shape
     width = layer.basis.num_parameters if isinstance(layer.basis, LinearBasis) else layer.outputs
-    rows = max(1, CHUNK_NUMBERS // max(1, B * H * N * width))
+    rows = M if torch.compiler.is_exporting() else max(1, CHUNK_NUMBERS // max(1, B * H * N * width))  # B may be open
     masks = (mask,) * -(-M // rows) if mask is None or mask.shape[2] == 1 else mask.split(rows, dim=2)
     chunks = [
         basis_contraction(part, u, layer.basis, mask=keep, impl="reference")

@@ -187,4 +187,6 @@ class Shannon(Wavelet):
     def key_gain(self, num_keys: int) -> Tensor | None:
         if self.window != "key":
             return None
-        return torch.hamming_window(num_keys, periodic=False, dtype=torch.float64)
+        angle = torch.arange(num_keys, dtype=torch.float64) * (2 * math.pi / max(num_keys - 1, 1))
+        # torch.hamming_window(num_keys, periodic=False) in operators that ONNX has
+        return 0.54 - 0.46 * torch.cos(angle) if num_keys > 1 else torch.ones_like(angle)

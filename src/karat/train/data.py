@@ -179,13 +179,17 @@ def load_data(
     """The batches that `--data SPEC` means.
 
     Args:
-        spec: see the table above. img_size: side of the images that come out; None: the data's own where
-        all share one, else 224. batch_size: per process; None: the recipe's. workers: processes that
-        decode and augment; 0: this one. Has no influence on what comes out. Small images
+        spec: see the table above.
+        recipe: how images are augmented, cropped and batched.
+        img_size: side of the images that come out; None: the data's own where all share one, else 224.
+        batch_size: per process; None: the recipe's.
+        workers: processes that decode and augment; 0: this one. Has no influence on what comes out. Small images
             under a light recipe (shift and mirror) stay decoded in memory (at most 512 MiB) and use none.
+        seed: of order and augmentation.
+        on_bad_image: "error" or "skip".
         rank, world_size: this process and how many there are; evaluation is shared out without repeats.
-        num_classes: more classes than the data has; None: as many as it has. data_dir: where `torch/`
-        data lies or is downloaded to; None: $KARAT_DATA or ~/.cache/karat. With several
+        num_classes: more classes than the data has; None: as many as it has.
+        data_dir: where `torch/` data lies or is downloaded to; None: $KARAT_DATA or ~/.cache/karat. With several
             processes let one call this first.
         fraction: use that share of both parts, a fixed random subset.
         num_samples: training images of a stream that does not say how many it has.

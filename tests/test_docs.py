@@ -1,0 +1,124 @@
+"""The documentation is true: its Python runs, its command lines can be parsed, its pages are all there."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+
+import karat.attention
+import karat.basis
+import karat.convert
+from karat.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NEEDED = {"transformers": "transformers", "karat.export": "onnxruntime"}  # what an example says -> the extra it needs
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """(line, text) of every fenced block of a language."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text[: match.start(1)].count("\n"), match[1]) for match in found]
+
+
+PYTHON = [page for page in PAGES if blocks(page, "python")]
+LINES = [
+    (name_of(page), line)
+    for page in PAGES
+    for _, text in blocks(page, "console")
+    for line in text.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PYTHON, ids=name_of)
+def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks of a page one after the other, in one namespace and a folder of its own."""
+    registries: list[dict[Any, Any]] = [karat.basis.BASES, karat.convert.FAMILIES, karat.attention.ADAPTERS]
+    before = [dict(registry) for registry in registries]
+    monkeypatch.chdir(tmp_path)
+    module = types.ModuleType("page")  # a real one: dataclasses look theirs up
+    monkeypatch.setitem(sys.modules, "page", module)
+    vars(module)["images"] = torch.randn(2, 3, 224, 224)
+    try:
+        for line, text in blocks(page, "python"):
+            for words, needed in NEEDED.items():
+                if words in text:
+                    pytest.importorskip(needed)
+            exec(compile("\n" * line + text, name_of(page), "exec", dont_inherit=True), vars(module))
+    finally:
+        for registry, known in zip(registries, before, strict=True):  # pages add to them
+            registry.clear()
+            registry.update(known)
+
+
+class Parsed(Exception):
+    """The options could be read."""
+
+
+def stop_after(parser: Callable[[], Any], command: str) -> NoReturn:
+    from karat.options import one_line_errors
+
+    with one_line_errors(command):
+        parser()
+    raise Parsed
+
+
+@pytest.mark.parametrize(("page", "line"), LINES)
+def test_command_lines_are_understood(
+    page: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each one down to its options, by the command's own parser; nothing is run."""
+    words = shlex.split(line, comments=True)
+    assert words[0] == "karat", f"{page}: {line}"
+    monkeypatch.chdir(tmp_path)
+    module = COMMANDS[words[1]][0].split(":")[0]
+    monkeypatch.setattr(importlib.import_module(module), "parse", stop_after)
+    with pytest.raises(Parsed):
+        assert main(words[1:]) == 0, f"{page}: {capsys.readouterr().err}"
+
+
+def test_there_are_examples() -> None:
+    assert len(LINES) > 20
+    assert {page.name for page in PYTHON} >= {"README.md", "operator.md", "sharing.md", "extending.md"}
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
+    listed = set(re.findall(r"[\w/.-]+\.md", nav))
+    assert listed == {name_of(page).removeprefix("docs/") for page in PAGES if page.parent != ROOT}
+
+
+def test_published_tables_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hook that the site is built with: all 468 rows, and the measured costs where they're comparable."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "hooks"))
+    hook = importlib.import_module("paper_tables")
+    page = hook.on_page_markdown("<!-- published -->")
+    assert len(re.findall(r"^    \| \d+ \|", page, re.MULTILINE)) == 468
+    line = next(line for line in page.splitlines() if "| vit_tiny | `g3b,rank=12` |  | params_M |" in line)
+    assert "| 6.29 | 6.29 |" in line
+    assert "| `g1u` | 85.95 | 85.95 | 17.383 | 17.847 |" in hook.on_page_markdown("<!-- measured cost -->")
+
+
+def test_doctests_become_code_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("griffe", reason="the site is an optional extra: pip install 'karat[docs]'")
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "hooks"))
+    fenced = importlib.import_module("doctests").fenced
+    example = ">>> for i in range(2):\n...     print(i)\n0\n1"
+    assert fenced(f"Counts.\n\n{example}\n\nThat is all.") == (f"Counts.\n\n```pycon\n{example}\n```\n\nThat is all.")
+    assert fenced("a >>> b") == "a >>> b"
