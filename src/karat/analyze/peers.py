@@ -54,8 +54,10 @@ PUBLISHED: tuple[Point, ...] = tuple(
 def measured_points(folders: Sequence[Path | str]) -> list[Point]:
     """One point for each row of a comparison's folder, or for a run's folder; top-1 of the last epoch.
 
-    Raises ValueError for a folder that holds neither, or a run that hasn't finished.
+    Raises ValueError for no folder, one that holds neither, or a run that hasn't finished.
     """
+    if not folders:
+        raise ValueError("name at least one folder, of a comparison or a run")
     points = []
     for folder in map(Path, folders):
         if (folder / RESULT).is_file():
