@@ -1,8 +1,7 @@
 """A training step with each KAN in the MLP's place against the plain MLP: time, memory, parameters, multiply-adds.
 
 python benchmarks/mlp_step.py --threads 2 --output docs/results/performance
-python benchmarks/mlp_step.py --threads 2 --small --batch 128 --rounds 3 --output docs/results/performance \
-    --contenders softmax softmax/kan g3b g3b/kan "deep_kan(order=3)"
+benchmarks/peers.py lists the calls behind the tables of docs/results/peers.md.
 """
 
 from __future__ import annotations
@@ -50,7 +49,9 @@ class MlpStep:
     device: str = "cpu"
     """cpu or cuda"""
     output: Path | None = None
-    """folder for mlp_step.json, or mlp_step_small.json; nothing is written without it"""
+    """folder for NAME.json; nothing is written without it"""
+    name: str = "mlp_step"
+    """the file's name"""
     peak_of: str | None = None
     """measure only the memory of this contender, in this process; the script calls itself so"""
 
@@ -125,4 +126,4 @@ if __name__ == "__main__":
         found = options.measure()
         found.show()
         if options.output is not None:
-            found.save(options.output / ("mlp_step_small.json" if options.small else "mlp_step.json"))
+            found.save(options.output / f"{options.name}.json")

@@ -70,7 +70,7 @@ def test_peers_and_deep_kans_in_one_table(tmp_path: Path, capsys: pytest.Capture
     line = ["--data", "digits", "--epochs", "1", "--data-fraction", "0.1", "--output", str(tmp_path / "out")]
     assert cli.main(["compare", *names, *line]) == 0
     said = capsys.readouterr().out
-    for column in ("top-1 %", "parameters", "multiply-", "ms / step", "MiB"):
+    for column in ("top-1 %", "params", "mult-", "ms /", "memory"):
         assert column in said
     found = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
     assert [row["attention"] for row in found] == names

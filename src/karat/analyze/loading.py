@@ -47,9 +47,9 @@ class Run:
 
     @property
     def label(self) -> str:
-        """How the run is called in figures: its attention, with the seed where that isn't 0."""
+        """How the run is called in figures: its attention (and MLP), with the seed where that isn't 0."""
         seed = f" seed {self.settings.seed}" if self.settings.seed else ""
-        return f"{self.settings.attention}{seed}"
+        return f"{self.settings.label}{seed}"
 
     def model(self, weights: str = "last") -> nn.Module:
         """The run's model in evaluation mode, with its last, best or averaged ("ema") weights."""

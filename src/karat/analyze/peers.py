@@ -72,8 +72,7 @@ def measured_points(folders: Sequence[Path | str]) -> list[Point]:
         if not (folder / runs.SUMMARY).is_file():
             raise ValueError(f"{folder} hasn't finished (it has no {runs.SUMMARY}); go on with it: --resume {folder}")
         summary = files.read_json(folder / runs.SUMMARY)
-        mlp = "" if settings.mlp == "mlp" else f"/{settings.mlp}"
-        label = f"{settings.model} {settings.attention}{mlp}"
+        label = settings.label if settings.label == settings.model else f"{settings.model} {settings.label}"
         points.append(
             Point(label, "measured", summary["parameters"] / 1e6, summary["top1"], settings.data, str(folder))
         )

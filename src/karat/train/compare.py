@@ -157,7 +157,7 @@ def table(rows: Sequence[Row]) -> Table:
     """The rows for the terminal."""
     drawn = Table(title="comparison", title_justify="left")
     drawn.add_column("attention", overflow="fold")
-    for column in ("top-1 %", "best %", "parameters", "multiply-\nadds M", "ms / step", "peak memory\nMiB"):
+    for column in ("top-1 %", "best %", "params\nM", "mult-\nadds M", "ms /\nstep", "memory\nMiB"):
         drawn.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         deviation = "" if row.top1_deviation is None else f" ± {row.top1_deviation:.2f}"
@@ -165,8 +165,8 @@ def table(rows: Sequence[Row]) -> Table:
             row.attention,
             f"{row.top1:.2f}{deviation}",
             f"{row.best_top1:.2f}",
-            f"{row.parameters:,}",
-            f"{row.multiply_adds / 1e6:,.1f}",
+            f"{row.parameters / 1e6:.3g}",
+            f"{row.multiply_adds / 1e6:.3g}",
             f"{row.ms_per_step:.1f}",
             f"{row.peak_memory_mib:,.0f}",
         )

@@ -145,7 +145,7 @@ class Trainer:
             self.console.print(f"note: {note}", highlight=False, soft_wrap=True)
         if p.epoch >= epochs:
             return self._summary()
-        label = str(self.settings.attention)
+        label = self.settings.label
         config = self.settings.as_dict()
         names = self.settings.track if self.main else ()
         memory.reset_peak()
