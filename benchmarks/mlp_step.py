@@ -1,6 +1,7 @@
 """A training step with each KAN in the MLP's place against the plain MLP: time, memory, parameters, multiply-adds.
 
 python benchmarks/mlp_step.py --threads 2 --output docs/results/performance
+benchmarks/peers.py lists the calls behind the tables of docs/results/peers.md.
 """
 
 from __future__ import annotations
@@ -8,31 +9,37 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 import tyro
+from torch import nn
 
-from karat import create_model
-from karat.analyze.cost import count_parameters, multiply_adds
+from karat.analyze.cost import count_parameters
 from karat.bench.memory import MIB, peak
 from karat.bench.results import Rows
 from karat.bench.step import step_of
 from karat.bench.timing import alternate
+from karat.train.build import build_model, input_size
+from karat.train.compare import contender, count_operations
+from karat.train.settings import SMALL_MODEL, Settings
+
+CLASSES = 10
 
 
 @dataclass(frozen=True)
 class MlpStep:
-    """Time and memory of an AdamW step on random images, one row an MLP, all of them in one alternating run."""
+    """Time and memory of an AdamW step on random images, one row a contender, all of them in one alternating run."""
 
+    contenders: tuple[str, ...] = ("softmax", "softmax/grkan", "softmax/kan", "softmax/fourierkan", "softmax/fastkan")
+    """named as for karat compare; the first is what the others are compared with"""
     model: str = "vit_tiny_patch16_224"
     """timm's name"""
-    attention: str = "softmax"
-    """attention of all of them"""
-    mlps: tuple[str, ...] = ("mlp", "grkan", "kan", "fourierkan", "fastkan")
-    """the MLPs; the first is what the others are compared with"""
+    small: bool = False
+    """at the sizes that karat train takes for small images: 32 pixels, patch 4, width 96, 6 blocks, 3 heads"""
     batch: int = 8
     """images"""
     rounds: int = 9
@@ -42,35 +49,46 @@ class MlpStep:
     device: str = "cpu"
     """cpu or cuda"""
     output: Path | None = None
-    """folder for mlp_step.json; nothing is written without it"""
+    """folder for NAME.json; nothing is written without it"""
+    name: str = "mlp_step"
+    """the file's name"""
     peak_of: str | None = None
-    """measure only the memory of this MLP, in this process; the script calls itself so"""
+    """measure only the memory of this contender, in this process; the script calls itself so"""
 
-    def step(self, mlp: str):  # type: ignore[no-untyped-def]
-        """A closure that does one step."""
+    def settings(self, name: str) -> Settings:
+        """Of a contender's model."""
+        return contender(name, Settings(model=self.model, **(SMALL_MODEL if self.small else {})))  # type: ignore[arg-type]
+
+    def build(self, name: str) -> nn.Module:
+        """A contender's model."""
         torch.manual_seed(0)
-        model = create_model(self.model, attention=self.attention, mlp=mlp, num_classes=10)
-        return step_of(model, self.batch, device=self.device)
+        return build_model(self.settings(name), CLASSES, 3)
 
-    def report_peak(self, mlp: str) -> None:
+    def step(self, name: str) -> Callable[[], float]:
+        """A closure that does one step."""
+        settings = self.settings(name)
+        side = settings.img_size or input_size(settings.model)
+        return step_of(self.build(name), self.batch, device=self.device, side=side)
+
+    def report_peak(self, name: str) -> None:
         """In a process of its own: print the peak of three steps above the idle process, MiB."""
         if self.device == "cuda":
-            step = self.step(mlp)
+            step = self.step(name)
             torch.cuda.reset_peak_memory_stats()
             _ = [step() for _ in range(3)]
             print(json.dumps(torch.cuda.max_memory_allocated() / MIB))
             return
         idle = psutil.Process().memory_info().rss
-        step = self.step(mlp)
+        step = self.step(name)
         _ = [step() for _ in range(3)]
         print(json.dumps((peak() - idle) / MIB))
 
     def peaks(self) -> dict[str, float]:
-        """MiB of each MLP."""
+        """MiB of each contender."""
         found = {}
-        for mlp in self.mlps:
-            child = [sys.executable, __file__, *sys.argv[1:], "--peak-of", mlp]
-            found[mlp] = json.loads(
+        for name in self.contenders:
+            child = [sys.executable, __file__, *sys.argv[1:], "--peak-of", name]
+            found[name] = json.loads(
                 subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
             )
         return found
@@ -78,24 +96,24 @@ class MlpStep:
     def measure(self) -> Rows:
         """All rows."""
         peaks = self.peaks()
-        timings = alternate({mlp: self.step(mlp) for mlp in self.mlps}, self.rounds)
-        first = self.mlps[0]
+        timings = alternate({name: self.step(name) for name in self.contenders}, self.rounds)
+        first = self.contenders[0]
         rows = []
-        for mlp in self.mlps:
-            model = create_model(self.model, attention=self.attention, mlp=mlp, num_classes=10)
+        for name in self.contenders:
             rows.append(
                 {
-                    "mlp": mlp,
-                    "median ms": 1e3 * timings[mlp].median,
-                    "least ms": 1e3 * timings[mlp].least,
-                    f"× {first}": timings[mlp].median / timings[first].median,
-                    "peak MiB": peaks[mlp],
-                    f"memory × {first}": peaks[mlp] / peaks[first],
-                    "parameters M": count_parameters(model) / 1e6,
-                    "multiply-adds G": multiply_adds(model, torch.zeros(1, 3, *model.patch_embed.img_size)) / 1e9,  # type: ignore[union-attr, misc]
+                    "contender": name,
+                    "median ms": 1e3 * timings[name].median,
+                    "least ms": 1e3 * timings[name].least,
+                    f"× {first}": timings[name].median / timings[first].median,
+                    "peak MiB": peaks[name],
+                    f"memory × {first}": peaks[name] / peaks[first],
+                    "parameters M": count_parameters(self.build(name)) / 1e6,
+                    "multiply-adds G": count_operations(self.settings(name), CLASSES, 3) / 1e9,
                 }
             )
-        return Rows(f"Training step of {self.model}, {self.attention}, batch {self.batch}, {self.device}", rows)
+        sizes = "32²/4, width 96, 6 blocks" if self.small else "its own size"
+        return Rows(f"Training step of {self.model}, {sizes}, batch {self.batch}, {self.device}", rows)
 
 
 if __name__ == "__main__":
@@ -108,4 +126,4 @@ if __name__ == "__main__":
         found = options.measure()
         found.show()
         if options.output is not None:
-            found.save(options.output / "mlp_step.json")
+            found.save(options.output / f"{options.name}.json")

@@ -47,6 +47,21 @@ def test_grkan_takes_over_a_vit() -> None:
     torch.testing.assert_close(vit(images), kat(images))
 
 
+def test_a_run_of_kat_starts_from_a_softmax_vit() -> None:
+    """`--init VIT --mlp grkan`, as KAT starts: all of the ViT's weights, and its function within the fit."""
+    from karat.train.init import transplant
+
+    vit = timm.create_model("vit_tiny_patch16_224", **SMALL).eval()
+    for p in vit.parameters():
+        nn.init.normal_(p, std=0.1)
+    kat = karat.create_model("vit_tiny_patch16_224", "softmax", mlp="grkan", **SMALL).eval()
+    fates = transplant(kat, vit.state_dict(), "a ViT")
+    assert sum(fate.tensors for fate in fates if fate.fate == "fresh") == 4 * len(kat.blocks)  # type: ignore[arg-type]
+    assert not any(fate.fate == "dropped" for fate in fates)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(kat(images), vit(images), atol=0.02, rtol=0.02)
+
+
 def test_taking_over_needs_the_same_width() -> None:
     model = timm.create_model("vit_tiny_patch16_224", **SMALL)
     with pytest.raises(ValueError, match="ratio"):

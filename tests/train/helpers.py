@@ -61,6 +61,6 @@ def outcome(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     weights = {}
     for file in sorted(run.glob("*.safetensors")):
         weights |= {f"{file.name}:{name}": tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
-    timed = ("seconds", "images_per_second", "peak_memory_mib")
+    timed = ("seconds", "ms_per_step", "images_per_second", "peak_memory_mib")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return weights, [{k: v for k, v in line.items() if k not in timed} for line in lines]

@@ -15,7 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from karat.analyze.study import Options
 from karat.options import parse
 
-What = Literal["curves", "cost", "attention", "spectrum", "functions", "weights", "landscape", "hessian", "sweep"]
+What = Literal[
+    "curves", "cost", "attention", "spectrum", "functions", "weights", "landscape", "hessian", "sweep", "peers"
+]
 Format = Literal["png", "svg", "pdf"]
 
 
@@ -24,7 +26,7 @@ class Analyze(Options):
     """Look at one thing in one run or several: figures, numbers and arrays, in RUN/analysis/WHAT."""
 
     what: tyro.conf.Positional[What]
-    """What to look at."""
+    """What to look at; peers: parameters against accuracy, of comparisons and runs, beside published models."""
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """The folders of the runs; a comparison's folder means its runs."""
     formats: tuple[Format, ...] = ("png",)
@@ -92,12 +94,15 @@ def analyze(arguments: Sequence[str]) -> None:
     parsed = parse(lambda: tyro.cli(Analyze, args=arguments, prog="karat analyze"), "karat analyze")
     from karat.analyze.studies import STUDIES
     from karat.analyze.studies_loss import FOLDER
+    from karat.analyze.studies_peers import PEERS, study_peers
     from karat.analyze.study import open_subjects
 
     console = Console()
-    with _bar(console, parsed.what) as progress:
-        subjects = open_subjects(parsed.runs, _options(parsed), progress)
-        study = STUDIES[parsed.what](subjects)
+    if parsed.what == PEERS:
+        study = study_peers(parsed.runs)
+    else:
+        with _bar(console, parsed.what) as progress:
+            study = STUDIES[parsed.what](open_subjects(parsed.runs, _options(parsed), progress))
     folder = parsed.output or parsed.runs[0] / FOLDER / parsed.what
     for note in study.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from karat.convert import karat_operators
+from karat.flops import multiply_adds
 from karat.models import create_model
 
 
@@ -64,22 +63,6 @@ def count_parameters(module: nn.Module) -> int:
 def operator_parameters(model: nn.Module) -> int:
     """Numbers that the learnable attention adds to the model, a universal operator once."""
     return sum(count_parameters(operator) for operator in karat_operators(model).values())
-
-
-def multiply_adds(model: nn.Module, images: Tensor) -> int:
-    """Multiply-adds of one forward pass of `images` (B,C,height,width), as run here: matrix products alone.
-
-    Counted by torch's FLOP counter and halved. Elementwise work (softmax, cos, sin, GELU) is not in it. Fused softmax
-    attention is unfused while counting, for the counter knows no formula of the CPU's.
-    """
-    training = model.training
-    counter = FlopCounterMode(display=False)
-    try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            model.eval()(images)
-    finally:
-        model.train(training)
-    return counter.get_total_flops() // 2
 
 
 def bytes_kept(model: nn.Module, images: Tensor) -> int:

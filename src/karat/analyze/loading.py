@@ -56,8 +56,7 @@ class Run:
     @property
     def contender(self) -> str:
         """The attention, with the MLP where it isn't the model's own, as in `karat compare`: "g3b", "softmax/grkan"."""
-        mlp = self.settings.mlp
-        return self.settings.attention if mlp == "mlp" else f"{self.settings.attention}/{mlp}"
+        return self.settings.label
 
     def model(self, weights: str = "last") -> nn.Module:
         """The run's model in evaluation mode, with its last, best or averaged ("ema") weights."""

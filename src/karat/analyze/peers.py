@@ -54,8 +54,10 @@ PUBLISHED: tuple[Point, ...] = tuple(
 def measured_points(folders: Sequence[Path | str]) -> list[Point]:
     """One point for each row of a comparison's folder, or for a run's folder; top-1 of the last epoch.
 
-    Raises ValueError for a folder that holds neither, or a run that hasn't finished.
+    Raises ValueError for no folder, one that holds neither, or a run that hasn't finished.
     """
+    if not folders:
+        raise ValueError("name at least one folder, of a comparison or a run")
     points = []
     for folder in map(Path, folders):
         if (folder / RESULT).is_file():
@@ -70,8 +72,7 @@ def measured_points(folders: Sequence[Path | str]) -> list[Point]:
         if not (folder / runs.SUMMARY).is_file():
             raise ValueError(f"{folder} hasn't finished (it has no {runs.SUMMARY}); go on with it: --resume {folder}")
         summary = files.read_json(folder / runs.SUMMARY)
-        mlp = "" if settings.mlp == "mlp" else f"/{settings.mlp}"
-        label = f"{settings.model} {settings.attention}{mlp}"
+        label = settings.label if settings.label == settings.model else f"{settings.model} {settings.label}"
         points.append(
             Point(label, "measured", summary["parameters"] / 1e6, summary["top1"], settings.data, str(folder))
         )

@@ -15,7 +15,6 @@ from karat.analyze.cost import (
     bytes_kept,
     count_parameters,
     images_per_second,
-    multiply_adds,
     operator_parameters,
 )
 from karat.analyze.directions import random_directions
@@ -33,6 +32,7 @@ from karat.analyze.landscape import (
 from karat.analyze.loading import trajectory
 from karat.analyze.study import Study, Subject
 from karat.analyze.trajectory import Direction, Plane, principal_plane
+from karat.flops import multiply_adds
 from karat.train import runs
 from karat.train.build import build_model
 from karat.train.files import digest

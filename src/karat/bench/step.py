@@ -41,12 +41,15 @@ def build(name: str, way: str, attention: str, **kwargs: object) -> nn.Module:
 
 
 def step_of(
-    model: nn.Module, batch: int, *, device: str = "cpu", amp: torch.dtype | None = None
+    model: nn.Module, batch: int, *, device: str = "cpu", amp: torch.dtype | None = None, side: int | None = None
 ) -> Callable[[], float]:
-    """A closure that does one AdamW step on a fixed random batch and returns the loss."""
+    """A closure that does one AdamW step on a fixed random batch and returns the loss.
+
+    The images are square, `side` pixels a side; None asks the model's patch embedding.
+    """
     model = model.to(device).train()
-    size = model.patch_embed.img_size  # type: ignore[union-attr]
-    images = torch.randn(batch, 3, *size, device=device)  # type: ignore[misc]
+    size: tuple[int, int] = (side, side) if side is not None else model.patch_embed.img_size  # type: ignore[union-attr, assignment]
+    images = torch.randn(batch, 3, *size, device=device)
     labels = torch.randint(0, 10, (batch,), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 

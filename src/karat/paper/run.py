@@ -85,7 +85,8 @@ def measure_cost(entry: Entry) -> dict[str, float]:
     """Parameters (M) and multiply-adds (G) of a row's model at 224², built at full size."""
     import torch
 
-    from karat.analyze.cost import count_parameters, multiply_adds, operator_parameters
+    from karat.analyze.cost import count_parameters, operator_parameters
+    from karat.flops import multiply_adds
     from karat.models import create_model
 
     setup = entry.setup

@@ -22,7 +22,8 @@ class Compare(Settings):
     """Train several attentions on the same data with the same seeds; print one table, draw one figure of curves."""
 
     attentions: tyro.conf.Positional[tuple[str, ...]] = ("softmax", "g3b", "g3u")
-    """The attentions to compare, e.g. softmax g3b g3u; with an MLP behind a stroke, e.g. softmax/grkan g3b/kan."""
+    """The attentions to compare, e.g. softmax g3b g3u; with an MLP behind a stroke, e.g. softmax/grkan g3b/kan; or
+    whole models, e.g. kat_tiny_patch16_224 "deep_kan(order=3)", with attention and MLP behind strokes if you wish."""
     seeds: int = 1
     """Runs of each attention, with seeds seed, seed+1, ...; from two on the table shows mean ± deviation."""
     attention: tyro.conf.Suppress[str] = "softmax"

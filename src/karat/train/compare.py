@@ -1,4 +1,4 @@
-"""Several attentions trained on the same data with the same seeds: one table, one figure, one JSON file."""
+"""Several attentions, MLPs and models trained on the same data with the same seeds: one table, one figure, one JSON."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from karat.config import KArAtConfig
+from karat.flops import multiply_adds
 from karat.kan.mlp import parse_mlp
-from karat.train import files, runs
+from karat.kan.peers import DEEP_KAN
+from karat.spec import parse_call
+from karat.train import files, randomness, runs
+from karat.train.build import build_model, input_size
 from karat.train.engine import Trainer
 from karat.train.run_settings import slug
 from karat.train.settings import Settings, resolve
@@ -23,13 +29,15 @@ RESULT, FIGURE = "compare.json", "curves.png"
 
 @dataclass(frozen=True)
 class Row:
-    """One attention's result over its seeds."""
+    """One contender's result over its seeds."""
 
-    attention: str
+    attention: str  # its name as it was given: attention, attention/MLP, or model/attention/MLP
     top1: float  # %, mean over the seeds
     top1_deviation: float | None  # sample deviation; None with one seed
     best_top1: float
     parameters: int
+    multiply_adds: int  # of one image's forward pass, matrix products alone
+    ms_per_step: float  # median, loading included
     seconds_per_epoch: float
     peak_memory_mib: float
     runs: list[str]
@@ -38,10 +46,10 @@ class Row:
 def compare(
     attentions: Sequence[str], settings: Settings, *, seeds: int = 1, console: Console | None = None
 ) -> list[Row]:
-    """Train every attention from `settings`, with seeds seed, seed+1, ...; write table, JSON and curves to its output.
+    """Train every contender from `settings`, with seeds seed, seed+1, ...; write table, JSON and curves to its output.
 
     Data, order, augmentation and the initialisation of what the models share depend on the seed alone.
-    Raises ValueError for an attention named twice or unknown, or seeds < 1.
+    Raises ValueError for a contender named twice or unknown, models that take images of different sizes, or seeds < 1.
     """
     console = console or Console(quiet=True)
     settings = resolve(settings)
@@ -49,25 +57,22 @@ def compare(
         raise ValueError("nothing to compare: name at least one attention, e.g. softmax g3b g3u")
     if seeds < 1:
         raise ValueError(f"seeds={seeds}: give 1 or more")
-    chosen = {attention: contender(attention, settings.mlp) for attention in attentions}
-    names = ["/".join(chosen[attention]) for attention in attentions]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{attentions[names.index(twice)]} is named twice")
+    chosen = {attention: contender(attention, settings) for attention in attentions}
+    _check(list(attentions), chosen)
     folder = runs.choose_folder(settings, runs.compare_folder(settings))
     summaries: dict[str, list[dict[str, Any]]] = {name: [] for name in attentions}
+    operations = {}
     for seed in range(settings.seed, settings.seed + seeds):
         data = None
         for attention in attentions:
             output = folder / f"{slug(attention)}-s{seed}"
-            form, mlp = chosen[attention]
-            trainer = Trainer(
-                replace(settings, attention=form, mlp=mlp, seed=seed, output=output), data=data, console=console
-            )
+            trainer = Trainer(replace(chosen[attention], seed=seed, output=output), data=data, console=console)
             data = trainer.data
             summaries[attention].append(trainer.fit())
             main = trainer.main
-    rows = [summarise(attention, found) for attention, found in summaries.items()]
+            if main and attention not in operations:
+                operations[attention] = count_operations(trainer.settings, data.num_classes, data.in_chans)
+    rows = [summarise(name, found, operations.get(name, 0)) for name, found in summaries.items()]
     if main:
         files.write_json(
             folder / RESULT, {"settings": settings.as_dict(), "seeds": seeds, "rows": [asdict(r) for r in rows]}
@@ -79,21 +84,61 @@ def compare(
     return rows
 
 
-def contender(name: str, mlp: str = "mlp") -> tuple[str, str]:
-    """The attention and the MLP that "g3b" or "g3b/grkan" means; `mlp` where the name has none.
+def contender(name: str, settings: Settings) -> Settings:
+    """The settings of the contender that `name` means; what it leaves open is as in `settings`.
 
-    Raises ValueError for an unknown attention or MLP.
+    ATTENTION, ATTENTION/MLP, MODEL, MODEL/ATTENTION or MODEL/ATTENTION/MLP, where MODEL is a name that
+    `karat.create_model` knows, with settings in parentheses where it takes them. Sizes are common to all, except that
+    a deep KAN has no patches, depth or heads.
 
-    >>> contender("softmax/kan(grid=5)")
+    Raises ValueError for an unknown attention, MLP or model.
+
+    >>> chosen = contender("softmax/kan(grid=5)", Settings(model="vit_tiny_patch16_224"))
+    >>> chosen.attention, chosen.mlp
     ('softmax', 'kan(grid=5)')
+    >>> contender("deep_kan(order=5,layers=(10,10))", Settings(patch_size=4)).patch_size is None
+    True
     """
-    attention, _, own = name.partition("/")
-    parse_mlp(own or mlp)  # an unknown one is refused before any training
-    return str(KArAtConfig.parse(attention)), own or mlp
+    first, *rest = pieces = name.split("/")
+    model = first.partition("(")[0].partition(".")[0]
+    if timm.is_model(model):
+        if "(" in first:
+            parse_call(first)  # an unreadable one is refused before any training
+        settings = replace(settings, model=first)
+        pieces = rest or ["softmax"]
+    if settings.model.partition("(")[0] == DEEP_KAN:
+        settings = replace(settings, patch_size=None, embed_dim=None, depth=None, num_heads=None)
+    if len(pieces) > 2:
+        raise ValueError(f"can't read the contender {name!r}: write ATTENTION, ATTENTION/MLP or MODEL/ATTENTION/MLP")
+    attention, mlp = pieces[0], pieces[1] if len(pieces) == 2 else settings.mlp
+    parse_mlp(mlp)
+    return replace(settings, attention=str(KArAtConfig.parse(attention)), mlp=mlp)
 
 
-def summarise(attention: str, summaries: Sequence[dict[str, Any]]) -> Row:
-    """Mean and deviation over the runs of one attention."""
+def _check(names: Sequence[str], chosen: dict[str, Settings]) -> None:
+    """Raise ValueError for a contender named twice, or two whose images differ in size."""
+    seen: list[tuple[str, str, str]] = []
+    for name in names:
+        s = chosen[name]
+        if (s.model, s.attention, s.mlp) in seen:
+            raise ValueError(f"{name} is named twice")
+        seen.append((s.model, s.attention, s.mlp))
+    sides = {s.img_size or input_size(s.model): s.model for s in chosen.values()}
+    if len(sides) > 1:
+        (side, model), (other, second) = list(sides.items())[:2]
+        raise ValueError(f"{model} takes images of {side} pixels and {second} of {other}: give --img-size")
+
+
+def count_operations(settings: Settings, num_classes: int, in_chans: int) -> int:
+    """Multiply-adds of one image's forward pass through the model of a run; its random states stay as they are."""
+    side = settings.img_size or input_size(settings.model)
+    with randomness.aside(settings.seed):
+        model = build_model(settings, num_classes, in_chans)
+    return multiply_adds(model, torch.zeros(1, in_chans, side, side))
+
+
+def summarise(attention: str, summaries: Sequence[dict[str, Any]], operations: int) -> Row:
+    """Mean and deviation over the runs of one contender."""
     accuracy = [summary["top1"] for summary in summaries]
     return Row(
         attention=attention,
@@ -101,6 +146,8 @@ def summarise(attention: str, summaries: Sequence[dict[str, Any]]) -> Row:
         top1_deviation=statistics.stdev(accuracy) if len(accuracy) > 1 else None,
         best_top1=statistics.fmean(summary["best"]["top1"] for summary in summaries),
         parameters=summaries[0]["parameters"],
+        multiply_adds=operations,
+        ms_per_step=statistics.median(summary["ms_per_step"] for summary in summaries),
         seconds_per_epoch=statistics.median(summary["seconds_per_epoch"] for summary in summaries),
         peak_memory_mib=max(summary["peak_memory_mib"] for summary in summaries),
         runs=[summary["folder"] for summary in summaries],
@@ -110,17 +157,18 @@ def summarise(attention: str, summaries: Sequence[dict[str, Any]]) -> Row:
 def table(rows: Sequence[Row]) -> Table:
     """The rows for the terminal."""
     drawn = Table(title="comparison", title_justify="left")
-    drawn.add_column("attention")
-    for column in ("top-1 %", "best %", "parameters", "s / epoch", "peak memory MiB"):
-        drawn.add_column(column, justify="right")
+    drawn.add_column("attention", overflow="fold")
+    for column in ("top-1 %", "best %", "params\nM", "mult-\nadds M", "ms /\nstep", "memory\nMiB"):
+        drawn.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         deviation = "" if row.top1_deviation is None else f" ± {row.top1_deviation:.2f}"
         drawn.add_row(
             row.attention,
             f"{row.top1:.2f}{deviation}",
             f"{row.best_top1:.2f}",
-            f"{row.parameters:,}",
-            f"{row.seconds_per_epoch:.2f}",
+            f"{row.parameters / 1e6:.3g}",
+            f"{row.multiply_adds / 1e6:.3g}",
+            f"{row.ms_per_step:.1f}",
             f"{row.peak_memory_mib:,.0f}",
         )
     return drawn

@@ -68,6 +68,7 @@ class Trainer:
         self.progress = Progress()
         self.changing = False  # weights and progress are being changed: not a moment to save
         self.notes: list[str] = []
+        self.step_seconds: list[float] = []  # of this epoch's updates since the start or the resumption
         if resuming:
             self._resume()
         else:
@@ -136,7 +137,7 @@ class Trainer:
             self._warn(note)
         if p.epoch >= epochs:
             return self._summary()
-        label = str(self.settings.attention)
+        label = self.settings.label
         config = self.settings.as_dict()
         names = self.settings.track if self.main else ()
         memory.reset_peak()
@@ -172,6 +173,7 @@ class Trainer:
     def _train_epoch(self) -> None:
         p = self.progress
         self.parts.model.train()
+        self.step_seconds.clear()
         batches = step.chunks(self._open_loader(), self.settings.grad_accum_steps)
         while p.batch < self.batches_per_epoch:
             began = time.perf_counter()
@@ -191,6 +193,7 @@ class Trainer:
             self.changing = False
             spent = time.perf_counter() - began
             p.seconds += spent
+            self.step_seconds.append(spent)
             images = sum(len(targets) for _, targets in group) * self.accelerator.num_processes
             self.bar.advance(p.epoch, outcome.loss, images / spent)
             self.after_step()
@@ -305,6 +308,7 @@ class Trainer:
             "train_loss": p.loss_sum / max(p.applied, 1),
             **measured,
             "seconds": seconds,
+            "ms_per_step": 1e3 * statistics.median(self.step_seconds or [0.0]),
             "images_per_second": self.data.train.num_samples / max(seconds, 1e-9),
             "peak_memory_mib": memory.peak_mib(self.accelerator.device),
             "grad_norm": p.largest_norm,
@@ -346,6 +350,8 @@ class Trainer:
             "best": p.best,
             # the median: the first epoch also pays for what torch and kernels set up once
             "seconds_per_epoch": statistics.median([e["seconds"] for e in p.history] or [0.0]),
+            # resumed at an epoch's end, that epoch has no step of its own
+            "ms_per_step": statistics.median([t for e in p.history if (t := e.get("ms_per_step"))] or [0.0]),
             "peak_memory_mib": max((e["peak_memory_mib"] for e in p.history), default=0.0),
         }
 

@@ -82,6 +82,11 @@ class RunSettings:
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 
+    @property
+    def label(self) -> str:
+        """What sets the run apart among others on the same data."""
+        return self.attention
+
     def resolved(self) -> Self:
         """These settings with every `auto` replaced by what it stands for, so that config.json repeats the run."""
         raise NotImplementedError

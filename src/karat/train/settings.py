@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 import tyro
 
+from karat.kan.peers import DEEP_KAN
 from karat.train.recipes import RECIPES, Recipe, get_recipe
 from karat.train.run_settings import AUTO, RunSettings, data_slug, first_change, slug
 
@@ -87,6 +88,13 @@ class Settings(RunSettings):
         base = cls(**mine, preset=preset)
         recipe = get_recipe(preset_for(preset, base.data, base.model, base.init))
         return resolve(replace(base, recipe=recipe.override(**{k: v for k, v in values.items() if k not in own})))
+
+    @property
+    def label(self) -> str:
+        """What sets the run apart among others on the same data: attention, with MLP, or a deep KAN's name."""
+        if self.model.partition("(")[0] == DEEP_KAN:
+            return self.model
+        return self.attention if self.mlp == "mlp" else f"{self.attention}/{self.mlp}"
 
     def model_kwargs(self) -> dict[str, Any]:
         """The arguments of the model's constructor that are set."""

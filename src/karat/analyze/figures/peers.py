@@ -4,46 +4,84 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from karat.analyze.figures.style import COLOURS, looks, new_figure
 from karat.analyze.peers import PUBLISHED, Point
 
+MARKERS = "osD^vP"
+LABEL_SIZE, LABEL_WIDTH, LABEL_HEIGHT = 5.5, 3.1, 6.0  # points; the width is that of one letter
+# Where a label may lie beside its point: the corner or side it hangs on, and its offset in points.
+PLACES = [("left", 4, 2), ("left", 4, -7), ("right", -4, 2), ("right", -4, -7), ("left", 4, 9), ("left", 4, -14)]
+
 
 def draw_parameters_accuracy(measured: Sequence[Point], published: Sequence[Point] = PUBLISHED) -> Figure:
-    """Measured points on the left, one colour a data set; published ones on the right, one colour a kind.
+    """Measured models filled, one colour a data set, the published ones over them hollow, one marker a kind.
 
-    Two panels, because small models on small images and ImageNet models share neither axis. A panel without points is
-    left out. Raises ValueError if there is no point at all.
+    Accuracies on different data sets don't compare; the legend names each one's. Raises ValueError if there is no
+    point at all.
     """
-    panels = [
-        (title, points, by)
-        for title, points, by in (
-            ("measured", measured, "dataset"),
-            ("published, ImageNet-1K", published, "kind"),
-        )
-        if points
-    ]
-    if not panels:
+    if not measured and not published:
         raise ValueError("there is no point to draw; give measured points or published ones")
     with looks():
-        figure = new_figure(4.2 * len(panels), 3.4)
-        for axes, (title, points, by) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            groups = list(dict.fromkeys(getattr(point, by) for point in points))
-            for number, group in enumerate(groups):
-                chosen = [point for point in points if getattr(point, by) == group]
-                axes.plot(
-                    [point.params_M for point in chosen],
-                    [point.top1 for point in chosen],
-                    "o",
-                    color=COLOURS[number % len(COLOURS)],
-                    label=group,
-                )
-                for point in chosen:
-                    axes.annotate(
-                        point.label, (point.params_M, point.top1), (3, 3), textcoords="offset points", fontsize=6
-                    )
-            axes.set(xscale="log", xlabel="parameters (M)", ylabel="top-1 (%)", title=title)
-            axes.margins(0.15)
-            axes.legend(fontsize=7)
+        figure = new_figure(7.0, 4.6)
+        axes = figure.subplots()
+        for number, data in enumerate(dict.fromkeys(point.dataset for point in measured)):
+            chosen = [point for point in measured if point.dataset == data]
+            colour = COLOURS[number % len(COLOURS)]
+            _scatter(axes, chosen, f"measured, {data}", "o", facecolor=colour, edgecolor=colour)
+        for number, kind in enumerate(dict.fromkeys(point.kind for point in published)):
+            chosen = [point for point in published if point.kind == kind]
+            data = ", ".join(dict.fromkeys(point.dataset for point in chosen))
+            marker = MARKERS[number % len(MARKERS)]
+            _scatter(axes, chosen, f"published, {data}: {kind}", marker, facecolor="none", edgecolor="0.45")
+        axes.set(xscale="log", xlabel="parameters (M)", ylabel="top-1 (%)")
+        axes.margins(0.12)
+        axes.legend(fontsize=6)
+        figure.draw_without_rendering()  # so that points have their places
+        _label(axes, sorted([*measured, *published], key=lambda point: -point.top1))
     return figure
+
+
+def _scatter(axes: Axes, points: Sequence[Point], label: str, marker: str, *, facecolor: str, edgecolor: str) -> None:
+    sizes, accuracies = [point.params_M for point in points], [point.top1 for point in points]
+    axes.scatter(
+        sizes,
+        accuracies,
+        s=22,
+        marker=marker,
+        label=label,
+        linewidth=0.9,
+        facecolor=facecolor,
+        edgecolor=edgecolor,
+    )
+
+
+def _label(axes: Axes, points: Sequence[Point]) -> None:
+    """Each point's name in the first place beside it that no other name or point has."""
+    scale = 72 / axes.get_figure(root=True).dpi  # type: ignore[union-attr]
+    centres = [axes.transData.transform((point.params_M, point.top1)) * scale for point in points]
+    taken = [(x - 2.5, y - 2.5, x + 2.5, y + 2.5) for x, y in centres]
+    for point, (x, y) in zip(points, centres, strict=True):
+        width = LABEL_WIDTH * len(point.label)
+        boxes = []
+        for side, right, up in PLACES:
+            left = x + right - (width if side == "right" else 0)
+            boxes.append((left, y + up, left + width, y + up + LABEL_HEIGHT))
+        crossings = [sum(_cross(box, other) for other in taken) for box in boxes]
+        best = crossings.index(min(crossings))
+        side, right, up = PLACES[best]
+        taken.append(boxes[best])
+        axes.annotate(
+            point.label,
+            (point.params_M, point.top1),
+            (right, up),
+            textcoords="offset points",
+            fontsize=LABEL_SIZE,
+            ha=side,
+        )
+
+
+def _cross(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
