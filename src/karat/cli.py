@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("karat.train.commands:train", "train one model, or go on with a run"),
     "compare": ("karat.train.commands:compare", "train several attentions side by side: one table, one figure"),
     "eval": ("karat.train.commands:evaluate", "measure top-1 and top-5 of a run"),
+    "convert": ("karat.train.convert_run:convert", "fit learnable attention to a softmax model's, block by block"),
     "analyze": ("karat.analyze.commands:analyze", "look at one thing in runs: attention, spectrum, landscape, ..."),
     "report": ("karat.analyze.commands:report", "write one HTML page about one run or several"),
     "explore": ("karat.analyze.commands:explore", "look into a run in the browser"),
