@@ -15,7 +15,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -33,8 +33,11 @@ BASES = (
 )
 RANKS = ("12", "24", "None")
 SETTINGS = tuple(str(KArAtConfig.parse(f"{basis},rank={rank}")) for rank in RANKS for basis in BASES)
-EPOCH = {"epochs": 1, "warmup_epochs": 0, "lr": 2e-3, "min_lr": 1e-5}
-CHANCE = ("softmax",)  # the teacher itself given the same epoch
+# What starts near its goal is tuned at a low rate; what starts at random gets half of the rate from scratch, its
+# operators the whole of it.
+TUNING = {"epochs": 1, "warmup_epochs": 0, "lr": 5e-4, "min_lr": 1e-6}
+LEARNING = {**TUNING, "lr": 2e-3, "coefficient_lr": 4e-3}
+CONTROL = ("softmax",)  # the teacher itself given the same epoch
 
 
 @dataclass(frozen=True)
@@ -53,49 +56,48 @@ class Options:
     """Share of the training images that the one epoch sees."""
     images: int = 1024
     """Training images for the closed form."""
-    tabulate: bool = False
-    """Only write the table of what is there."""
+    parts: tuple[Literal["convert", "tuned", "random"], ...] = ("convert", "tuned", "random")
+    """What to make of each row; nothing but the table where none is named."""
 
 
-def tuned(options: Options, attention: str, start: Path, name: str) -> dict[str, Any]:
-    """One epoch from `start` with this attention; accuracy over all evaluation images."""
+def tuned(options: Options, attention: str, start: Path, name: str, epoch: dict[str, Any]) -> None:
+    """One epoch from `start` with this attention; accuracy over all evaluation images, in the run's eval.json."""
     folder = options.runs / name
-    if not (folder / "eval.json").is_file():
-        settings, _ = runs.read_config(options.teacher)
-        settings = replace(
-            settings,
-            attention=attention,
-            init=str(start),
-            output=folder,
-            overwrite=True,
-            resume=None,
-            data_fraction=options.fraction,
-            checkpoints="last",
-            checkpoint_hist=1,
-            track=(),
-            recipe=settings.recipe.override(**EPOCH),
-        )
-        train(settings)
-        evaluate_run(folder, data=settings.data)
-        shutil.rmtree(folder / "checkpoints")
-    found: dict[str, Any] = json.loads((folder / "eval.json").read_text())
-    return found
+    if (folder / "eval.json").is_file():
+        return
+    settings, _ = runs.read_config(options.teacher)
+    settings = replace(
+        settings,
+        attention=attention,
+        init=str(start),
+        output=folder,
+        overwrite=True,
+        resume=None,
+        data_fraction=options.fraction,
+        checkpoints="last",
+        checkpoint_hist=1,
+        track=(),
+        recipe=settings.recipe.override(**epoch),
+    )
+    train(settings)
+    evaluate_run(folder, data=settings.data)
+    shutil.rmtree(folder / "checkpoints")
 
 
 def row(options: Options, attention: str) -> None:
     """Make what is missing of one row."""
     slug = runs.slug(attention)
     folder = options.runs / f"{slug}-converted"
-    if attention not in CHANCE:
-        if not (folder / REPORT).is_file():
-            convert_run(
-                Convert(
-                    str(options.teacher), attention=attention, output=folder, overwrite=True, images=options.images
-                ),
-                Console(),
-            )
-        tuned(options, attention, folder, f"{slug}-tuned")
-    tuned(options, attention, options.teacher, f"{slug}-random")
+    control = attention in CONTROL
+    if "convert" in options.parts and not control and not (folder / REPORT).is_file():
+        teacher = str(options.teacher)
+        convert_run(
+            Convert(teacher, attention=attention, output=folder, overwrite=True, images=options.images), Console()
+        )
+    if "tuned" in options.parts:
+        tuned(options, attention, options.teacher if control else folder, f"{slug}-tuned", TUNING)
+    if "random" in options.parts and not control:
+        tuned(options, attention, options.teacher, f"{slug}-random", LEARNING)
 
 
 def collect(options: Options) -> dict[str, Any]:
@@ -111,17 +113,21 @@ def collect(options: Options) -> dict[str, Any]:
         found = json.loads(report.read_text())
         top1 = found["before"]["top1"]
         line: dict[str, Any] = {"attention": attention, "parameters": _parameters(report.parent)}
-        line |= {"blocks": found["blocks"], "seconds": found["seconds_closed_form"], "converted": found["after"]["top1"]}
+        line |= {
+            "blocks": found["blocks"],
+            "seconds": found["seconds_closed_form"],
+            "converted": found["after"]["top1"],
+        }
         for kind in ("tuned", "random"):
             path = options.runs / f"{slug}-{kind}" / "eval.json"
             line[kind] = json.loads(path.read_text())["top1"] if path.is_file() else None
         rows.append(line)
-    control = options.runs / "softmax-random" / "eval.json"
+    control = options.runs / "softmax-tuned" / "eval.json"
     return {
         "teacher": {"settings": teacher.as_dict() | {"output": None}, "top1": top1},
         "images": options.images,
         "fraction": options.fraction,
-        "epoch": EPOCH,
+        "epoch": {"tuned": TUNING, "random": LEARNING},
         "teacher_tuned": json.loads(control.read_text())["top1"] if control.is_file() else None,
         "rows": rows,
     }
@@ -156,7 +162,7 @@ def markdown(table: dict[str, Any]) -> str:
 def main() -> None:
     """Make rows, then the table."""
     options = tyro.cli(Options, description=__doc__)
-    for attention in () if options.tabulate else options.settings or (*CHANCE, *SETTINGS):
+    for attention in options.settings or (*CONTROL, *SETTINGS):
         row(options, attention)
     table = collect(options)
     options.output.parent.mkdir(parents=True, exist_ok=True)

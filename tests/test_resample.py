@@ -8,12 +8,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import karat
 from karat.operator import KArAtOperator
 from karat.token_grid import TokenGrid, resample_axis
-from timm.models.vision_transformer import VisionTransformer
 from small_models import SMALL, images, small_model
 
 BASES = ("fourier(grid=2)", "bspline(grid=3)", "rational", "mexican_hat", "morlet", "dog", "meyer", "shannon")

@@ -46,9 +46,7 @@ def on_grid(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> KArAtOperator:
 
 def _state(parameters: Iterable[Tensor]) -> _Key:
     """Changes with every change of the parameters: other objects, another place, precision, or numbers written."""
-    return tuple(
-        (id(p), p.data_ptr(), p.dtype, p.device, None if p.is_inference() else p._version) for p in parameters
-    )
+    return tuple((id(p), p.data_ptr(), p.dtype, p.device, None if p.is_inference() else p._version) for p in parameters)
 
 
 def _view(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> KArAtOperator:

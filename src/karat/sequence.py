@@ -97,14 +97,14 @@ class CrossAttention(nn.Module):
         self.attn_drop = attn_drop
         self.proj, self.proj_drop = nn.Linear(dim, dim), nn.Dropout(proj_drop)
 
-    def forward(
-        self, x: Tensor, context: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B,M,C), context (B,K,C'); lengths (B,) of the contexts; mask boolean, (B,K) of keys or broadcastable to
         (B,H,M,K), True = may attend."""
         H = self.operator.num_heads
         k, v = (_heads(part, H) for part in self.kv(context).chunk(2, dim=-1))
-        out = _attend(self.operator, _heads(self.q(x), H), k, v, lengths, mask, self.attn_drop if self.training else 0.0)
+        out = _attend(
+            self.operator, _heads(self.q(x), H), k, v, lengths, mask, self.attn_drop if self.training else 0.0
+        )
         return self.proj_drop(self.proj(out))
 
 

@@ -90,7 +90,8 @@ def _collect(
     """Moments of `inputs` against the targets, and E[V Vᵀ] (H',N,N), over all rows.
 
     With `hidden` the inputs see what the operator's first map makes of the scores. The targets lose the fixed base of
-    the layer `offset`.
+    the layer `offset`. A masked pair has target zero, as if the operator had to give that; where masks of pairs differ
+    from row to row it need not, and distillation finds better.
     """
     moments: Moments | None = None
     heads, tokens = len(op.karat_heads), op.num_tokens
@@ -99,14 +100,17 @@ def _collect(
     for scores, target, values, mask in rows():
         images += len(scores)
         weight += torch.einsum("bhnd,bhmd->hnm", values, values).to(weight)
-        if hidden:
-            scores, mask = op.order.hidden_of_scores(op, scores, mask), None
+        every = op.order.hidden_of_scores(op, scores, mask) if hidden else scores
         for head in range(heads):
-            x, keep = scores[:, head], _mask_of(mask, head)
-            z, y = inputs(x, keep), _tall(target[:, head])
+            x, keep = every[:, head], _mask_of(mask, head)
+            seen = None if hidden else keep
+            z, y = inputs(x, seen), _tall(target[:, head])
             if moments is None:
                 moments = Moments.zeros(heads, z.shape[-1], y.shape[-1])
-            moments.add(head, z, y if offset is None else y - _offset(offset, x, keep))
+            if offset is not None:
+                y = y - _offset(offset, x, seen)
+                y = y if keep is None else torch.where(_tall(keep), y, 0)
+            moments.add(head, z, y)
     if moments is None:
         raise ValueError("there are no rows of attention to fit: give at least one image")
     return moments, weight / images

@@ -62,12 +62,14 @@ def fit_operators(
         images: gives batches (B,C,height,width), the same ones each time it's called.
         progress: told each block's name.
 
-    Raises ValueError for models that don't fit each other, and as `karat.distill.fit_operator` does.
+    Raises ValueError for models that don't fit each other, and where there are no images.
     """
     options = options or FitOptions()
     places = sites(student, teacher)
     if places[0].operator.config.residual:
         return student
+    if next(iter(images()), None) is None:
+        raise ValueError("there are no images to fit to: give at least one")
     shared = _by_operator(places)
     for op, users in shared.items():
         source = teacher if len(users) > 1 else student
@@ -86,10 +88,6 @@ def _by_operator(places: list[Site]) -> dict[KArAtOperator, list[Site]]:
     for site in places:
         found.setdefault(site.operator, []).append(site)
     return found
-
-
-def _module_in(site: Site, source: nn.Module, teacher_side: bool) -> nn.Module:
-    return site.teacher if teacher_side else site.student
 
 
 def _inputs(
@@ -171,8 +169,7 @@ def refit_projection(site: Site, student: nn.Module, teacher: nn.Module, images:
             moments.add(0, z, y.reshape(len(z), -1))
     finally:
         handle.remove()
-    if moments is None:
-        raise ValueError("there are no images to fit to: give at least one")
+    assert moments is not None
     # shrunk towards the projection that is there: with few images it stays
     start = torch.cat([projection.weight, projection.bias[:, None]], dim=1).T.to(moments.gram)  # (C+1,C)
     change = least_squares(moments.gram[0], moments.without(start[None])[0], max(ridge, 1e-4))

@@ -78,9 +78,7 @@ def distill(
         for batch in images():
             loss = _loss(student, teacher, places, batch, options.inputs)
             optimizer.zero_grad(set_to_none=True)
-            for parameter, gradient in zip(
-                trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True
-            ):
+            for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
                 parameter.grad = gradient
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()

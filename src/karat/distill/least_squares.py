@@ -55,7 +55,7 @@ def least_squares(gram: Tensor, cross: Tensor, ridge: float = 0.0) -> Tensor:
     """
     size = gram.shape[-1]
     level = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    # features that never vary (a score at which no spline is alive) leave the gram singular: a floor at rounding's level
+    # features that never vary (no spline is alive at any score) leave the gram singular: a floor at rounding's level
     loaded = gram + torch.eye(size, dtype=gram.dtype, device=gram.device) * level * max(ridge, 1e-13)
     factor, failed = torch.linalg.cholesky_ex(loaded)
     if bool(failed.any()):

@@ -12,7 +12,14 @@ from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from karat.attention import CONVERTED, AttentionInputs, KArAtAttention, KArAtWindowAttention, token_inputs, window_inputs
+from karat.attention import (
+    CONVERTED,
+    AttentionInputs,
+    KArAtAttention,
+    KArAtWindowAttention,
+    token_inputs,
+    window_inputs,
+)
 from karat.masks import safe_softmax
 from karat.operator import KArAtOperator
 

@@ -22,7 +22,8 @@ from karat.options import parse
 from karat.train import checkpoint, files, memory, runs
 from karat.train.build import build_model, create_accelerator, input_size
 from karat.train.checkpoint import load_weights
-from karat.train.data import Data, load_data
+from karat.train.data import Data, load_data, open_splits
+from karat.train.data_sources import size_of
 from karat.train.evaluate import evaluate
 from karat.train.recipes import get_recipe
 from karat.train.settings import AUTO, Settings, preset_for, resolve
@@ -104,7 +105,7 @@ def convert_run(options: Convert, console: Console | None = None) -> dict[str, A
     settings, teacher, facts = _teacher(options)
     folder = runs.choose_folder(settings, runs.default_folder(settings))
     accelerator = create_accelerator(settings)
-    data = _data(settings, options)
+    few, data = _data(settings, options)
     if facts is not None and (data.num_classes, data.in_chans) != (facts["num_classes"], facts["in_chans"]):
         raise ValueError(
             f"{settings.data} has {data.num_classes} classes and {data.in_chans} channels, the teacher "
@@ -114,7 +115,7 @@ def convert_run(options: Convert, console: Console | None = None) -> dict[str, A
         teacher = _from_timm(options, settings, data.num_classes, data.in_chans)
     teacher = teacher.to(accelerator.device).eval()
     student = karatize(copy.deepcopy(teacher), settings.attention).eval()
-    images = _Images(data, accelerator.device)
+    images = _Images(few, data, accelerator.device)
     held_out = [batch for _, batch in zip(range(-(-512 // options.batch_size)), images.evaluation(), strict=False)]
     report: dict[str, Any] = {"teacher": options.teacher, "attention": settings.attention}
     report["options"] = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(options).items()}
@@ -197,7 +198,11 @@ def _from_timm(options: Convert, settings: Settings, num_classes: int, in_chans:
 
     try:
         return create_model(
-            settings.model, "softmax", num_classes=num_classes, in_chans=in_chans, pretrained=True,
+            settings.model,
+            "softmax",
+            num_classes=num_classes,
+            in_chans=in_chans,
+            pretrained=True,
             **settings.model_kwargs(),
         )
     except ValueError:
@@ -209,36 +214,48 @@ def _from_timm(options: Convert, settings: Settings, num_classes: int, in_chans:
         ) from error
 
 
-def _data(settings: Settings, options: Convert) -> Data:
-    return load_data(
+def _data(settings: Settings, options: Convert) -> tuple[Data, Data]:
+    """The training images that are needed, a fixed subset, and the evaluation images."""
+    source = open_splits(
         settings.data,
-        img_size=settings.img_size or input_size(settings.model),
-        recipe=settings.recipe,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        seed=options.seed,
-        on_bad_image=settings.on_bad_image,
-        num_classes=options.num_classes or settings.num_classes,
-        fraction=settings.data_fraction,
-        data_dir=settings.data_dir,
+        data_dir=None if settings.data_dir is None else Path(settings.data_dir),
         num_samples=settings.num_samples,
+    ).train
+    needed = max(options.images, options.distill_images if options.distill_epochs else 0) + options.batch_size
+    fractions = min(settings.data_fraction, needed / max(1, size_of(source))), settings.data_fraction
+    few, whole = (
+        load_data(
+            settings.data,
+            img_size=settings.img_size or input_size(settings.model),
+            recipe=settings.recipe,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            seed=options.seed,
+            on_bad_image=settings.on_bad_image,
+            num_classes=options.num_classes or settings.num_classes,
+            fraction=fraction,
+            data_dir=settings.data_dir,
+            num_samples=settings.num_samples,
+        )
+        for fraction in fractions
     )
+    return few, whole
 
 
 class _Images:
-    """The images of a data set, in batches on a device."""
+    """Training images of one Data and evaluation images of another, in batches on a device."""
 
-    def __init__(self, data: Data, device: torch.device) -> None:
-        self.data, self.device, self.passes = data, device, 0
+    def __init__(self, training: Data, evaluation: Data, device: torch.device) -> None:
+        self.few, self.data, self.device, self.passes = training, evaluation, device, 0
 
     def training(self, count: int, *, fresh: bool = False) -> Iterator[Tensor]:
         """Batches of `count` training images; the same ones each time, or with `fresh` the next pass's."""
         self.passes += fresh
-        self.data.train.set_epoch(self.passes if fresh else 0)
+        self.few.train.set_epoch(self.passes if fresh else 0)
         given = 0
         while given < count:
             before = given
-            for images, _ in self.data.train:
+            for images, _ in self.few.train:
                 images = images[: count - given]
                 given += len(images)
                 yield images.to(self.device)
