@@ -37,7 +37,8 @@ def test_a_run_is_converted_and_used(softmax_run: Path, tmp_path: Path, capsys: 
     assert cli.main(["eval", str(made)]) == 0
     assert json.loads((made / "eval.json").read_text())["top1"] == report["after"]["top1"]
     assert open_run(made).model().blocks[0].attn.operator.num_tokens == 17
-    assert cli.main(["analyze", "cost", str(made)]) == 0
+    assert cli.main(["report", str(made), "--sections", "curves", "cost"]) == 0
+    assert (made / "report.html").stat().st_size > 1000
     settings, facts = runs.read_config(made)
     assert settings.attention == "g2b,rank=6"
     assert facts["converted_from"] == str(softmax_run)

@@ -95,7 +95,7 @@ def _inputs(
 ) -> Iterator[tuple[Site, AttentionInputs, AttentionInputs]]:
     """(site, student's inputs, teacher's inputs) for every batch and site, on the tokens that reach it in `source`."""
     for site in users:
-        inside = dict(source.named_modules())[site.name]
+        inside = source.get_submodule(site.name)
         for number, batch in enumerate(images()):
             if most is not None and number >= most:
                 break

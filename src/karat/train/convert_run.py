@@ -142,7 +142,8 @@ def convert_run(options: Convert, console: Console | None = None) -> dict[str, A
         evaluate(student, images.labelled(options.eval_images), accelerator) if tune.epochs else report["closed_form"]
     )
     report["folder"] = str(folder)
-    _write(folder, settings, student, data, report)
+    fitted = evaluate(student, images.labelled_training(options.images), accelerator)
+    _write(folder, settings, student, data, report, fitted["eval_loss"])
     console.print(table(report))
     return report
 
@@ -250,15 +251,19 @@ class _Images:
 
     def training(self, count: int, *, fresh: bool = False) -> Iterator[Tensor]:
         """Batches of `count` training images; the same ones each time, or with `fresh` the next pass's."""
+        return (images.to(self.device) for images, _ in self.labelled_training(count, fresh=fresh))
+
+    def labelled_training(self, count: int, *, fresh: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same with their labels."""
         self.passes += fresh
         self.few.train.set_epoch(self.passes if fresh else 0)
         given = 0
         while given < count:
             before = given
-            for images, _ in self.few.train:
-                images = images[: count - given]
-                given += len(images)
-                yield images.to(self.device)
+            for images, labels in self.few.train:
+                keep = min(len(images), count - given)
+                given += keep
+                yield images[:keep], labels[:keep]
                 if given >= count:
                     break
             if given == before:
@@ -281,7 +286,9 @@ class _Images:
         return (images.to(self.device) for images, _ in self.data.eval)
 
 
-def _write(folder: Path, settings: Settings, student: nn.Module, data: Data, report: dict[str, Any]) -> None:
+def _write(
+    folder: Path, settings: Settings, student: nn.Module, data: Data, report: dict[str, Any], train_loss: float
+) -> None:
     """A run's folder like one that was trained for no epoch: config, weights, metrics of the start, the report."""
     count = sum(p.numel() for p in student.parameters())
     settings = replace(settings, output=folder)
@@ -302,7 +309,7 @@ def _write(folder: Path, settings: Settings, student: nn.Module, data: Data, rep
         "epoch": 0,
         "step": 0,
         "lr": 0.0,
-        "train_loss": after["eval_loss"],
+        "train_loss": train_loss,
         **after,
         "seconds": report["seconds_closed_form"] + report.get("seconds_distill", 0.0),
         "images_per_second": 0.0,
