@@ -8,11 +8,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import karat
 from karat.operator import KArAtOperator
-from karat.resample import TokenGrid, resample_axis
+from karat.token_grid import TokenGrid, resample_axis
 from small_models import SMALL, images, small_model
 
 BASES = ("fourier(grid=2)", "bspline(grid=3)", "rational", "mexican_hat", "morlet", "dog", "meyer", "shannon")
@@ -277,7 +278,7 @@ def test_swin_with_the_same_window_keeps_its_operators() -> None:
 
 def test_a_model_resized_behind_our_back_says_what_to_call() -> None:
     model = small_model("vit", "g3b")
-    model.set_input_size(img_size=(32, 32))
+    VisionTransformer.set_input_size(model, img_size=(32, 32))  # past the method of the converted model
     with pytest.raises(ValueError, match=r"17 tokens and got 65.*resample_tokens"):
         model(torch.randn(1, 3, 32, 32))
     with pytest.raises(ValueError, match=r"resample_tokens instead of the model's set_input_size"):

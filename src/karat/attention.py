@@ -17,6 +17,7 @@ from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
+from karat.grids import GridWatch
 from karat.operator import KArAtOperator
 
 # An additive mask entry this low means "masked": timm's Swin writes -100, others -inf or the smallest number.
@@ -107,12 +108,18 @@ class _AroundOperator(nn.Module):
             self.__dict__["operator"] = operator  # past nn.Module's registration, see above
         else:
             self.operator = operator
+        self.watch: GridWatch | None = None  # with dynamic_img_size, set by karatize
         self.train(attn.training)
+
+    @property
+    def present_operator(self) -> KArAtOperator:
+        """The operator on the token grid of the images at hand: another one than `operator` with dynamic_img_size."""
+        return self.operator if self.watch is None else self.watch.operator(self.operator)
 
     def _attend(self, inputs: AttentionInputs) -> Tensor:
         """(B,H,N,D) heads' inputs -> (B,N,H·D)."""
         drop = self.attn_drop
-        out = self.operator.attend(
+        out = self.present_operator.attend(
             inputs.q,
             inputs.k,
             inputs.v,

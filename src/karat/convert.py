@@ -12,6 +12,7 @@ from torch import nn
 
 from karat.attention import ADAPTERS, CONVERTED, KEPT, refusal
 from karat.config import KArAtConfig
+from karat.grids import GridWatch, SetInputSize
 from karat.operator import KArAtOperator
 
 SHARED_NAME = "karat_operator"
@@ -78,6 +79,9 @@ def karatize(model: nn.Module, config: KArAtConfig | str) -> nn.Module:
     and values. Device and precision of each operator are those of its attention; `no_weight_decay()` of the model
     names the operators' parameters too. "softmax" leaves the model as it is.
 
+    The model's own `set_input_size` resamples the operators from then on, and with timm's dynamic_img_size=True they
+    follow the size of the images at hand (see docs/tokens.md).
+
     Args:
         model: the model; it must not be wrapped (DDP, torch.compile) yet.
         config: a `KArAtConfig` or its short name, such as "g3b". `blocks` indices count the model's attention
@@ -121,7 +125,20 @@ def karatize(model: nn.Module, config: KArAtConfig | str) -> nn.Module:
         adapter = ADAPTERS[type(site.module)]
         setattr(model.get_submodule(parent), child, adapter(site.module, operator, shared))
     model.no_weight_decay = NoWeightDecay(model)  # type: ignore[assignment]
+    if hasattr(type(model), "set_input_size"):
+        model.set_input_size = SetInputSize(model)  # type: ignore[assignment]
+    if getattr(model, "dynamic_img_size", False):
+        _watch_grids(model)
     return model
+
+
+def _watch_grids(model: Any) -> None:
+    """Let every learnable attention know on which grid the tokens at hand lie."""
+    watch = GridWatch()
+    model.patch_embed.register_forward_hook(watch)
+    for site in attention_sites(model):
+        if isinstance(site.module, CONVERTED):
+            site.module.watch = watch
 
 
 class NoWeightDecay:

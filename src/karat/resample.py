@@ -1,170 +1,23 @@
-"""Operators carried to another token grid: another image size, another window, other prefix tokens (SPEC §9).
-
-What an operator learned is indexed by token position, so it's a function on the token grid and is interpolated as
-position embeddings are. Amplitudes are scaled by cells_old/cells_new along every token axis, so that sums over keys
-keep their size; shapes (τ, s, denominators) are interpolated as they are. Of a product s_f·c one factor, c, is scaled.
-
-Prefix tokens (class, registers) keep their own values, unscaled. Dropping keeps the first ones. An added one starts
-as an absent term: amplitudes 0, so that it neither adds to the operator's sums nor receives weight in σ, and shapes
-of the grid's mean; it learns from there.
-"""
+"""Models carried to another token grid: operators, position embeddings, windows (SPEC §9; `karat.token_grid`)."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from timm.models.convit import ConVit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from karat.attention import CONVERTED
 from karat.convert import karat_operators
-from karat.operator import KArAtOperator
-
-
-class TokenGrid(NamedTuple):
-    """Prefix tokens, then cells of a grid, row by row."""
-
-    prefix: int
-    height: int
-    width: int
-
-    @property
-    def cells(self) -> int:
-        """How many tokens are cells."""
-        return self.height * self.width
-
-    @property
-    def num_tokens(self) -> int:
-        """N."""
-        return self.prefix + self.cells
-
-
-def token_grid(grid: int | Sequence[int], prefix: int) -> TokenGrid:
-    """A TokenGrid from (height, width), or from a length for 1-D sequences; ValueError for sizes < 1."""
-    sizes = (1, grid) if isinstance(grid, int) else (1,) * (2 - len(grid)) + tuple(grid)
-    if len(sizes) != 2 or any(size < 1 for size in sizes):
-        raise ValueError(f"a token grid is a length or (height, width), of at least 1, got {grid!r}")
-    if prefix < 0:
-        raise ValueError(f"the number of prefix tokens must be >= 0, got {prefix}")
-    return TokenGrid(prefix, *sizes)
-
-
-def resample_axis(x: Tensor, dim: int, old: TokenGrid, new: TokenGrid, *, amplitude: bool) -> Tensor:
-    """`x` with its token axis `dim` carried from one grid to another; the module's docstring has the rules.
-
-    Bicubic, antialiased when shrinking, at least in float32.
-    """
-    prefix, cells = x.movedim(dim, -1).split([old.prefix, old.cells], dim=-1)
-    if (old.height, old.width) != (new.height, new.width):
-        cells = _interpolate(cells, old, new)
-        if amplitude:
-            cells = cells * (old.cells / new.cells)
-    added = new.prefix - old.prefix
-    prefix = prefix[..., : new.prefix]
-    if added > 0:
-        start = torch.zeros_like(cells[..., :1]) if amplitude else cells.mean(-1, keepdim=True)
-        prefix = torch.cat([prefix, start.expand(*start.shape[:-1], added)], dim=-1)
-    return torch.cat([prefix, cells], dim=-1).movedim(-1, dim).contiguous()
-
-
-def _interpolate(cells: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
-    image = cells.reshape(-1, 1, old.height, old.width)
-    shrinks = new.height < old.height or new.width < old.width
-    image = F.interpolate(
-        image.to(torch.promote_types(image.dtype, torch.float32)),
-        size=(new.height, new.width),
-        mode="bicubic",
-        antialias=shrinks,
-    )
-    return image.reshape(*cells.shape[:-1], new.cells).to(cells.dtype)
-
-
-@torch.no_grad()
-def resample_operator(
-    op: KArAtOperator,
-    old_grid: int | Sequence[int],
-    new_grid: int | Sequence[int],
-    old_prefix: int = 0,
-    new_prefix: int | None = None,
-) -> KArAtOperator:
-    """Carry one operator to another token grid, in place (SPEC §9).
-
-    Token axes are, by order: WPhi Φ's keys and W's N; full rank Φ's keys and outputs; PhiW W's N and Φ's outputs;
-    PhiPhi Φ₁'s keys and Φ₂'s outputs. The same grid and prefix leave the operator untouched, bit for bit; otherwise
-    its parameters are new objects: build the optimiser afterwards.
-
-    Args:
-        op: the operator.
-        old_grid, new_grid: (height, width), or a length for 1-D sequences.
-        old_prefix, new_prefix: prefix tokens before the grid; None keeps their number.
-
-    Raises:
-        ValueError: an old grid that doesn't have the operator's number of tokens, or sizes < 1.
-
-    >>> op = KArAtOperator(num_heads=2, num_tokens=17, config="g3b")
-    >>> resample_operator(op, (4, 4), (6, 8), old_prefix=1, new_prefix=0).num_tokens
-    48
-    """
-    old = token_grid(old_grid, old_prefix)
-    new = token_grid(new_grid, old_prefix if new_prefix is None else new_prefix)
-    if old.num_tokens != op.num_tokens:
-        raise ValueError(
-            f"the operator has {op.num_tokens} tokens, but {old.prefix} prefix tokens and a grid of "
-            f"{old.height}x{old.width} make {old.num_tokens}; give its present grid (for a model, call "
-            "karat.resample_tokens instead of the model's set_input_size)"
-        )
-    if old == new:
-        return op
-    for name, value in resampled_tensors(op, old, new).items():
-        parent, _, leaf = name.rpartition(".")
-        module = op.get_submodule(parent)
-        present = getattr(module, leaf)
-        setattr(module, leaf, _like(present, value) if isinstance(present, nn.Parameter) else value)
-    sizes = {"N": new.num_tokens}
-    for layer, shape in zip(op.edge_layers, op.order.layer_shapes, strict=True):
-        layer.inputs, layer.outputs = sizes.get(shape[0], layer.inputs), sizes.get(shape[1], layer.outputs)
-    op.num_tokens = new.num_tokens
-    return op
-
-
-def resampled_tensors(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> dict[str, Tensor]:
-    """The operator's tensors that have a token axis, carried to another grid, by their names in `op`.
-
-    Differentiable: gradients reach the operator's own parameters, which stay as they are.
-    """
-    carried: dict[str, Tensor] = {}
-    for index, (layer, shape) in enumerate(zip(op.edge_layers, op.order.layer_shapes, strict=True)):
-        amplitudes = {id(parameter) for parameter in layer.amplitudes}
-        for name, parameter in layer.named_parameters():
-            amplitude = id(parameter) in amplitudes
-            carried[f"layers.{index}.{name}"] = _resample(parameter, shape, old, new, amplitude=amplitude)
-        for name, gain in layer.named_buffers():
-            carried[f"layers.{index}.{name}"] = _resample(gain, shape, old, new, amplitude=True)
-    if op.W is not None:
-        assert op.order.projector_shape is not None
-        carried["W"] = _resample(op.W, op.order.projector_shape, old, new, amplitude=True)
-    return carried
-
-
-def _resample(x: Tensor, shape: str, old: TokenGrid, new: TokenGrid, *, amplitude: bool) -> Tensor:
-    """`x` (..., a, b) with the axes that `shape`, two letters, calls N carried over."""
-    for dim, letter in zip((-2, -1), shape, strict=True):
-        if letter == "N":
-            x = resample_axis(x, dim, old, new, amplitude=amplitude)
-    return x
-
-
-def _like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
-    return nn.Parameter(value, requires_grad=parameter.requires_grad)
+from karat.token_grid import like, resample_operator
 
 
 @torch.no_grad()
@@ -215,6 +68,30 @@ def resample_tokens(
     )
 
 
+@torch.no_grad()
+def follow_input_size(model: Any, *args: Any, **kwargs: Any) -> None:
+    """timm's `set_input_size` of this kind of model, with the arguments it takes, operators resampled after it.
+
+    Raises ValueError, before anything is changed, where the operators aren't on the model's present grid.
+    """
+    change = type(model).set_input_size
+    if isinstance(model, SwinTransformer):
+        converted: list[Any] = [module for module in model.modules() if isinstance(module, CONVERTED)]
+        windows = [module.window_size for module in converted]
+        with warnings.catch_warnings():  # timm's interpolation of the bias tables indexes in a way torch deprecates
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"timm\.layers\.interpolate")
+            change(model, *args, **kwargs)
+        for module, old_window in zip(converted, windows, strict=True):
+            resample_operator(module.operator, old_window, module.window_size)
+        return
+    old, prefix = tuple(model.patch_embed.grid_size), int(model.num_prefix_tokens)
+    for op in karat_operators(model).values():
+        resample_operator(op, old, old, prefix)  # the check alone
+    change(model, *args, **kwargs)
+    for op in karat_operators(model).values():
+        resample_operator(op, old, tuple(model.patch_embed.grid_size), prefix)
+
+
 def _new_grid(model: Any, img_size: tuple[int, int] | None) -> tuple[int, int]:
     """The patch grid that `img_size` gives."""
     if img_size is None:
@@ -235,7 +112,7 @@ def _resample_vit(model: Any, img_size: tuple[int, int] | None, num_prefix: int 
     for op in karat_operators(model).values():  # first: it checks the number of tokens before anything else changes
         resample_operator(op, old_grid, grid, old_prefix, prefix)
     if img_size is not None and tuple(model.patch_embed.img_size) != img_size:
-        model.set_input_size(img_size=img_size)
+        type(model).set_input_size(model, img_size=img_size)
     if prefix != old_prefix:
         _set_prefix(model, prefix)
 
@@ -269,7 +146,7 @@ def _set_prefix(model: Any, prefix: int) -> None:
     if model.pos_embed is not None and not model.no_embed_class:
         own, cells = model.pos_embed.split([old_prefix, model.pos_embed.shape[1] - old_prefix], dim=1)
         added = cells.new_zeros(1, max(0, prefix - old_prefix), cells.shape[-1])
-        model.pos_embed = _like(model.pos_embed, torch.cat([own[:, :prefix], added, cells], dim=1))
+        model.pos_embed = like(model.pos_embed, torch.cat([own[:, :prefix], added, cells], dim=1))
     model.num_prefix_tokens, model.num_reg_tokens = prefix, registers
 
 
@@ -294,7 +171,7 @@ def _resample_convit(model: Any, img_size: tuple[int, int] | None, num_prefix: i
         embedding = resample_abs_pos_embed(
             model.pos_embed, new_size=list(grid), old_size=list(old_grid), num_prefix_tokens=0
         )
-        model.pos_embed = _like(model.pos_embed, embedding)
+        model.pos_embed = like(model.pos_embed, embedding)
 
 
 def _resample_swin(
@@ -306,13 +183,7 @@ def _resample_swin(
     changes_size = img_size is not None and tuple(model.patch_embed.img_size) != img_size
     if not changes_size and window_size is None:
         return
-    converted: list[Any] = [module for module in model.modules() if isinstance(module, CONVERTED)]
-    windows = [module.window_size for module in converted]
-    with warnings.catch_warnings():  # timm's interpolation of the bias tables indexes in a way that torch deprecates
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"timm\.layers\.interpolate")
-        model.set_input_size(img_size=img_size if changes_size else None, window_size=window_size)
-    for module, old_window in zip(converted, windows, strict=True):
-        resample_operator(module.operator, old_window, module.window_size)
+    follow_input_size(model, img_size=img_size if changes_size else None, window_size=window_size)
 
 
 # How each family of models is resampled.

@@ -12,8 +12,9 @@ from karat.convert import karat_operators
 from karat.detect.attention import GridAttention, with_positions
 from karat.detect.pyramid import LEVELS, SimpleFeaturePyramid, level_sizes
 from karat.detect.trunk import Trunk, create_trunk, global_blocks
+from karat.grids import on_grid
 from karat.masks import softmax_attention
-from karat.resample import TokenGrid, resample_operator, resampled_tensors
+from karat.token_grid import TokenGrid, resample_operator
 
 ATTENTIONS = ["softmax", "g2b,rank=3", "g2u,rank=3", "g1b,rank=3,order=PhiW", "g1u,residual=softmax", "dog-u,rank=2"]
 SMALL: dict[str, Any] = {"patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
@@ -156,14 +157,14 @@ def test_a_shared_operator_learns_from_the_grid_it_is_resampled_to() -> None:
 def test_resampling_is_linear_and_its_gradient_exact(attention: str) -> None:
     op = small(attention, 32).vit.blocks[0].attn.operator
     old, new = TokenGrid(0, 4, 4), TokenGrid(0, 6, 5)
-    tensors = resampled_tensors(op, old, new)
+    tensors = dict(on_grid(op, old, new).named_parameters())
     first = next(name for name in tensors if tensors[name].requires_grad)
     weight = torch.randn_like(tensors[first])
     (gradient,) = torch.autograd.grad((tensors[first] * weight).sum(), [op.get_parameter(first)])
     direction = torch.randn_like(gradient)
     with torch.no_grad():
         op.get_parameter(first).add_(direction)
-        moved = resampled_tensors(op, old, new)[first]
+        moved = dict(on_grid(op, old, new).named_parameters())[first]
     change = ((moved - tensors[first].detach()) * weight).sum()
     assert change.item() == pytest.approx((gradient * direction).sum().item(), rel=1e-9)
 

@@ -16,7 +16,7 @@ from karat.analyze.attention import BlockAttention, attention_of
 from karat.analyze.landscape import Progress
 from karat.analyze.loading import Run, Samples, labels_of, open_run, runs_in
 from karat.train.files import write_json
-from karat.train.runs import slug
+from karat.train.run_settings import slug
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,44 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from karat.attention import KArAtAttention, token_inputs
+from karat.grids import on_grid
 from karat.masks import softmax_attention
 from karat.operator import KArAtOperator
-from karat.resample import TokenGrid, resampled_tensors
-
-
-class _Attend(nn.Module):
-    """`operator.attend` as a forward pass, which torch.func can call with other tensors."""
-
-    def __init__(self, operator: KArAtOperator) -> None:
-        super().__init__()
-        self.operator = operator
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-        return self.operator.attend(q, k, v, scale=scale, mask=mask)
-
-
-class Resampled:
-    """A shared operator used on another grid: its parameters are resampled at every call, differentiably (SPEC §9).
-
-    op: the operator on the grid `old`, which keeps the parameters; `new`: the grid of the keys here.
-    """
-
-    def __init__(self, op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> None:
-        self.op, self.old, self.new = op, old, new
-        with torch.random.fork_rng(devices=[]):
-            shape = KArAtOperator(op.num_heads, new.num_tokens, op.config)
-        self.shape = _Attend(shape).to("meta")  # sizes and settings alone: every tensor is given when it is called
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-        """As KArAtOperator.attend."""
-        own = {**dict(self.op.named_parameters()), **dict(self.op.named_buffers())}
-        tensors = own | resampled_tensors(self.op, self.old, self.new)
-        named = {f"operator.{name}": tensor for name, tensor in tensors.items()}
-        out: Tensor = functional_call(self.shape, named, (q, k, v, scale, mask))
-        return out
+from karat.token_grid import TokenGrid
 
 
 class GridAttention(nn.Module):
@@ -78,15 +46,14 @@ class GridAttention(nn.Module):
         for name in ("qkv", "q_norm", "k_norm", "proj", "proj_drop"):
             setattr(self, name, getattr(attn, name))
         self.operator: KArAtOperator | None = None
-        self.resampled: Resampled | None = None
+        self.grids = TokenGrid(0, *grid), TokenGrid(0, *grid)  # the operator's, and the tokens' here
         if isinstance(attn, KArAtAttention):
             op = attn.operator
             if "operator" in attn._modules:
                 self.operator = op
-            elif grid == base:
-                self.__dict__["operator"] = op  # registered once, on the model, as in karat.attention
-            else:
-                self.resampled = Resampled(op, TokenGrid(0, *base), TokenGrid(0, *grid))
+            else:  # shared: registered once, on the model, as in karat.attention
+                self.__dict__["operator"] = op
+                self.grids = TokenGrid(0, *base), TokenGrid(0, *grid)
         self.rel_pos_h: nn.Parameter | None = None
         self.rel_pos_w: nn.Parameter | None = None
         if relative:
@@ -101,10 +68,8 @@ class GridAttention(nn.Module):
         if self.rel_pos_h is not None and self.rel_pos_w is not None:
             q, k = with_positions(q, k, scale, self.rel_pos_h, self.rel_pos_w)
             scale = 1.0
-        if self.resampled is not None:
-            out = self.resampled.attend(q, k, v, scale, mask)
-        elif self.operator is not None:
-            out = self.operator.attend(q, k, v, scale=scale, mask=mask)
+        if self.operator is not None:  # a shared one is resampled here, and its gradients reach it (SPEC §9)
+            out = on_grid(self.operator, *self.grids).attend(q, k, v, scale=scale, mask=mask)
         else:
             out = softmax_attention(q, k, v, scale, None, mask)
         projected: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

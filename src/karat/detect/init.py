@@ -14,7 +14,8 @@ from karat.detect.measure import load_run
 from karat.detect.settings import DetectSettings
 from karat.detect.trunk import Trunk, to_grid
 from karat.models import create_model
-from karat.resample import resample_operator, resample_tokens
+from karat.resample import resample_tokens
+from karat.token_grid import resample_operator
 from karat.train import files, runs
 from karat.train.init import FRESH, Fate, read_model, same_operators, transplant
 

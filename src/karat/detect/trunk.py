@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from karat.attention import KArAtAttention
 from karat.detect.attention import GridAttention
 from karat.models import create_model
-from karat.resample import resample_operator
+from karat.token_grid import resample_operator
 
 WINDOW = 14
 

@@ -84,7 +84,6 @@ def matching(entry: Entry, measured: Sequence[Measured]) -> list[Measured]:
         m
         for m in measured
         if m.dataset == entry.dataset
-        and m.settings.command == entry.setup.program
         and entry.metric in m.figures
         and m.settings.model in (entry.setup.model, f"karat_{MODELS[entry.model]}")
         and plain(KArAtConfig.parse(m.settings.attention)) == wanted

@@ -71,7 +71,7 @@ def compare(
             summaries[attention].append(trainer.fit())
             main = trainer.main
             if main and attention not in operations:
-                operations[attention] = count_operations(trainer.settings, data.num_classes, data.in_chans)
+                operations[attention] = count_operations(chosen[attention], data.num_classes, data.in_chans)
     rows = [summarise(name, found, operations.get(name, 0)) for name, found in summaries.items()]
     if main:
         files.write_json(

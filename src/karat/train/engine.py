@@ -48,7 +48,9 @@ class Trainer:
         self.folder = runs.choose_folder(settings, runs.default_folder(settings))
         resuming = settings.resume is not None and runs.is_run(self.folder)
         if resuming:
-            saved, _ = runs.read_config(self.folder, type(settings))
+            saved, facts = runs.read_config(self.folder, type(settings))
+            if "converted_from" in facts:
+                raise ValueError(f"{self.folder} was converted, not trained: start a new run with --init {self.folder}")
             change = first_change(saved, settings)
             if change is not None:
                 raise ValueError(f"{self.folder} can't go on under other settings: {change}")

@@ -7,7 +7,7 @@ start fresh where the source has none or others, as in softmax -> KArAt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,17 +55,21 @@ def load_init(model: nn.Module, settings: RunSettings) -> list[Fate]:
     Raises ValueError when the source is missing, was tampered with, or shares no weight with the model.
     """
     assert settings.init is not None
-    weights, same_operator = read_source(settings.init, model, settings)
-    return transplant(model, weights, settings.init, same_operator=same_operator)
+    weights, same_operator, resized = read_source(settings.init, model, settings)
+    return transplant(model, weights, settings.init, same_operator=same_operator, resized=resized)
 
 
-def read_source(source: str, model: nn.Module, settings: RunSettings) -> tuple[dict[str, Tensor], bool]:
-    """The source's weights on the model's token grid, and whether its operators mean the same as the model's."""
+Source = tuple[dict[str, Tensor], bool, frozenset[str]]
+
+
+def read_source(source: str, model: nn.Module, settings: RunSettings) -> Source:
+    """The source's weights on the model's token grid, whether its operators mean the same as the model's, and the
+    names of the weights that were resized on the way."""
     side = _side(model)
     whole = read_model(source, settings)
     if whole is not None:
-        return _on_grid(whole[0], side).state_dict(), whole[1]
-    return files.read_tensors(Path(source).expanduser()), True
+        return _on_grid(*whole, side)
+    return files.read_tensors(Path(source).expanduser()), True, frozenset()
 
 
 def read_model(source: str, settings: RunSettings) -> tuple[nn.Module, bool] | None:
@@ -109,18 +113,29 @@ def _side(model: nn.Module) -> int | None:
     return None if size is None else int(size[0])
 
 
-def _on_grid(source: nn.Module, side: int | None) -> nn.Module:
-    if side is None or _side(source) in (None, side):
-        return source
-    from karat.resample import resample_tokens
+def _on_grid(source: nn.Module, same_operator: bool, side: int | None) -> Source:
+    before = {name: tensor.shape for name, tensor in source.state_dict().items()}
+    if side is not None and _side(source) not in (None, side):
+        from karat.resample import resample_tokens
 
-    return resample_tokens(source, img_size=side)
+        resample_tokens(source, img_size=side)
+    weights = source.state_dict()
+    resized = frozenset(name for name, tensor in weights.items() if tensor.shape != before.get(name))
+    return weights, same_operator, resized
 
 
 def transplant(
-    model: nn.Module, weights: Mapping[str, Tensor], source: str, *, same_operator: bool = True
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str,
+    *,
+    same_operator: bool = True,
+    resized: Collection[str] = (),
 ) -> list[Fate]:
-    """Copy into `model` every weight of the same name and shape; position embeddings and input channels are adapted."""
+    """Copy into `model` every weight of the same name and shape; position embeddings and input channels are adapted.
+
+    `resized` names weights that were carried to the model's size before.
+    """
     own = model.state_dict()
     operators = set(operator_parameters(model))
     counts: dict[tuple[str, str], list[int]] = {}
@@ -141,7 +156,7 @@ def transplant(
         else:
             assert found is not None
             taken[name] = adapted
-            note(name, LOADED if adapted.shape == found.shape else RESIZED, target)
+            note(name, RESIZED if name in resized or adapted.shape != found.shape else LOADED, target)
     for name, tensor in weights.items():
         if name not in taken:
             note(name, DROPPED, tensor)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from karat.train.optim import operator_parameters
-from karat.train.recipes import Recipe
+from karat.train.optimisation import Optimisation
 
 LIMIT = 10.0  # times the size at the start
 MOST = 10.0  # times the rate of the rest that passes without a word
@@ -52,7 +52,7 @@ def warning(ratio: float, name: str) -> str | None:
     )
 
 
-def rate_warning(recipe: Recipe) -> str | None:
+def rate_warning(recipe: Optimisation) -> str | None:
     """What to say about the operators' own learning rate; None where there is nothing to say."""
     ratio = 1.0 if recipe.coefficient_lr is None else recipe.coefficient_lr / recipe.lr
     if ratio <= MOST:

@@ -1,0 +1,111 @@
+"""Models whose token grid changes while they are used: timm's `set_input_size`, and `dynamic_img_size` (SPEC §9)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from karat.operator import KArAtOperator
+from karat.token_grid import TokenGrid, resampled_layer, resampled_projector
+
+MOST_GRIDS = 16  # kept for each operator; the one used longest ago goes first
+
+_Key = tuple[Any, ...]
+_views: WeakKeyDictionary[KArAtOperator, dict[_Key, KArAtOperator]] = WeakKeyDictionary()
+
+
+def on_grid(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> KArAtOperator:
+    """The operator as `karat.resample_operator` would make it, without changing it: same results, same gradients.
+
+    Its parameters are functions of `op`'s, so gradients reach those. Where none are asked for (torch.no_grad, or
+    nothing to train) it's made once for each grid and kept until a parameter of `op` changes, is moved or is loaded.
+    The same grid gives `op` itself.
+    """
+    if old == new:
+        return op
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in op.parameters()):
+        return _view(op, old, new)
+    kept = _views.setdefault(op, {})
+    key = (old, new, *_state(op.parameters()))
+    view = kept.pop(key, None)
+    if view is None:
+        for other in [other for other in kept if other[2:] != key[2:]]:
+            del kept[other]  # of parameters that are no more
+        with torch.inference_mode(False), torch.no_grad():
+            view = _view(op, old, new)
+    kept[key] = view  # last: the most recently used
+    if len(kept) > MOST_GRIDS:
+        del kept[next(iter(kept))]
+    return view
+
+
+def _state(parameters: Iterable[Tensor]) -> _Key:
+    """Changes with every change of the parameters: other objects, another place, precision, or numbers written."""
+    return tuple((id(p), p.data_ptr(), p.dtype, p.device, None if p.is_inference() else p._version) for p in parameters)
+
+
+def _view(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> KArAtOperator:
+    view = _like(op)
+    view.num_tokens = new.num_tokens
+    layers = nn.ModuleList()
+    for layer, shape in zip(op.edge_layers, op.order.layer_shapes, strict=True):
+        own = _like(layer)
+        own._parameters, own._buffers = resampled_layer(layer, shape, old, new)  # type: ignore[assignment]
+        sizes = {"N": new.num_tokens}
+        own.inputs, own.outputs = sizes.get(shape[0], layer.inputs), sizes.get(shape[1], layer.outputs)
+        layers.append(own)
+    view._modules["layers"] = layers
+    view._parameters["W"] = resampled_projector(op, old, new)  # type: ignore[assignment]
+    return view.train(op.training)
+
+
+def _like(module: Any) -> Any:
+    """A module of the same kind and settings that shares nothing that may be replaced in it."""
+    twin = copy.copy(module)
+    for name in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[name] = dict(module.__dict__[name])
+    return twin
+
+
+class GridWatch:
+    """A forward hook of a ViT's patch embedding: remembers the grid of the images at hand beside the model's own.
+
+    With dynamic_img_size an image of any size passes, and the attention modules, which see nothing but tokens, ask
+    here on which grid they lie.
+    """
+
+    def __init__(self) -> None:
+        self.grids: tuple[tuple[int, int], tuple[int, int]] | None = None
+
+    def __call__(self, patch_embed: Any, args: Any, output: Tensor) -> None:
+        """Note the grids; the output of a dynamic patch embedding is (B,h,w,C)."""
+        self.grids = tuple(patch_embed.grid_size), (int(output.shape[1]), int(output.shape[2]))
+
+    def operator(self, op: KArAtOperator) -> KArAtOperator:
+        """`op` on the grid of the images at hand."""
+        if self.grids is None:
+            return op
+        old, new = self.grids
+        prefix = op.num_tokens - old[0] * old[1]
+        return on_grid(op, TokenGrid(prefix, *old), TokenGrid(prefix, *new))
+
+
+class SetInputSize:
+    """timm's `model.set_input_size` of a converted model: operators come along (SPEC §9).
+
+    An object and not a closure, so that a copied or pickled model resamples itself.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """As timm's own method, whose arguments it takes; other parameters are new objects afterwards."""
+        from karat.resample import follow_input_size
+
+        follow_input_size(self.model, *args, **kwargs)

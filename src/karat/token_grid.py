@@ -1,0 +1,168 @@
+"""Operators carried to another token grid: another image size, another window, other prefix tokens (SPEC §9).
+
+What an operator learned is indexed by token position, so it's a function on the token grid and is interpolated as
+position embeddings are. Amplitudes are scaled by cells_old/cells_new along every token axis, so that sums over keys
+keep their size; shapes (τ, s, denominators) are interpolated as they are. Of a product s_f·c one factor, c, is scaled.
+
+Prefix tokens (class, registers) keep their own values, unscaled. Dropping keeps the first ones. An added one starts
+as an absent term: amplitudes 0, so that it neither adds to the operator's sums nor receives weight in σ, and shapes
+of the grid's mean; it learns from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from karat.edges import EdgeLayer
+from karat.operator import KArAtOperator
+
+
+class TokenGrid(NamedTuple):
+    """Prefix tokens, then cells of a grid, row by row."""
+
+    prefix: int
+    height: int
+    width: int
+
+    @property
+    def cells(self) -> int:
+        """How many tokens are cells."""
+        return self.height * self.width
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.prefix + self.cells
+
+
+def token_grid(grid: int | Sequence[int], prefix: int) -> TokenGrid:
+    """A TokenGrid from (height, width), or from a length for 1-D sequences; ValueError for sizes < 1."""
+    sizes = (1, grid) if isinstance(grid, int) else (1,) * (2 - len(grid)) + tuple(grid)
+    if len(sizes) != 2 or any(size < 1 for size in sizes):
+        raise ValueError(f"a token grid is a length or (height, width), of at least 1, got {grid!r}")
+    if prefix < 0:
+        raise ValueError(f"the number of prefix tokens must be >= 0, got {prefix}")
+    return TokenGrid(prefix, *sizes)
+
+
+def resample_axis(x: Tensor, dim: int, old: TokenGrid, new: TokenGrid, *, amplitude: bool) -> Tensor:
+    """`x` with its token axis `dim` carried from one grid to another; the module's docstring has the rules.
+
+    Bicubic, antialiased when shrinking, at least in float32.
+    """
+    prefix, cells = x.movedim(dim, -1).split([old.prefix, old.cells], dim=-1)
+    if (old.height, old.width) != (new.height, new.width):
+        cells = _interpolate(cells, old, new)
+        if amplitude:
+            cells = cells * (old.cells / new.cells)
+    added = new.prefix - old.prefix
+    prefix = prefix[..., : new.prefix]
+    if added > 0:
+        start = torch.zeros_like(cells[..., :1]) if amplitude else cells.mean(-1, keepdim=True)
+        prefix = torch.cat([prefix, start.expand(*start.shape[:-1], added)], dim=-1)
+    return torch.cat([prefix, cells], dim=-1).movedim(-1, dim).contiguous()
+
+
+def _interpolate(cells: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
+    image = cells.reshape(-1, 1, old.height, old.width)
+    shrinks = new.height < old.height or new.width < old.width
+    image = F.interpolate(
+        image.to(torch.promote_types(image.dtype, torch.float32)),
+        size=(new.height, new.width),
+        mode="bicubic",
+        antialias=shrinks,
+    )
+    return image.reshape(*cells.shape[:-1], new.cells).to(cells.dtype)
+
+
+@torch.no_grad()
+def resample_operator(
+    op: KArAtOperator,
+    old_grid: int | Sequence[int],
+    new_grid: int | Sequence[int],
+    old_prefix: int = 0,
+    new_prefix: int | None = None,
+) -> KArAtOperator:
+    """Carry one operator to another token grid, in place (SPEC §9).
+
+    Token axes are, by order: WPhi Φ's keys and W's N; full rank Φ's keys and outputs; PhiW W's N and Φ's outputs;
+    PhiPhi Φ₁'s keys and Φ₂'s outputs. The same grid and prefix leave the operator untouched, bit for bit; otherwise
+    its parameters are new objects: build the optimiser afterwards.
+
+    Args:
+        op: the operator.
+        old_grid, new_grid: (height, width), or a length for 1-D sequences.
+        old_prefix, new_prefix: prefix tokens before the grid; None keeps their number.
+
+    Raises:
+        ValueError: an old grid that doesn't have the operator's number of tokens, or sizes < 1.
+
+    >>> op = KArAtOperator(num_heads=2, num_tokens=17, config="g3b")
+    >>> resample_operator(op, (4, 4), (6, 8), old_prefix=1, new_prefix=0).num_tokens
+    48
+    """
+    old = token_grid(old_grid, old_prefix)
+    new = token_grid(new_grid, old_prefix if new_prefix is None else new_prefix)
+    if old.num_tokens != op.num_tokens:
+        raise ValueError(
+            f"the operator has {op.num_tokens} tokens, but {old.prefix} prefix tokens and a grid of "
+            f"{old.height}x{old.width} make {old.num_tokens}; give its present grid (for a model, call "
+            "karat.resample_tokens instead of the model's set_input_size)"
+        )
+    if old == new:
+        return op
+    for layer, shape in zip(op.edge_layers, op.order.layer_shapes, strict=True):
+        parameters, buffers = resampled_layer(layer, shape, old, new)
+        for name, parameter in list(layer.named_parameters()):
+            setattr(layer, name, like(parameter, parameters[name]))
+        for name, buffer in buffers.items():
+            setattr(layer, name, buffer)
+        sizes = {"N": new.num_tokens}
+        layer.inputs, layer.outputs = sizes.get(shape[0], layer.inputs), sizes.get(shape[1], layer.outputs)
+    if op.W is not None:
+        op.W = like(op.W, resampled_projector(op, old, new))
+    op.num_tokens = new.num_tokens
+    return op
+
+
+Tensors = dict[str, Tensor | None]
+
+
+def resampled_layer(layer: EdgeLayer, shape: str, old: TokenGrid, new: TokenGrid) -> tuple[Tensors, Tensors]:
+    """An edge layer's parameters and buffers on another grid, as differentiable functions of its own."""
+    amplitudes = {id(parameter) for parameter in layer.amplitudes}
+    parameters: Tensors = {
+        name: None if x is None else _resample(x, shape, old, new, amplitude=id(x) in amplitudes)
+        for name, x in layer._parameters.items()
+    }
+    buffers: Tensors = {
+        name: None if x is None else _resample(x, shape, old, new, amplitude=True) for name, x in layer._buffers.items()
+    }
+    return parameters, buffers
+
+
+def resampled_projector(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> Tensor | None:
+    """W on another grid, as a differentiable function of the operator's; None where it has none."""
+    if op.W is None:
+        return None
+    assert op.order.projector_shape is not None
+    return _resample(op.W, op.order.projector_shape, old, new, amplitude=True)
+
+
+def _resample(x: Tensor, shape: str, old: TokenGrid, new: TokenGrid, *, amplitude: bool) -> Tensor:
+    """`x` (..., a, b) with the axes that `shape`, two letters, calls N carried over."""
+    for dim, letter in zip((-2, -1), shape, strict=True):
+        if letter == "N":
+            x = resample_axis(x, dim, old, new, amplitude=amplitude)
+    return x
+
+
+def like(parameter: nn.Parameter, value: Tensor | None) -> nn.Parameter:
+    """`value` as a parameter that is trained if `parameter` is."""
+    assert value is not None
+    return nn.Parameter(value, requires_grad=parameter.requires_grad)
