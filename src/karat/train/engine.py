@@ -94,6 +94,10 @@ class Trainer:
             if self.parts.loaded:
                 self.console.print(init.table(self.parts.loaded, str(self.settings.init)))
         self.accelerator.wait_for_everyone()
+        self._note_the_start()
+
+    def _note_the_start(self) -> None:
+        """What is kept of the untrained model: the sizes of its operators, and its weights where a path is wanted."""
         self.progress.operators = watch.sizes(self.parts.bare)
         if self.progress.operators and (warning := watch.rate_warning(self.recipe)):
             self.notes.append(warning)
@@ -104,6 +108,7 @@ class Trainer:
         found = checkpoint.newest(self.folder)
         if found is None:
             self.notes.append(f"{self.folder} was cut off before its first checkpoint: beginning again")
+            self._note_the_start()
             return
         saved, refused = found
         self.notes += refused
