@@ -65,7 +65,6 @@ def _basis_attention_backward(
     return dq, dk, du, dbias
 
 
-@torch.library.register_fake("karat::basis_attention")
 def _fake(
     q: Tensor,
     k: Tensor,
@@ -79,7 +78,6 @@ def _fake(
     return q.new_empty(*q.shape[:3], u.shape[-1])
 
 
-@torch.library.register_fake("karat::basis_attention_backward")
 def _fake_backward(
     grad: Tensor,
     q: Tensor,
@@ -119,6 +117,8 @@ def _no_second_derivative(ctx, *gradients):  # type: ignore[no-untyped-def]
     )
 
 
+torch.library.register_fake("karat::basis_attention", _fake)
+torch.library.register_fake("karat::basis_attention_backward", _fake_backward)
 torch.library.register_autograd("karat::basis_attention", _backward, setup_context=_keep_inputs)
 torch.library.register_autograd("karat::basis_attention_backward", _no_second_derivative)
 
