@@ -15,20 +15,9 @@ from torch.utils.flop_counter import register_flop_formula
 from karat.basis import parse_basis
 from karat.ops import implementations
 
-# Defined and implemented one by one: torch.library.custom_op would do it in one go, but looks for aliases in every
-# call, which takes longer than a small attention itself.
-ARGUMENTS = "Tensor q, Tensor k, Tensor u, Tensor? bias, Tensor? mask, str basis, float scale, str impl"
-torch.library.define("karat::basis_attention", f"({ARGUMENTS}) -> Tensor")
-torch.library.define(
-    "karat::basis_attention_backward",
-    f"(Tensor grad, {ARGUMENTS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-basis_attention = torch.ops.karat.basis_attention.default
-basis_attention_backward = torch.ops.karat.basis_attention_backward.default
 
-
-@torch.library.impl("karat::basis_attention", "CompositeExplicitAutograd")
-def _basis_attention(
+@torch.library.custom_op("karat::basis_attention", mutates_args=())
+def basis_attention(
     q: Tensor,
     k: Tensor,
     u: Tensor,
@@ -43,8 +32,8 @@ def _basis_attention(
     return implementations.choose(impl, q, u, parsed).forward(q, k, u, parsed, scale, bias, mask)
 
 
-@torch.library.impl("karat::basis_attention_backward", "CompositeExplicitAutograd")
-def _basis_attention_backward(
+@torch.library.custom_op("karat::basis_attention_backward", mutates_args=())
+def basis_attention_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -65,6 +54,7 @@ def _basis_attention_backward(
     return dq, dk, du, dbias
 
 
+@basis_attention.register_fake
 def _fake(
     q: Tensor,
     k: Tensor,
@@ -78,6 +68,7 @@ def _fake(
     return q.new_empty(*q.shape[:3], u.shape[-1])
 
 
+@basis_attention_backward.register_fake
 def _fake_backward(
     grad: Tensor,
     q: Tensor,
@@ -117,10 +108,8 @@ def _no_second_derivative(ctx, *gradients):  # type: ignore[no-untyped-def]
     )
 
 
-torch.library.register_fake("karat::basis_attention", _fake)
-torch.library.register_fake("karat::basis_attention_backward", _fake_backward)
-torch.library.register_autograd("karat::basis_attention", _backward, setup_context=_keep_inputs)
-torch.library.register_autograd("karat::basis_attention_backward", _no_second_derivative)
+basis_attention.register_autograd(_backward, setup_context=_keep_inputs)
+basis_attention_backward.register_autograd(_no_second_derivative)
 
 
 @register_flop_formula(torch.ops.karat.basis_attention)
