@@ -29,7 +29,7 @@ class CutOff(BaseException):
 
 def outcome(run: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
     weights = {name: t.numpy().tobytes() for name, t in read_tensors(run / "model.safetensors").items()}
-    timed = ("seconds", "images_per_second", "peak_memory_mib")
+    timed = ("seconds", "ms_per_step", "images_per_second", "peak_memory_mib")
     return weights, [{k: v for k, v in line.items() if k not in timed} for line in runs.read_history(run)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -36,15 +37,10 @@ def small(attention: str, img_size: int = 32, window: int = 4, **more: Any) -> T
 
 def sigma(attn: Any, scores: Tensor, mask: Tensor | None) -> Tensor:
     """The attention map by definition: from scores (B,H,M,N), with the operator carried to the grid by other means."""
-    if attn.operator is None and attn.resampled is None:
+    if attn.operator is None:
         return scores.softmax(-1) if mask is None else scores.masked_fill(~mask, -torch.inf).softmax(-1)
-    op = attn.operator
-    if attn.resampled is not None:
-        from copy import deepcopy
-
-        source = attn.resampled
-        op = resample_operator(deepcopy(source.op), tuple(source.old[1:]), tuple(source.new[1:]))
-    return op(scores, mask)
+    old, new = (tuple(grid[1:]) for grid in attn.grids)
+    return resample_operator(deepcopy(attn.operator), old, new)(scores, mask)
 
 
 def by_hand(trunk: Trunk, images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from karat.detect.detector import Detector
 from karat.detect.measure import load_run
 from karat.detect.settings import DetectSettings
-from karat.detect.trunk import Trunk, to_grid
+from karat.detect.trunk import Trunk, resize_embeddings, to_grid
 from karat.models import create_model
 from karat.resample import resample_tokens
 from karat.token_grid import resample_operator
@@ -55,7 +55,7 @@ def _carry(trunk: Trunk, side: int) -> None:
             if table is not None:
                 longer = F.interpolate(table.T[None], size=2 * side - 1, mode="linear")[0].T
                 setattr(attn, name, nn.Parameter(longer.contiguous()))
-    trunk.vit.set_input_size(img_size=(side * trunk.stride,) * 2)
+    resize_embeddings(trunk.vit, side * trunk.stride)
 
 
 def load_trunk(detector: Detector, settings: DetectSettings) -> list[Fate]:

@@ -133,6 +133,11 @@ def create_trunk(
     return to_grid(create_model(name, attention, **kwargs), img_size, window, whole, relative)
 
 
+def resize_embeddings(vit: Any, img_size: int) -> None:
+    """timm's own set_input_size: a trunk's operators are on grids of its own, which a converted model's would change."""
+    VisionTransformer.set_input_size(vit, img_size=(img_size, img_size))
+
+
 def to_grid(
     vit: Any, img_size: int, window: int = WINDOW, whole: Sequence[int] | None = None, relative: bool = False
 ) -> Trunk:
@@ -161,7 +166,7 @@ def to_grid(
         if own and here != base:
             resample_operator(block.attn.operator, base, here)
         block.attn = GridAttention(block.attn, here, base, relative)
-    vit.set_input_size(img_size=(img_size, img_size))
+    resize_embeddings(vit, img_size)
     for name in ("norm", "fc_norm", "head_drop", "head"):  # ViTDet reads the last block as it is
         setattr(vit, name, nn.Identity())
     return Trunk(vit, window, whole)
