@@ -134,7 +134,7 @@ def create_trunk(
 
 
 def resize_embeddings(vit: Any, img_size: int) -> None:
-    """timm's own set_input_size: a trunk's operators are on grids of its own, which a converted model's would change."""
+    """timm's own set_input_size: that of a converted model would move the operators, which have grids of their own."""
     VisionTransformer.set_input_size(vit, img_size=(img_size, img_size))
 
 
