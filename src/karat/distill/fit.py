@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ def fit_operators(
         source = teacher if len(users) > 1 else student
         if options.fold:
             _fold(op, users, source, images, options)
-        fit_operator(op, lambda op=op, users=users, source=source: _rows(op, users, source, images), options.ridge)
+        fit_operator(op, partial(_rows, op, users, source, images), options.ridge)
         for site in users if options.refit_projection else []:
             refit_projection(site, student, teacher, images, options.ridge)
         if progress is not None:

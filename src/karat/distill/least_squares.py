@@ -25,7 +25,8 @@ class Moments:
     def zeros(cls, heads: int, features: int, targets: int) -> Moments:
         """No rows yet."""
         sizes = ((features, features), (features, targets), (targets, targets))
-        return cls(*(torch.zeros(heads, *size, dtype=torch.float64) for size in sizes))
+        gram, cross, power = (torch.zeros(heads, *size, dtype=torch.float64) for size in sizes)
+        return cls(gram, cross, power)
 
     def add(self, head: int, z: Tensor, y: Tensor) -> None:
         """Add rows z (rows,P) with targets y (rows,E) of one head."""
