@@ -110,10 +110,10 @@ class Detector(MaskRCNN):
         return listed | {name for name, _ in self.named_parameters() if ".rel_pos_" in name}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers for timm's layer-wise decay: embeddings, blocks, everything above them."""
+        """Layers for timm's layer-wise decay: embeddings, blocks; what matches neither lies above them."""
         vit = r"^backbone\.trunk\.vit\."
         stem = vit + r"(?:pos_embed|patch_embed|karat_operator)"
-        return {"stem": stem, "blocks": [(vit + r"blocks\.(\d+)", None), (r"^", (9999,))]}
+        return {"stem": stem, "blocks": vit + r"blocks\.(\d+)"}
 
 
 def build_detector(settings: DetectSettings, num_classes: int) -> Detector:
