@@ -22,7 +22,7 @@ def comparison(folder: Path) -> Path:
         {"attention": "softmax/grkan", "parameters": 683_866, "top1": 40.5},
         {"attention": "deep_kan(order=3)", "parameters": 91_520, "top1": 20.0},
     ]
-    (folder / RESULT).write_text(json.dumps({"settings": {"data": "cifar10"}, "seeds": 1, "rows": found}))
+    (folder / RESULT).write_text(json.dumps({"settings": {"data": "../images/cifar10"}, "seeds": 1, "rows": found}))
     return folder
 
 

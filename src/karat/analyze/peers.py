@@ -62,7 +62,7 @@ def measured_points(folders: Sequence[Path | str]) -> list[Point]:
     for folder in map(Path, folders):
         if (folder / RESULT).is_file():
             found = files.read_json(folder / RESULT)
-            data = str(found["settings"]["data"])
+            data = _name(found["settings"]["data"])
             points += [
                 Point(row["attention"], "measured", row["parameters"] / 1e6, row["top1"], data, str(folder))
                 for row in found["rows"]
@@ -74,6 +74,11 @@ def measured_points(folders: Sequence[Path | str]) -> list[Point]:
         summary = files.read_json(folder / runs.SUMMARY)
         label = settings.label if settings.label == settings.model else f"{settings.model} {settings.label}"
         points.append(
-            Point(label, "measured", summary["parameters"] / 1e6, summary["top1"], settings.data, str(folder))
+            Point(label, "measured", summary["parameters"] / 1e6, summary["top1"], _name(settings.data), str(folder))
         )
     return points
+
+
+def _name(data: str) -> str:
+    """A data set's name: "cifar10" of "torch/cifar10" and of a folder's path alike."""
+    return Path(data).name

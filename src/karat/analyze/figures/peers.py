@@ -13,7 +13,7 @@ from karat.analyze.peers import PUBLISHED, Point
 MARKERS = "osD^vP"
 LABEL_SIZE, LABEL_WIDTH, LABEL_HEIGHT = 5.5, 3.1, 6.0  # points; the width is that of one letter
 # Where a label may lie beside its point: the corner or side it hangs on, and its offset in points.
-PLACES = [("left", 4, 2), ("left", 4, -7), ("right", -4, 2), ("right", -4, -7), ("left", 4, 9), ("left", 4, -14)]
+PLACES = [(side, right, up) for up in (2, -7, 8, -13, 14, -19) for side, right in (("left", 4), ("right", -4))]
 
 
 def draw_parameters_accuracy(measured: Sequence[Point], published: Sequence[Point] = PUBLISHED) -> Figure:
@@ -59,9 +59,10 @@ def _scatter(axes: Axes, points: Sequence[Point], label: str, marker: str, *, fa
 
 
 def _label(axes: Axes, points: Sequence[Point]) -> None:
-    """Each point's name in the first place beside it that no other name or point has."""
+    """Each point's name in the first place beside it, within the axes, that no other name or point has."""
     scale = 72 / axes.get_figure(root=True).dpi  # type: ignore[union-attr]
     centres = [axes.transData.transform((point.params_M, point.top1)) * scale for point in points]
+    frame = axes.get_window_extent().extents * scale
     taken = [(x - 2.5, y - 2.5, x + 2.5, y + 2.5) for x, y in centres]
     for point, (x, y) in zip(points, centres, strict=True):
         width = LABEL_WIDTH * len(point.label)
@@ -69,7 +70,10 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
         for side, right, up in PLACES:
             left = x + right - (width if side == "right" else 0)
             boxes.append((left, y + up, left + width, y + up + LABEL_HEIGHT))
-        crossings = [sum(_cross(box, other) for other in taken) for box in boxes]
+        outside = [box[0] < frame[0] or box[2] > frame[2] for box in boxes]
+        crossings = [
+            sum(_cross(box, other) for other in taken) + 3 * out for box, out in zip(boxes, outside, strict=True)
+        ]
         best = crossings.index(min(crossings))
         side, right, up = PLACES[best]
         taken.append(boxes[best])
