@@ -157,7 +157,7 @@ class Memory(Place):
     On a CPU the process's, above the idle process; on a GPU the allocator's, in bfloat16 autocast.
     """
 
-    models: tuple[str, ...] = ("tiny", "base")
+    models: tuple[str, ...] = ("tiny", "small", "base")
     """which of tiny, small, base"""
     batch: int = 16
     """images a step"""

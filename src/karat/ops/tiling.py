@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ USUAL_CACHE_BYTES = 1 << 20
 
 def cache_bytes() -> int:
     """Size of one core's second-level cache; 1 MiB where PyTorch doesn't tell."""
-    tell = getattr(torch.cpu, "get_capabilities", dict)
+    tell: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
     return int(tell().get("l2_cache_size") or USUAL_CACHE_BYTES)
 
 
