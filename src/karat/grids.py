@@ -55,12 +55,12 @@ def _view(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> KArAtOperator:
     layers = nn.ModuleList()
     for layer, shape in zip(op.edge_layers, op.order.layer_shapes, strict=True):
         own = _like(layer)
-        own._parameters, own._buffers = resampled_layer(layer, shape, old, new)  # type: ignore[assignment]
+        own._parameters, own._buffers = resampled_layer(layer, shape, old, new)
         sizes = {"N": new.num_tokens}
         own.inputs, own.outputs = sizes.get(shape[0], layer.inputs), sizes.get(shape[1], layer.outputs)
         layers.append(own)
     view._modules["layers"] = layers
-    view._parameters["W"] = resampled_projector(op, old, new)  # type: ignore[assignment]
+    view._parameters["W"] = resampled_projector(op, old, new)
     return view.train(op.training)
 
 

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from karat.basis import Basis, BSpline, Fourier, LinearBasis, Rational
+from karat.basis import Basis, LinearBasis
+from karat.basis.bspline import BSpline
+from karat.basis.fourier import Fourier
+from karat.basis.rational import Rational
 from karat.basis.wavelets import Meyer, Morlet, Wavelet
 from karat.edges import EdgeLayer
 
@@ -41,7 +44,7 @@ def _rational_shapes(basis: Any, far: float) -> list[Shape]:
 
 
 # The shapes to start from, by family. A new family that isn't linear starts from the means of its parameters.
-SHAPES: dict[type[Basis], Callable[[Any, float], list[Shape]]] = {Wavelet: _wavelet_shapes, Rational: _rational_shapes}
+SHAPES: dict[type[Any], Callable[[Any, float], list[Shape]]] = {Wavelet: _wavelet_shapes, Rational: _rational_shapes}
 
 
 def shapes(basis: Basis) -> list[Shape]:
@@ -62,7 +65,8 @@ def has_fixed_base(layer: EdgeLayer) -> bool:
 
 def free_amplitudes(layer: EdgeLayer) -> list[int]:
     """Places, in packing order, of the numbers of an edge that the solution is about."""
-    places, start = [], 0
+    places: list[int] = []
+    start = 0
     for group in layer.basis.parameters:
         if group.amplitude and not (group.name == "base" and has_fixed_base(layer)):
             places += range(start, start + group.count)

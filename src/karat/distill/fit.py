@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ def fit_operators(
         source = teacher if len(users) > 1 else student
         if options.fold:
             _fold(op, users, source, images, options)
-        fit_operator(op, lambda op=op, users=users, source=source: _rows(op, users, source, images), options.ridge)
+        fit_operator(op, partial(_rows, op, users, source, images), options.ridge)
         for site in users if options.refit_projection else []:
             refit_projection(site, student, teacher, images, options.ridge)
         if progress is not None:
@@ -136,7 +137,7 @@ def _fold(op: KArAtOperator, users: list[Site], source: nn.Module, images: Image
     whole = gauge.score_scale(seen, reach(op.edge_layers[0].basis))
     shares = []
     for factor in SCALES:
-        trial = lambda factor=factor: _rows(op, users, source, images, whole * factor, TRIAL_BATCHES)  # noqa: E731
+        trial = partial(_rows, op, users, source, images, whole * factor, TRIAL_BATCHES)
         shares.append(fit_operator(op, trial, max(options.ridge, 1e-4)))
     best = torch.stack(shares).argmax(0)  # (H',)
     scale = torch.ones_like(whole)
