@@ -44,7 +44,7 @@ def _rational_shapes(basis: Any, far: float) -> list[Shape]:
 
 
 # The shapes to start from, by family. A new family that isn't linear starts from the means of its parameters.
-SHAPES: dict[type, Callable[[Any, float], list[Shape]]] = {Wavelet: _wavelet_shapes, Rational: _rational_shapes}
+SHAPES: dict[type[Any], Callable[[Any, float], list[Shape]]] = {Wavelet: _wavelet_shapes, Rational: _rational_shapes}
 
 
 def shapes(basis: Basis) -> list[Shape]:

@@ -137,7 +137,7 @@ def _fold(op: KArAtOperator, users: list[Site], source: nn.Module, images: Image
     whole = gauge.score_scale(seen, reach(op.edge_layers[0].basis))
     shares = []
     for factor in SCALES:
-        trial = lambda factor=factor: _rows(op, users, source, images, whole * factor, TRIAL_BATCHES)  # noqa: E731
+        trial = partial(_rows, op, users, source, images, whole * factor, TRIAL_BATCHES)
         shares.append(fit_operator(op, trial, max(options.ridge, 1e-4)))
     best = torch.stack(shares).argmax(0)  # (H',)
     scale = torch.ones_like(whole)

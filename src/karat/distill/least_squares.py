@@ -24,9 +24,11 @@ class Moments:
     @classmethod
     def zeros(cls, heads: int, features: int, targets: int) -> Moments:
         """No rows yet."""
-        sizes = ((features, features), (features, targets), (targets, targets))
-        gram, cross, power = (torch.zeros(heads, *size, dtype=torch.float64) for size in sizes)
-        return cls(gram, cross, power)
+
+        def zero(rows: int, columns: int) -> Tensor:
+            return torch.zeros(heads, rows, columns, dtype=torch.float64)
+
+        return cls(zero(features, features), zero(features, targets), zero(targets, targets))
 
     def add(self, head: int, z: Tensor, y: Tensor) -> None:
         """Add rows z (rows,P) with targets y (rows,E) of one head."""
