@@ -62,7 +62,8 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
     """Each point's name in the first place beside it, within the axes, that no other name or point has."""
     scale = 72 / axes.get_figure(root=True).dpi  # type: ignore[union-attr]
     centres = [axes.transData.transform((point.params_M, point.top1)) * scale for point in points]
-    frame = axes.get_window_extent().extents * scale
+    window = axes.get_window_extent()
+    frame = window.x0 * scale, window.y0 * scale, window.x1 * scale, window.y1 * scale
     taken = [(x - 2.5, y - 2.5, x + 2.5, y + 2.5) for x, y in centres]
     for point, (x, y) in zip(points, centres, strict=True):
         width = LABEL_WIDTH * len(point.label)
