@@ -20,6 +20,13 @@ PANELS = {
     "mask_AP50": "mask AP50, evaluation images (%)",
     "train_box_AP50": "box AP50, training images (%)",
 }
+SHOWN = {
+    "box_AP": "box AP",
+    "box_AP50": "box AP50",
+    "mask_AP": "mask AP",
+    "mask_AP50": "mask AP50",
+    "train_box_AP50": "train AP50",
+}
 COLUMNS = ("box_AP", "box_AP50", "mask_AP", "mask_AP50", "train_box_AP50", "train_mask_AP50")
 
 
@@ -56,16 +63,15 @@ def compare_runs(folders: Sequence[Path], output: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The rows for the terminal."""
+    """The rows for the terminal; compare.json has all of them."""
     drawn = Table(title="detectors after their last epoch (%)", title_justify="left")
-    drawn.add_column("run")
-    names = [name for name in COLUMNS if any(name in row for row in rows)]
-    for column in ("parameters", "epochs", *names, "s / epoch", "peak memory MiB"):
-        drawn.add_column(column.replace("_", " "), justify="right")
+    drawn.add_column("run", overflow="fold")
+    names = [name for name in SHOWN if any(name in row for row in rows)]
+    for title in ("parameters", *(SHOWN[name] for name in names), "s/epoch"):
+        drawn.add_column(title, justify="right")
     for row in rows:
         figures = [f"{row[name]:.1f}" if name in row else "–" for name in names]
-        cost = [f"{row['seconds_per_epoch']:.1f}", f"{row['peak_memory_mib']:,.0f}"]
-        drawn.add_row(row["run"], f"{row['parameters']:,}", str(row["epochs"]), *figures, *cost)
+        drawn.add_row(row["run"], f"{row['parameters']:,}", *figures, f"{row['seconds_per_epoch']:.1f}")
     return drawn
 
 
