@@ -8,9 +8,9 @@ Prints the peak memory of the process, everything included, after a step with a 
 import argparse
 import json
 
-from karat.bench.memory import peak
 from karat.bench.step import build, step_of
 from karat.bench.timing import environment
+from karat.train.memory import peak_resident
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     losses = [step() for _ in range(2)]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     report = {"attention": options.attention, "batch": options.batch, "parameters": parameters}
-    print(json.dumps(report | {"losses": losses, "peak_GB": peak() / 1e9} | environment()))
+    print(json.dumps(report | {"losses": losses, "peak_GB": peak_resident() / 1e9} | environment()))
 
 
 if __name__ == "__main__":

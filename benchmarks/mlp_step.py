@@ -19,12 +19,13 @@ import tyro
 from torch import nn
 
 from karat.analyze.cost import count_parameters
-from karat.bench.memory import MIB, peak
+from karat.bench.memory import MIB
 from karat.bench.results import Rows
 from karat.bench.step import step_of
 from karat.bench.timing import alternate
 from karat.train.build import build_model, input_size
 from karat.train.compare import contender, count_operations
+from karat.train.memory import peak_resident
 from karat.train.settings import SMALL_MODEL, Settings
 
 CLASSES = 10
@@ -81,7 +82,7 @@ class MlpStep:
         idle = psutil.Process().memory_info().rss
         step = self.step(name)
         _ = [step() for _ in range(3)]
-        print(json.dumps((peak() - idle) / MIB))
+        print(json.dumps((peak_resident() - idle) / MIB))
 
     def peaks(self) -> dict[str, float]:
         """MiB of each contender."""

@@ -192,3 +192,22 @@ def test_the_examples_of_the_guide(page: str) -> None:
     failures, tried = doctest.testfile(str(path), module_relative=False, optionflags=doctest.ELLIPSIS)
     assert tried > 3
     assert failures == 0
+
+
+def test_checkpointed_blocks_are_recomputed_on_their_own_grid() -> None:
+    """Two sizes in flight at once: the backward pass of the first comes after the second has passed."""
+    model = dynamic("g2b,rank=3").train()
+    sizes = [(16, 16), (24, 16)]
+    images = [torch.randn(1, 3, *size) for size in sizes]
+    gradients = []
+    for enabled in (False, True):
+        model.set_grad_checkpointing(enabled)
+        torch.manual_seed(0)
+        loss = sum(model(x).square().sum() for x in images)
+        model.zero_grad()
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+    with pytest.raises(ValueError, match="set_grad_checkpointing"):
+        model(torch.randn(1, 3, 16, 24))

@@ -66,3 +66,15 @@ def test_output_lies_as_a_model_joins_its_heads() -> None:
     op = KArAtOperator(3, 17, "g1b,rank=2")
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 2, 3, 17, 8).unbind())
     assert op.attend(q, k, v).transpose(1, 2).is_contiguous()
+
+
+def test_torch_func_sees_through_them() -> None:
+    op = KArAtOperator(2, 6, "g2b,impl=reference").double()
+    q, k, v = torch.randn(3, 1, 2, 6, 4, dtype=torch.float64).unbind()
+
+    def loss(v: torch.Tensor) -> torch.Tensor:
+        return op.attend(q, k, v).square().sum()
+
+    leaf = v.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(v), wanted)

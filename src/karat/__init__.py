@@ -1,10 +1,10 @@
 """Kolmogorov-Arnold Attention for vision transformers."""
 
 from karat.config import KArAtConfig
-from karat.convert import karat_operators, karatize
+from karat.convert import karatize
 from karat.hub import KArAtModel, from_pretrained
 from karat.models import create_model
-from karat.operator import KArAtOperator
+from karat.operator import KArAtOperator, karat_operators
 from karat.ops import basis_attention
 from karat.record import record
 from karat.resample import resample_tokens

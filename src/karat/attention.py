@@ -111,15 +111,14 @@ class _AroundOperator(nn.Module):
         self.watch: GridWatch | None = None  # with dynamic_img_size, set by karatize
         self.train(attn.training)
 
-    @property
-    def present_operator(self) -> KArAtOperator:
-        """The operator on the token grid of the images at hand: another one than `operator` with dynamic_img_size."""
-        return self.operator if self.watch is None else self.watch.operator(self.operator)
+    def present_operator(self, num_tokens: int) -> KArAtOperator:
+        """The operator on the grid of images of so many tokens: another one than `operator` with dynamic_img_size."""
+        return self.operator if self.watch is None else self.watch.operator(self.operator, num_tokens)
 
     def _attend(self, inputs: AttentionInputs) -> Tensor:
         """(B,H,N,D) heads' inputs -> (B,N,H·D)."""
         drop = self.attn_drop
-        out = self.present_operator.attend(
+        out = self.present_operator(inputs.k.shape[2]).attend(
             inputs.q,
             inputs.k,
             inputs.v,

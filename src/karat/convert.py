@@ -12,8 +12,9 @@ from torch import nn
 
 from karat.attention import ADAPTERS, CONVERTED, KEPT, refusal
 from karat.config import KArAtConfig
-from karat.grids import GridWatch, SetInputSize
-from karat.operator import KArAtOperator
+from karat.grids import GridWatch
+from karat.operator import KArAtOperator, karat_operators
+from karat.resample import SetInputSize
 
 SHARED_NAME = "karat_operator"
 
@@ -64,11 +65,6 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
     """
     known = (*ADAPTERS, *KEPT, *CONVERTED)
     return [AttentionSite(name, module) for name, module in model.named_modules() if isinstance(module, known)]
-
-
-def karat_operators(model: nn.Module) -> dict[str, KArAtOperator]:
-    """The operators of a converted model by name, each once; one for all blocks if they share it."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, KArAtOperator)}
 
 
 def karatize(model: nn.Module, config: KArAtConfig | str) -> nn.Module:
@@ -134,7 +130,7 @@ def karatize(model: nn.Module, config: KArAtConfig | str) -> nn.Module:
 
 def _watch_grids(model: Any) -> None:
     """Let every learnable attention know on which grid the tokens at hand lie."""
-    watch = GridWatch()
+    watch = GridWatch(model)
     model.patch_embed.register_forward_hook(watch)
     for site in attention_sites(model):
         if isinstance(site.module, CONVERTED):

@@ -23,12 +23,13 @@ def on_grid(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> KArAtOperator:
     """The operator as `karat.resample_operator` would make it, without changing it: same results, same gradients.
 
     Its parameters are functions of `op`'s, so gradients reach those. Where none are asked for (torch.no_grad, or
-    nothing to train) it's made once for each grid and kept until a parameter of `op` changes, is moved or is loaded.
-    The same grid gives `op` itself.
+    nothing to train) it's made once for each grid and kept until a parameter of `op` changes, is moved or is loaded;
+    what is written past autograd's notice, through `parameter.data`, goes unseen. The same grid gives `op` itself.
     """
     if old == new:
         return op
-    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in op.parameters()):
+    trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in op.parameters())
+    if trained or any(parameter.is_inference() for parameter in op.parameters()):  # those don't tell of changes
         return _view(op, old, new)
     kept = _views.setdefault(op, {})
     key = (old, new, *_state(op.parameters()))
@@ -46,7 +47,7 @@ def on_grid(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> KArAtOperator:
 
 def _state(parameters: Iterable[Tensor]) -> _Key:
     """Changes with every change of the parameters: other objects, another place, precision, or numbers written."""
-    return tuple((id(p), p.data_ptr(), p.dtype, p.device, None if p.is_inference() else p._version) for p in parameters)
+    return tuple((id(p), p.data_ptr(), p.dtype, p.device, p._version) for p in parameters)
 
 
 def _view(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> KArAtOperator:
@@ -76,36 +77,28 @@ class GridWatch:
     """A forward hook of a ViT's patch embedding: remembers the grid of the images at hand beside the model's own.
 
     With dynamic_img_size an image of any size passes, and the attention modules, which see nothing but tokens, ask
-    here on which grid they lie.
+    here on which grid they lie. Gradient checkpointing asks again in the backward pass, when other images may have
+    passed since: grids are therefore kept by their number of cells, and two of one number are refused then.
     """
 
-    def __init__(self) -> None:
-        self.grids: tuple[tuple[int, int], tuple[int, int]] | None = None
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.grids: dict[int, tuple[int, int]] = {}
 
     def __call__(self, patch_embed: Any, args: Any, output: Tensor) -> None:
-        """Note the grids; the output of a dynamic patch embedding is (B,h,w,C)."""
-        self.grids = tuple(patch_embed.grid_size), (int(output.shape[1]), int(output.shape[2]))
+        """Note the grid; the output of a dynamic patch embedding is (B,h,w,C)."""
+        grid = int(output.shape[1]), int(output.shape[2])
+        before = self.grids.get(grid[0] * grid[1], grid)
+        if before != grid and torch.is_grad_enabled() and self.model.grad_checkpointing:
+            raise ValueError(
+                f"gradient checkpointing can't tell images of {grid} tokens from those of {before} that came before; "
+                "keep to one of both, or switch it off: model.set_grad_checkpointing(False)"
+            )
+        self.grids[grid[0] * grid[1]] = grid
 
-    def operator(self, op: KArAtOperator) -> KArAtOperator:
-        """`op` on the grid of the images at hand."""
-        if self.grids is None:
-            return op
-        old, new = self.grids
+    def operator(self, op: KArAtOperator, num_tokens: int) -> KArAtOperator:
+        """`op` on the grid of the images that have so many tokens, prefix tokens included."""
+        old = tuple(self.model.patch_embed.grid_size)
         prefix = op.num_tokens - old[0] * old[1]
-        return on_grid(op, TokenGrid(prefix, *old), TokenGrid(prefix, *new))
-
-
-class SetInputSize:
-    """timm's `model.set_input_size` of a converted model: operators come along (SPEC §9).
-
-    An object and not a closure, so that a copied or pickled model resamples itself.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """As timm's own method, whose arguments it takes; other parameters are new objects afterwards."""
-        from karat.resample import follow_input_size
-
-        follow_input_size(self.model, *args, **kwargs)
+        new = self.grids.get(num_tokens - prefix)
+        return op if new is None else on_grid(op, TokenGrid(prefix, *old), TokenGrid(prefix, *new))

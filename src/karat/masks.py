@@ -12,6 +12,7 @@ MOST_PATTERNS = 4
 # From this many keys on, a mask of keys costs softmax no memory of size M·N; below, that memory is small.
 LINEAR_FROM = 1024
 LOWERED = 3e4  # within float16, and times 1/√D still far below any score
+SURELY_ZERO = 300.0  # so far below the others exp() is zero, in float32 from 104 on, with room for the scores' spread
 
 
 def safe_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -36,7 +37,7 @@ def softmax_attention(
     """softmax(scale · q kᵀ + bias) v through PyTorch's fused attention; rows that may see no key give zero."""
     if mask is None:
         return _fused(q, k, v, _fitting(bias, q, k), dropout_p, scale)
-    if bias is None and mask.shape[2] == 1 and k.shape[2] >= LINEAR_FROM:
+    if bias is None and mask.shape[2] == 1 and k.shape[2] >= LINEAR_FROM and scale * LOWERED > SURELY_ZERO:
         return _masked_keys(q, k, v, scale, mask, dropout_p)
     mask = mask.expand(*mask.shape[:3], k.shape[2])
     reachable = mask.any(-1, keepdim=True)

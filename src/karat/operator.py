@@ -216,6 +216,11 @@ class KArAtOperator(nn.Module):
         return f"num_heads={self.num_heads}, num_tokens={self.num_tokens}, config={self.config}"
 
 
+def karat_operators(model: nn.Module) -> dict[str, KArAtOperator]:
+    """The operators of a converted model by name, each once; one for all blocks if they share it."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, KArAtOperator)}
+
+
 def _four_axes(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.dim() == 4 else x.reshape((1,) * (4 - x.dim()) + x.shape)
 

@@ -21,7 +21,7 @@ def shared_product(w: Tensor, x: Tensor) -> Tensor:
     >>> torch.allclose(shared_product(w, x), w @ x, atol=1e-6)
     True
     """
-    if torch.compiler.is_compiling() or not _recorded(w, x):
+    if not _recorded(w, x):
         return w @ x
     product: Tensor = _SharedProduct.apply(w, x)
     return product
@@ -36,13 +36,16 @@ def product_for_tokens(h: Tensor, x: Tensor) -> Tensor:
     >>> torch.allclose(product_for_tokens(h, x), h @ x, atol=1e-6)
     True
     """
-    if torch.compiler.is_compiling() or not _recorded(h, x) or not _head_by_head(x) or h.dtype != x.dtype:
+    if not _recorded(h, x) or not _head_by_head(x) or h.dtype != x.dtype:
         return h @ x
     product: Tensor = _ProductForTokens.apply(h, x)
     return product
 
 
 def _recorded(*factors: Tensor) -> bool:
+    """Whether autograd alone keeps what is multiplied; compilers and torch.func have their own ways."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
     return torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
 
 

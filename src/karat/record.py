@@ -33,7 +33,7 @@ def _learnable(read: Callable[..., AttentionInputs]) -> Callable[..., Intermedia
     def intermediate(attn: Any, *args: Any, **kwargs: Any) -> Intermediate:
         inputs = read(attn, *args, **kwargs)
         scores = inputs.scores
-        return Intermediate(scores, attn.present_operator(scores, inputs.mask), inputs.mask)
+        return Intermediate(scores, attn.present_operator(scores.shape[-1])(scores, inputs.mask), inputs.mask)
 
     return intermediate
 

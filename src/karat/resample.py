@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from karat.attention import CONVERTED
-from karat.convert import karat_operators
+from karat.operator import karat_operators
 from karat.token_grid import like, resample_operator
 
 
@@ -72,7 +72,7 @@ def resample_tokens(
 def follow_input_size(model: Any, *args: Any, **kwargs: Any) -> None:
     """timm's `set_input_size` of this kind of model, with the arguments it takes, operators resampled after it.
 
-    Raises ValueError, before anything is changed, where the operators aren't on the model's present grid.
+    Raises ValueError where the operators aren't on the model's present grid; a ViT is unchanged then.
     """
     change = type(model).set_input_size
     if isinstance(model, SwinTransformer):
@@ -90,6 +90,20 @@ def follow_input_size(model: Any, *args: Any, **kwargs: Any) -> None:
     change(model, *args, **kwargs)
     for op in karat_operators(model).values():
         resample_operator(op, old, tuple(model.patch_embed.grid_size), prefix)
+
+
+class SetInputSize:
+    """timm's `model.set_input_size` of a converted model: operators come along (SPEC §9).
+
+    An object and not a closure, so that a copied or pickled model resamples itself.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """As timm's own method, whose arguments it takes; other parameters are new objects afterwards."""
+        follow_input_size(self.model, *args, **kwargs)
 
 
 def _new_grid(model: Any, img_size: tuple[int, int] | None) -> tuple[int, int]:

@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from karat.basis import BASES, LinearBasis, parse_basis, with_base
+from karat.basis.bspline import BSpline
+from karat.basis.wavelets import Morlet
 
 VARIANTS = ["fourier(grid=1)", "fourier(grid=11)", "bspline(grid=4,order=1,range=2)", "rational(m=2,n=4)"]
 VARIANTS += ["rational(m=6,n=2)", "shannon(window=key)", "silu+fourier(grid=2)", "gelu+dog", "identity+bspline"]
@@ -205,3 +207,9 @@ def test_bad_specs_say_what_to_do(spec: str, says: str) -> None:
     with pytest.raises(ValueError) as error:
         parse_basis(spec)
     assert says in str(error.value)
+
+
+def test_a_setting_is_written_to_the_last_digit() -> None:
+    for spec in (BSpline(10, 3, math.pi), Morlet(1 / 3)):
+        assert parse_basis(str(spec)) == spec
+    assert str(BSpline(10, 3, 4.0)) == "bspline(grid=10,order=3,range=4)"

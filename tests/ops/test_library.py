@@ -69,3 +69,14 @@ def test_autocast_leaves_float64_alone() -> None:
     q, k, u = (x.detach().double() for x in inputs("dog"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert basis_attention(q, k, u, "dog").dtype == torch.float64
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiled", "auto"])
+def test_autocast_stops_at_the_scores(impl: str) -> None:
+    """Sums and parameters stay in float32: what q and k are rounded to is all that the low precision touches."""
+    q, k, u = (x.detach() for x in inputs("fourier(grid=2)"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = basis_attention(q, k, u, "fourier(grid=2)", impl=impl)
+    rounded = (q.bfloat16().double(), k.bfloat16().double(), u.double())
+    exact = basis_attention(*rounded, "fourier(grid=2)", impl="reference")
+    assert (out.double() - exact).norm() <= 2.5e-3 * exact.norm()  # the output's own rounding

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from karat.convert import karat_operators
 from karat.flops import multiply_adds
 from karat.models import create_model
+from karat.operator import karat_operators
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def moved(model: nn.Module, directions: Sequence[Direction]) -> Iterator[Callabl
     """
     parameters = dict(model.named_parameters())
     names = list(directions[0])
-    targets = [parameters[name].data for name in names]
+    targets = [parameters[name].detach() for name in names]  # unlike .data they tell of changes to who keeps copies
     own = [target.clone() for target in targets]
     steps = [[direction[name].to(own_) for name, own_ in zip(names, own, strict=True)] for direction in directions]
 

@@ -66,8 +66,13 @@ class Basis(ABC):
             for field in dataclasses.fields(self)  # type: ignore[arg-type]
             if not isinstance(value := getattr(self, field.name), str) or value != field.default
         ]
-        options = ",".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in shown)
+        options = ",".join(f"{key}={_exact(value)}" for key, value in shown)
         return f"{self.name}({options})" if options else self.name
+
+
+def _exact(value: object) -> str:
+    """A setting as text that gives it back to the last digit: the text goes where the basis itself can't."""
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 class LinearBasis(Basis):

@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from karat.bench.step import build, step_of
+from karat.train.memory import peak_resident
 
 MIB = 2**20
 TOY = {"img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 3}
@@ -58,16 +59,6 @@ def _resident() -> int:
     return psutil.Process().memory_info().rss
 
 
-def peak() -> int:
-    """Highest resident memory so far, bytes."""
-    try:
-        import resource
-    except ImportError:  # Windows: psutil has it there
-        return psutil.Process().memory_info().peak_wset
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def _child(name: str, attention: str, way: str, batch: int, device: str, steps: int, options: dict[str, Any]) -> Peak:
     if device == "cuda":
         step = step_of(build(name, way, attention, **options), batch, device=device, amp=torch.bfloat16)
@@ -82,7 +73,7 @@ def _child(name: str, attention: str, way: str, batch: int, device: str, steps: 
     model = _resident() - idle
     for _ in range(steps):
         step()
-    return Peak(model / MIB, (peak() - idle) / MIB)
+    return Peak(model / MIB, (peak_resident() - idle) / MIB)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from karat.convert import karat_operators
+from karat.operator import karat_operators
 
 BATCHES = (1, 3)  # what an exported file is tried with: neither is the batch that it was traced with
 TRACED = 2

@@ -64,7 +64,8 @@ def basis_attention(
         low = torch.get_autocast_dtype(q.device.type)
         q, k = q.to(low), k.to(low)
     if impl == "reference":
-        return reference.basis_attention(q, k, u, basis, factor, bias, mask)
+        with reference.full_precision(q):
+            return reference.basis_attention(q, k, u, basis, factor, bias, mask)
     return library.basis_attention(q, k, u, bias, mask, str(basis), factor, impl)
 
 
@@ -107,6 +108,7 @@ def basis_contraction(
     basis = parse_basis(basis) if isinstance(basis, str) else basis
     if impl == "reference":
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return reference.contract(x.to(dtype), u.to(dtype), basis, mask).to(x.dtype)
+        with reference.full_precision(x):
+            return reference.contract(x.to(dtype), u.to(dtype), basis, mask).to(x.dtype)
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand(*x.shape[:2], -1, -1)
     return basis_attention(x, eye, u, basis, scale=1.0, mask=mask, impl=impl)

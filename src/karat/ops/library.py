@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from karat.basis import parse_basis
-from karat.ops import implementations
+from karat.ops import implementations, reference
 
 
 @torch.library.custom_op("karat::basis_attention", mutates_args=())
@@ -29,7 +29,8 @@ def basis_attention(
 ) -> Tensor:
     """out (B,H,M,E); see `karat.basis_attention`."""
     parsed = parse_basis(basis)
-    return implementations.choose(impl, q, u, parsed).forward(q, k, u, parsed, scale, bias, mask)
+    with reference.full_precision(q):
+        return implementations.choose(impl, q, u, parsed).forward(q, k, u, parsed, scale, bias, mask)
 
 
 @torch.library.custom_op("karat::basis_attention_backward", mutates_args=())
@@ -49,7 +50,8 @@ def basis_attention_backward(
     parsed = parse_basis(basis)
     chosen = implementations.choose(impl, q, u, parsed)
     wanted = (needs[0], needs[1], needs[2], needs[3])
-    gradients = chosen.backward(grad, q, k, u, parsed, scale, bias, mask, wanted)
+    with reference.full_precision(q):
+        gradients = chosen.backward(grad, q, k, u, parsed, scale, bias, mask, wanted)
     dq, dk, du, dbias = (q.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return dq, dk, du, dbias
 

@@ -6,10 +6,18 @@ and the path for second derivatives and for export.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 from karat.basis import Basis, LinearBasis
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast off where it's on: the low precision is that of q and k; every sum after them is in float32."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def contract(scores: Tensor, u: Tensor, basis: Basis, mask: Tensor | None = None) -> Tensor:
