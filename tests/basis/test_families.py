@@ -205,3 +205,14 @@ def test_bad_specs_say_what_to_do(spec: str, says: str) -> None:
     with pytest.raises(ValueError) as error:
         parse_basis(spec)
     assert says in str(error.value)
+
+
+def test_a_family_registered_again_is_the_one_that_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = parse_basis("silu+fourier(grid=2)").inner  # type: ignore[attr-defined]
+    again = type("Again", (type(first),), {})
+    monkeypatch.setitem(BASES, "fourier", again)
+    assert type(parse_basis("silu+fourier(grid=2)").inner) is again  # type: ignore[attr-defined]
+    assert type(parse_basis("fourier(grid=2)")) is again
+    monkeypatch.delitem(BASES, "fourier")
+    with pytest.raises(ValueError, match="unknown basis 'fourier'"):
+        parse_basis("fourier(grid=2)")
