@@ -133,11 +133,17 @@ def test_rounded_knots_still_count_as_equal_steps() -> None:
 
 @pytest.mark.slow
 def test_compiled_and_exported_layers_know_their_knots() -> None:
-    layer = SplineLinear(3, 2, grid=6)
+    layer, x = SplineLinear(3, 2, grid=6), torch.randn(20, 3)
+    early, late, exported = (copy.deepcopy(layer) for _ in range(3))
+    compiled = torch.compile(early, backend="eager", fullgraph=True)
+    compiled(x)
     layer.knots.copy_(layer.knots.sign() * layer.knots.abs() ** 1.3)
-    x = torch.randn(20, 3)
-    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
-    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+    late.knots.copy_(layer.knots)
+    for other in (early, exported):
+        other.load_state_dict(layer.state_dict())
+    program = torch.export.export(exported, (x,)).module()
+    for run in (compiled, torch.compile(late, backend="eager", fullgraph=True), program):
+        torch.testing.assert_close(run(x), layer(x))
 
 
 def test_refining_keeps_a_frozen_layer_frozen() -> None:

@@ -116,7 +116,7 @@ class KArAtModel(
         return predict.probabilities(self, [predict.read(image, self.config) for image in images])
 
     def present_config(self) -> ModelConfig:
-        """The configuration as the backbone now is: its image size and windows may have been changed since it was built.
+        """The configuration as the backbone now is: its image size and windows may have changed since it was built.
 
         A Swin's windows are written down whether they're the model's own or not.
         """
