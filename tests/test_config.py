@@ -80,6 +80,7 @@ def test_every_configuration_parses_back(**settings: object) -> None:
         ("g3b,blocks=(-1,)", "none of them negative"),
         ("g3b,blocks=3", "blocks must be indices"),
         ("g3b,impl=fast", "unknown impl 'fast'"),
+        ("silu+fourier(grid=3)-b,base=gelu", "base='gelu' is another: write it once"),
     ],
 )
 def test_bad_names_say_what_to_do(name: str, says: str) -> None:

@@ -256,3 +256,9 @@ def test_wrong_sizes_say_what_to_do() -> None:
         KArAtOperator(2, 0, "g3b")
     with pytest.raises(ValueError, match="softmax attention has no basis"):
         KArAtOperator(2, 3, "softmax")
+
+
+@pytest.mark.parametrize("spec", ["g2b,rank=2", "dog-b,rank=None", "g1b,rank=2,order=PhiW", "g1b,rank=2,order=PhiPhi"])
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 1, 1, N, dtype=torch.bool)], ids=["all", "keys"])
+def test_no_queries_give_no_rows(spec: str, mask: Tensor | None) -> None:
+    assert KArAtOperator(H, N, spec)(torch.zeros(2, H, 0, N), mask).shape == (2, H, 0, N)

@@ -62,6 +62,10 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(layer(x), layer(x))
 
 
+def masked(*shape: int) -> torch.Tensor:
+    return karat.SequenceAttention(9, 3, 5)(torch.zeros(2, 4, 9), mask=torch.ones(shape, dtype=torch.bool))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -71,6 +75,11 @@ def test_dropout_acts_in_training_only() -> None:
         (lambda: karat.SequenceAttention(9, 3, 4)(torch.zeros(1, 4, 9), torch.tensor([[2]])), "lengths must be"),
         (lambda: karat.SequenceAttention(9, 3, 4)(torch.zeros(1, 4, 9), mask=torch.zeros(1, 4)), "must be boolean"),
         (lambda: karat.CrossAttention(9, 0, 4), "num_heads=0"),
+        (lambda: masked(4, 4), r"write mask\[None, None\]"),
+        (lambda: masked(1, 4), r"one of keys, \(2, 4\)"),
+        (lambda: masked(2, 4, 4), r"write mask\[:, None\]"),
+        (lambda: masked(4), "two axes"),
+        (lambda: masked(2, 1, 1, 3), r"must broadcast to \(2, 3, 4, 4\)"),
     ],
 )
 def test_what_does_not_fit(call, message: str) -> None:  # type: ignore[no-untyped-def]

@@ -66,6 +66,11 @@ class KArAtConfig:
     def __post_init__(self) -> None:
         if self.basis != "softmax":
             object.__setattr__(self, "basis", str(parse_basis(self.basis)))
+            if "+" in self.basis and self.base != "zero":
+                raise ValueError(
+                    f"basis {self.basis!r} has a base activation already, and base={self.base!r} is another: "
+                    "write it once, before the + or as base"
+                )
         for name in ("softmax_heads", "blocks"):
             if isinstance(value := getattr(self, name), list | range):
                 object.__setattr__(self, name, tuple(value))

@@ -74,7 +74,7 @@ def _sum_of_edges(layer: EdgeLayer, scores: Tensor, mask: Tensor | None) -> Tens
     B, H, M, N = scores.shape
     width = layer.basis.num_parameters if isinstance(layer.basis, LinearBasis) else layer.outputs
     rows = M if torch.compiler.is_exporting() else max(1, CHUNK_NUMBERS // max(1, B * H * N * width))  # B may be open
-    masks = (mask,) * -(-M // rows) if mask is None or mask.shape[2] == 1 else mask.split(rows, dim=2)
+    masks = (mask,) * max(1, -(-M // rows)) if mask is None or mask.shape[2] == 1 else mask.split(rows, dim=2)
     chunks = [
         basis_contraction(part, u, layer.basis, mask=keep, impl="reference")
         for part, keep in zip(scores.split(rows, dim=2), masks, strict=True)

@@ -50,8 +50,8 @@ class SequenceAttention(nn.Module):
         self.proj, self.proj_drop = nn.Linear(dim, dim), nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (B,M,C); lengths (B,) whole numbers of real tokens; mask boolean, (B,M) of keys or broadcastable to
-        (B,H,M,M), True = may attend. Outputs at padded positions are there and mean nothing."""
+        """x (B,M,C); lengths (B,) whole numbers of real tokens; mask boolean, (B,M) of keys or with four axes
+        broadcastable to (B,H,M,M), True = may attend. Outputs at padded positions are there and mean nothing."""
         q, k, v = (_heads(part, self.operator.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
         out = _attend(self.operator, q, k, v, lengths, mask, self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(out))
@@ -98,8 +98,8 @@ class CrossAttention(nn.Module):
         self.proj, self.proj_drop = nn.Linear(dim, dim), nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, context: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (B,M,C), context (B,K,C'); lengths (B,) of the contexts; mask boolean, (B,K) of keys or broadcastable to
-        (B,H,M,K), True = may attend."""
+        """x (B,M,C), context (B,K,C'); lengths (B,) of the contexts; mask boolean, (B,K) of keys or with four axes
+        broadcastable to (B,H,M,K), True = may attend."""
         H = self.operator.num_heads
         k, v = (_heads(part, H) for part in self.kv(context).chunk(2, dim=-1))
         out = _attend(
@@ -139,10 +139,7 @@ def _attend(
             f"{keys} keys are more than the operator's {op.num_tokens} tokens; build it with num_tokens={keys} or "
             f"stretch it: karat.resample_operator(operator, {op.num_tokens}, {keys})"
         )
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"mask must be boolean (True = may attend), got {mask.dtype}")
-    if mask is not None and mask.dim() == 2:
-        mask = mask[:, None, None]  # (B,1,1,K)
+    mask = None if mask is None else _pairs(mask, (B, op.num_heads, q.shape[2], keys))
     if lengths is not None:
         if lengths.shape != (B,):
             raise ValueError(f"lengths must be one number a sequence, ({B},), got {tuple(lengths.shape)}")
@@ -153,3 +150,25 @@ def _attend(
         mask = F.pad(present.expand(*present.shape[:-1], keys), (0, absent))
         k, v = (F.pad(part, (0, 0, 0, absent)) for part in (k, v))
     return op.attend(q, k, v, mask=mask, dropout_p=dropout_p).transpose(1, 2).flatten(2)
+
+
+def _pairs(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """A mask of keys (B,K), or one that broadcasts to (B,H,M,K) already, with four axes."""
+    B, _, _, keys = shape
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be boolean (True = may attend), got {mask.dtype}")
+    if mask.dim() == 2:
+        if mask.shape != (B, keys):
+            raise ValueError(
+                f"a mask with two axes is one of keys, {(B, keys)}, got {tuple(mask.shape)}; of queries and keys, "
+                "write mask[None, None]"
+            )
+        return mask[:, None, None]
+    if mask.dim() != 4:
+        remedy = "mask[:, None] for one mask a sequence" if mask.dim() == 3 else "all four"
+        raise ValueError(
+            f"mask must have two axes, {(B, keys)}, or four, {shape}, got {tuple(mask.shape)}; write {remedy}"
+        )
+    if any(have != 1 and have != want for have, want in zip(mask.shape, shape, strict=True)):
+        raise ValueError(f"mask {tuple(mask.shape)} must broadcast to {shape}; give each axis its size or 1")
+    return mask

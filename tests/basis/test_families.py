@@ -213,3 +213,14 @@ def test_a_setting_is_written_to_the_last_digit() -> None:
     for spec in (BSpline(10, 3, math.pi), Morlet(1 / 3)):
         assert parse_basis(str(spec)) == spec
     assert str(BSpline(10, 3, 4.0)) == "bspline(grid=10,order=3,range=4)"
+
+
+def test_a_family_registered_again_is_the_one_that_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = parse_basis("silu+fourier(grid=2)").inner  # type: ignore[attr-defined]
+    again = type("Again", (type(first),), {})
+    monkeypatch.setitem(BASES, "fourier", again)
+    assert type(parse_basis("silu+fourier(grid=2)").inner) is again  # type: ignore[attr-defined]
+    assert type(parse_basis("fourier(grid=2)")) is again
+    monkeypatch.delitem(BASES, "fourier")
+    with pytest.raises(ValueError, match="unknown basis 'fourier'"):
+        parse_basis("fourier(grid=2)")

@@ -28,6 +28,14 @@ def test_the_papers_way_refuses_what_it_does_not_have() -> None:
     q = torch.randn(1, 3, 9, 8)
     with pytest.raises(ValueError, match="order WPhi alone"):
         paper_way.attend(KArAtOperator(3, 9, "g1b,order=PhiW"), q, q, q)
+    for option in ("simplex=row", "simplex=rank", "residual=softmax", "softmax_heads=1"):
+        with pytest.raises(ValueError, match=f"can't do {option.split('=')[0]}"):
+            paper_way.attend(KArAtOperator(3, 9, f"g1b,{option}"), q, q, q)
+    for name, value in (("mask", torch.ones(9, 9, dtype=torch.bool)), ("bias", torch.zeros(9, 9)), ("dropout_p", 0.1)):
+        with pytest.raises(ValueError, match=f"can't do {name}"):
+            paper_way.attend(KArAtOperator(3, 9, "g1b"), q, q, q, **{name: value})
+    shape = attention.Shape(1, 3, 9, 8)
+    assert "paper's way" not in attention.ways(shape, "g1b,simplex=row", "cpu", torch.float32)
 
 
 def test_every_way_is_called_in_turn() -> None:

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
+from karat.attention import KArAtAttention
 from karat.convert import karat_operators
 from karat.detect.attention import GridAttention, with_positions
 from karat.detect.pyramid import LEVELS, SimpleFeaturePyramid, level_sizes
 from karat.detect.trunk import Trunk, create_trunk, global_blocks
 from karat.grids import on_grid
-from karat.masks import softmax_attention
+from karat.masks import safe_softmax, softmax_attention
+from karat.operator import KArAtOperator
 from karat.token_grid import TokenGrid, resample_operator
 
 ATTENTIONS = ["softmax", "g2b,rank=3", "g2u,rank=3", "g1b,rank=3,order=PhiW", "g1u,residual=softmax", "dog-u,rank=2"]
@@ -228,3 +231,31 @@ def test_modules_keep_timms_names() -> None:
     names = set(small("g1b").state_dict())
     assert {"vit.blocks.0.attn.qkv.weight", "vit.blocks.2.attn.operator.W", "vit.pos_embed"} <= names
     assert isinstance(small("g1b").vit.blocks[0].attn, GridAttention)
+
+
+@pytest.mark.parametrize("operator", [False, True])
+def test_nothing_of_the_attention_taken_over_is_dropped(operator: bool) -> None:
+    attn: Any = Attention(16, num_heads=2, qkv_bias=True, scale_norm=True, norm_layer=nn.LayerNorm, attn_drop=0.5)
+    attn.fused_attn = False
+    attn.norm.weight.data.normal_()
+    attn.gate = nn.Linear(16, 16)
+    if operator:
+        attn = KArAtAttention(attn, KArAtOperator(2, 9, "g1b"))
+    grid = GridAttention(attn.eval(), (3, 3), (3, 3))
+    x, causal = torch.randn(2, 9, 16), torch.ones(9, 9, dtype=torch.bool).tril()
+    by_operator = KArAtAttention(attn, attn.operator) if operator else None
+    bias = torch.randn(9, 9)
+    for arguments in ({}, {"is_causal": True}, {"attn_mask": causal}, {"attn_mask": bias}):
+        q, k, v = attn.qkv(x).reshape(2, 9, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        scores = q @ k.mT * 8**-0.5 + (bias if arguments.get("attn_mask") is bias else 0)
+        mask = causal if arguments and arguments.get("attn_mask") is not bias else None
+        weights = (
+            by_operator.operator(scores, mask)
+            if by_operator
+            else safe_softmax(scores, None if mask is None else mask[None, None])
+        )
+        out = attn.norm((weights @ v).transpose(1, 2).flatten(2)) * attn.gate(x).sigmoid()
+        torch.testing.assert_close(grid(x, **arguments), attn.proj(out))
+    assert torch.equal(grid(x), grid(x))
+    grid.train()
+    assert not torch.equal(grid(x), grid(x))

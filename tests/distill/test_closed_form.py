@@ -10,6 +10,7 @@ import torch
 from karat.basis import BASES
 from karat.distill import Rows, fit_operator
 from karat.operator import KArAtOperator
+from karat.token_grid import resample_operator
 
 H, N, D = 2, 9, 4
 ORDERS = ("rank=None", "rank=4,order=WPhi", f"rank={N},order=PhiW", "rank=4,order=PhiPhi")
@@ -22,10 +23,11 @@ def source(
     size: float = 1.0,
     mask: torch.Tensor | None = None,
     seed: int = 0,
+    tokens: int = N,
 ) -> Callable[[], Iterator[Rows]]:
     generator = torch.Generator().manual_seed(seed)
-    scores = size * torch.randn(images, H, N, N, generator=generator, dtype=torch.float64)
-    values = torch.randn(images, H, N, D, generator=generator, dtype=torch.float64)
+    scores = size * torch.randn(images, H, tokens, tokens, generator=generator, dtype=torch.float64)
+    values = torch.randn(images, H, tokens, D, generator=generator, dtype=torch.float64)
 
     def rows() -> Iterator[Rows]:
         for part in range(0, images, 25):
@@ -118,3 +120,19 @@ def test_masked_keys_are_never_asked_for() -> None:
 def test_no_rows() -> None:
     with pytest.raises(ValueError, match="no rows"):
         fit_operator(KArAtOperator(H, N, "g1b"), lambda: iter(()))
+
+
+@pytest.mark.parametrize("spec", ["g2b,rank=None,base=silu", f"g1b,rank={N},order=PhiW,base=silu"])
+def test_a_base_whose_factor_differs_by_output_is_taken_off_output_by_output(spec: str) -> None:
+    planted, found = (
+        resample_operator(KArAtOperator(H, N, spec).double(), (2, 4), (3, 4), old_prefix=1) for _ in range(2)
+    )
+    gain = planted.edge_layers[-1].base_gain
+    assert not torch.allclose(gain, gain[:, :1].expand_as(gain))
+    rows = source(lambda scores, mask: planted(scores, mask), images=90, tokens=13)
+    share = fit_operator(found, rows, 1e-12)
+    # σ comes back by the operator itself, which has those factors
+    left = sum((found(part.scores) - part.target).square().sum((0, 2, 3)) for part in rows())
+    power = sum(part.target.square().sum((0, 2, 3)) for part in rows())
+    assert (left / power < (0.5 if "PhiW" in spec else 1e-6)).all()
+    assert (share > 0.5).all()

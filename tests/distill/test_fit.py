@@ -142,3 +142,15 @@ def empty() -> Iterator[torch.Tensor]:
 def test_bad_input(act, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):
         act(*pair())
+
+
+def test_a_projection_without_bias_is_fitted() -> None:
+    student, teacher, images = pair()
+    for model in (student, teacher):
+        for block in model.blocks:
+            block.attn.proj.bias = None
+    before = measure_blocks(student, teacher, images[4:])
+    fit_operators(student, teacher, lambda: images[:4])
+    after = measure_blocks(student, teacher, images[4:])
+    assert sum(b.explained for b in after) > sum(b.explained for b in before)
+    assert all(block.attn.proj.bias is None for block in student.blocks)

@@ -92,6 +92,18 @@ def test_a_resampled_model_is_saved_at_its_new_size(name: str, tmp_path: Path) -
     assert torch.equal(again(x), model(x))
 
 
+def test_a_swin_whose_window_alone_was_changed(tmp_path: Path) -> None:
+    model = saved_model("swin")
+    window = model.backbone.layers[0].blocks[0].window_size[0]
+    karat.resample_tokens(model.backbone, window_size=window // 2)
+    model.save_pretrained(tmp_path)
+    again = KArAtModel.from_pretrained(tmp_path)
+    assert again.config.sides == model.config.sides
+    assert again.backbone.layers[0].blocks[0].window_size == (window // 2, window // 2)
+    x = images("swin")
+    assert torch.equal(again(x), model(x))
+
+
 def test_precision_and_implementation(tmp_path: Path) -> None:
     model = saved_model("vit", "g3b,impl=tiled").to(torch.bfloat16)
     model.save_pretrained(tmp_path)

@@ -9,7 +9,7 @@ from timm.layers import Mlp
 from torch import nn
 
 import karat
-from karat.kan import MLPS, PEERS, KANClassifier, SplineLinear, parse_mlp, replace_mlp
+from karat.kan import MLPS, PEERS, KANClassifier, SplineLinear, create_deep_kan, parse_mlp, replace_mlp
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 
@@ -122,6 +122,13 @@ def test_deep_kan_by_name() -> None:
         named(torch.randn(2, 3, 9, 9))
     with pytest.raises(ValueError, match="range"):
         KANClassifier(4, range=(-1.0, 2.0))
+
+
+def test_deep_kan_of_images_that_are_not_square() -> None:
+    assert create_deep_kan(img_size=(8, 16))(torch.randn(2, 3, 8, 16)).shape == (2, 10)
+    for size in ((8, 8, 8), (8, 0), 0, -8):
+        with pytest.raises(ValueError, match="img_size"):
+            create_deep_kan(img_size=size)
 
 
 @pytest.mark.parametrize(

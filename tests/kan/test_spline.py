@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -108,3 +110,43 @@ def test_refuses_unusable_moves() -> None:
         layer.update_grid(torch.randn(1, 2))
     with pytest.raises(ValueError, match="factor"):
         layer.refine(0)
+
+
+def test_copied_knots_are_noticed(layer: SplineLinear) -> None:
+    moved = copy.deepcopy(layer)
+    moved.update_grid(torch.randn(300, 3, dtype=torch.float64), adaptive=0.9)
+    x = torch.randn(50, 3, dtype=torch.float64)
+    assert layer.uniform
+    layer(x)
+    for name, value in moved.state_dict().items():  # as timm's ModelEmaV3 does it
+        layer.state_dict()[name].copy_(value)
+    assert torch.equal(layer(x), moved(x))
+    assert layer.uniform == (layer.grid == 1)
+    with torch.inference_mode():
+        assert torch.equal(copy.deepcopy(layer)(x), moved(x))
+
+
+def test_rounded_knots_still_count_as_equal_steps() -> None:
+    for to in (torch.bfloat16, torch.half, "meta"):
+        assert SplineLinear(3, 2, grid=5, range=3.0).to(to).uniform
+
+
+@pytest.mark.slow
+def test_compiled_and_exported_layers_know_their_knots() -> None:
+    layer, x = SplineLinear(3, 2, grid=6), torch.randn(20, 3)
+    early, late, exported = (copy.deepcopy(layer) for _ in range(3))
+    compiled = torch.compile(early, backend="eager", fullgraph=True)
+    compiled(x)
+    layer.knots.copy_(layer.knots.sign() * layer.knots.abs() ** 1.3)
+    late.knots.copy_(layer.knots)
+    for other in (early, exported):
+        other.load_state_dict(layer.state_dict())
+    program = torch.export.export(exported, (x,)).module()
+    for run in (compiled, torch.compile(late, backend="eager", fullgraph=True), program):
+        torch.testing.assert_close(run(x), layer(x))
+
+
+def test_refining_keeps_a_frozen_layer_frozen() -> None:
+    layer = SplineLinear(3, 2, grid=2).requires_grad_(False)
+    layer.refine(2)
+    assert not layer.coefficients.requires_grad

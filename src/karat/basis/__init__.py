@@ -30,24 +30,28 @@ BASES: dict[str, type[Basis]] = {
 __all__ = ["ACTIVATIONS", "BASES", "Basis", "EdgeParameter", "LinearBasis", "parse_basis", "with_base"]
 
 
-@lru_cache(maxsize=256)
 def parse_basis(spec: str | Basis) -> Basis:
     """The basis that a spec such as "fourier(grid=3)", "dog" or "silu+morlet(omega=5)" names.
 
     Raises ValueError for a malformed spec, an unknown family or option, or a value out of range.
     """
-    if isinstance(spec, Basis):
-        return spec
+    return spec if isinstance(spec, Basis) else _parse(spec, tuple(BASES.items()))
+
+
+@lru_cache(maxsize=256)
+def _parse(spec: str, families: tuple[tuple[str, type[Basis]], ...]) -> Basis:
+    """The basis of a spec; remembered for these families alone, as a name may be registered again."""
+    known_families = dict(families)
     activation, plus, inner = spec.rpartition("+")
     if plus:
-        return with_base(parse_basis(inner), activation.strip())
+        return with_base(_parse(inner, families), activation.strip())
     match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", spec)
     if match is None:
         raise ValueError(f"malformed basis {spec!r}; write it like fourier(grid=3) or dog")
     name, arguments = match.groups()
-    if name not in BASES:
-        raise ValueError(f"unknown basis {name!r}; choose one of {', '.join(BASES)}")
-    family = BASES[name]
+    if name not in known_families:
+        raise ValueError(f"unknown basis {name!r}; choose one of {', '.join(known_families)}")
+    family = known_families[name]
     known = [field.name for field in dataclasses.fields(family)]  # type: ignore[arg-type]
     options: dict[str, int | float | str] = {}
     for part in filter(None, (part.strip() for part in (arguments or "").split(","))):

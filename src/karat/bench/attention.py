@@ -49,7 +49,7 @@ def ways(
     if device == "cuda" and dtype != torch.float32:
         candidates["softmax flash"] = flash_softmax
     config = KArAtConfig.parse(attention)
-    if materialised and config.order == "WPhi":
+    if materialised and not paper_way.missing(config):
         op = KArAtOperator(shape.H, shape.N, config).to(device, dtype)
         candidates["paper's way"] = partial(paper_way.attend, op)
     probe = torch.empty(shape.B, shape.H, 1, shape.D, device=device, dtype=dtype)

@@ -9,8 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from karat.config import KArAtConfig
 from karat.operator import KArAtOperator
 from karat.ops import basis_contraction
+
+
+def missing(config: KArAtConfig) -> list[str]:
+    """What a configuration asks for and this baseline doesn't have; empty if it can compute it."""
+    found = [name for name in ("simplex", "residual", "softmax_heads") if getattr(config, name)]
+    return found if config.order == "WPhi" else [f"order={config.order}", *found]
 
 
 def attend(
@@ -20,13 +27,13 @@ def attend(
 
     Raises ValueError for settings that this baseline doesn't have.
     """
-    if (
-        op.config.order != "WPhi"
-        or op.softmax_heads
-        or op.config.residual
-        or any(x is not None for x in unused.values() if x != 0.0)
-    ):
-        raise ValueError("the materialising baseline knows order WPhi alone, without masks, bias, residual, dropout")
+    asked = [name for name, x in unused.items() if x is not None and (isinstance(x, Tensor) or x != 0.0)]
+    asked += missing(op.config)
+    if asked:
+        raise ValueError(
+            f"the materialising baseline can't do {', '.join(asked)}: it knows order WPhi alone, without masks, bias, "
+            "dropout, simplex, residual, softmax heads"
+        )
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     scores = q @ k.transpose(-2, -1) * factor
     layer = op.layers[0]

@@ -18,7 +18,8 @@ from karat.token_grid import TokenGrid
 class GridAttention(nn.Module):
     """Multi-head attention of the tokens of a grid: proj(concat_h σ_h(scale·q_h k_hᵀ + positions) v_h).
 
-    Takes over the projections of a timm `Attention` (σ is softmax) or a `KArAtAttention` (σ is its operator).
+    Takes over the parts of a timm `Attention` (σ is softmax) or a `KArAtAttention` (σ is its operator): projections,
+    dropouts, and, where they're there, norms and gate.
 
     With relative positions the score of query i and key j gains q_i·R^h[y_i − y_j] + q_i·R^w[x_i − x_j], two tables
     (2·side − 1, D) that start at zero (Li et al., ViTDet, arXiv 2203.16527; MViTv2). The sum is written as a longer
@@ -35,6 +36,9 @@ class GridAttention(nn.Module):
     qkv: nn.Linear
     q_norm: nn.Module
     k_norm: nn.Module
+    attn_drop: nn.Module
+    norm: nn.Module
+    gate: nn.Module | None
     proj: nn.Module
     proj_drop: nn.Module
 
@@ -43,8 +47,10 @@ class GridAttention(nn.Module):
         self.num_heads: int = attn.num_heads
         self.scale: float = attn.scale
         self.grid = grid
-        for name in ("qkv", "q_norm", "k_norm", "proj", "proj_drop"):
+        for name in ("qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop"):
             setattr(self, name, getattr(attn, name))
+        self.norm = getattr(attn, "norm", nn.Identity())
+        self.gate = getattr(attn, "gate", None)
         self.operator: KArAtOperator | None = None
         self.grids = TokenGrid(0, *grid), TokenGrid(0, *grid)  # the operator's, and the tokens' here
         if isinstance(attn, KArAtAttention):
@@ -60,19 +66,25 @@ class GridAttention(nn.Module):
             width = self.qkv.out_features // (3 * self.num_heads)
             self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid[0] - 1, width))
             self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid[1] - 1, width))
+        self.train(attn.training)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x (B,N,C); attn_mask (B,1,1,N) boolean, True = a key that takes part."""
-        inputs = token_inputs(self, x, attn_mask)
-        q, k, v, scale, mask = inputs.q, inputs.k, inputs.v, inputs.scale, inputs.mask
+        """x (B,N,C); attn_mask boolean (True = takes part) or additive, broadcastable to (B,H,N,N)."""
+        q, k, v, scale, bias, mask = token_inputs(self, x, attn_mask, is_causal)
+        bias, mask = (x if x is None else x[(None,) * (4 - x.dim())] for x in (bias, mask))
+        dropout = self.attn_drop.p if isinstance(self.attn_drop, nn.Dropout) and self.training else 0.0
         if self.rel_pos_h is not None and self.rel_pos_w is not None:
             q, k = with_positions(q, k, scale, self.rel_pos_h, self.rel_pos_w)
             scale = 1.0
         if self.operator is not None:  # a shared one is resampled here, and its gradients reach it (SPEC §9)
-            out = on_grid(self.operator, *self.grids).attend(q, k, v, scale=scale, mask=mask)
+            op = on_grid(self.operator, *self.grids)
+            out = op.attend(q, k, v, scale=scale, bias=bias, mask=mask, dropout_p=dropout)
         else:
-            out = softmax_attention(q, k, v, scale, None, mask)
-        projected: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+            out = softmax_attention(q, k, v, scale, bias, mask, dropout)
+        out = self.norm(out.transpose(1, 2).flatten(2))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        projected: Tensor = self.proj_drop(self.proj(out))
         return projected
 
     def extra_repr(self) -> str:

@@ -71,8 +71,8 @@ def _dictionary(layer: EdgeLayer, x: Tensor, mask: Tensor | None, chosen: list[S
 
 
 def _offset(layer: EdgeLayer, x: Tensor, mask: Tensor | None) -> Tensor:
-    """The fixed base's sum over keys, (rows,1), of one head; b(0) = 0, so a masked key adds nothing."""
-    return _tall(fixed_base(layer, x if mask is None else torch.where(mask, x, 0)).unsqueeze(-1))
+    """The fixed base's sum over keys, (rows,P), of one head; b(0) = 0, so a masked key adds nothing."""
+    return _tall(fixed_base(layer, x if mask is None else torch.where(mask, x, 0)))
 
 
 def _mask_of(mask: Tensor | None, head: int) -> Tensor | None:
@@ -191,7 +191,8 @@ def _first_map(
 
     def inputs(x: Tensor, mask: Tensor | None) -> Tensor:
         z = _dictionary(layer, x, mask, chosen)
-        return torch.cat([z, _offset(layer, x, mask)], dim=-1) if has_fixed_base(layer) else z
+        # one column for all: the R outputs are no tokens, so their gains are the same
+        return torch.cat([z, _offset(layer, x, mask)[:, :1]], dim=-1) if has_fixed_base(layer) else z
 
     moments, weight = _collect(op, rows, inputs)
     if has_fixed_base(layer):

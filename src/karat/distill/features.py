@@ -97,14 +97,17 @@ def features(layer: EdgeLayer, x: Tensor, shape: Shape) -> Tensor:
 
 
 def fixed_base(layer: EdgeLayer, x: Tensor) -> Tensor:
-    """Σ_q b(x_q), (...,Q) -> (...,), times the fixed factor: what every output gets whatever is learned."""
+    """Σ_q b(x_q) g_qp, (...,Q) -> (...,P), g the fixed factors: what each output gets whatever is learned.
+
+    g is 1 at first; on a resampled token grid it depends on the output too, where outputs are tokens (SPEC §9).
+    """
     u = torch.zeros(layer.basis.num_parameters, dtype=x.dtype, device=x.device)
     for start, group in _starts(layer.basis):
         if group.name == "base":
             u[start] = 1
         elif not group.amplitude:
             u[start : start + group.count] = group.mean
-    return layer.basis.edge(x, u.reshape(-1, *(1,) * x.dim())) @ layer.base_gain[:, 0].to(x)
+    return layer.basis.edge(x, u.reshape(-1, *(1,) * x.dim())) @ layer.base_gain.to(x)
 
 
 def _starts(basis: Basis) -> list[tuple[int, Any]]:

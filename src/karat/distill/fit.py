@@ -164,7 +164,8 @@ def refit_projection(site: Site, student: nn.Module, teacher: nn.Module, images:
             theirs = call_at(teacher, site.teacher, batch)
             y = site.teacher(*theirs.args, **theirs.kwargs)
             z = heads[-1].reshape(-1, heads[-1].shape[-1])
-            z = torch.cat([z, torch.ones_like(z[:, :1])], dim=-1)
+            if projection.bias is not None:
+                z = torch.cat([z, torch.ones_like(z[:, :1])], dim=-1)
             if moments is None:
                 moments = Moments.zeros(1, z.shape[-1], y.shape[-1])
             moments.add(0, z, y.reshape(len(z), -1))
@@ -172,8 +173,12 @@ def refit_projection(site: Site, student: nn.Module, teacher: nn.Module, images:
         handle.remove()
     assert moments is not None
     # shrunk towards the projection that is there: with few images it stays
-    start = torch.cat([projection.weight, projection.bias[:, None]], dim=1).T.to(moments.gram)  # (C+1,C)
+    there = projection.weight
+    if projection.bias is not None:
+        there = torch.cat([there, projection.bias[:, None]], dim=1)
+    start = there.T.to(moments.gram)  # (C+1,C), or (C,C) without a bias
     change = least_squares(moments.gram[0], moments.without(start[None])[0], max(ridge, 1e-4))
     fitted = (start + change).T.to(projection.weight)
-    projection.weight.copy_(fitted[:, :-1])
-    projection.bias.copy_(fitted[:, -1])
+    projection.weight.copy_(fitted[:, : projection.in_features])
+    if projection.bias is not None:
+        projection.bias.copy_(fitted[:, -1])

@@ -116,16 +116,21 @@ class KArAtModel(
         return predict.probabilities(self, [predict.read(image, self.config) for image in images])
 
     def present_config(self) -> ModelConfig:
-        """The configuration as the backbone now is: its image size may have been changed since it was built."""
+        """The configuration as the backbone now is: its image size and windows may have changed since it was built.
+
+        A Swin's windows are written down whether they're the model's own or not.
+        """
         sides = tuple(getattr(getattr(self.backbone, "patch_embed", None), "img_size", None) or self.config.sides)
-        if sides == self.config.sides:
-            return self.config
-        side = sides[0] if sides[0] == sides[1] else sides
-        arguments = self.config.model_args | {"img_size": side}
-        if isinstance(self.backbone, SwinTransformer):  # windows have grown with the image
+        arguments = dict(self.config.model_args)
+        if isinstance(self.backbone, SwinTransformer):  # windows grow with the image, or were changed alone
             stages: Any = self.backbone.layers
             arguments["window_size"] = tuple(tuple(stage.blocks[0].window_size) for stage in stages)
-        return dataclasses.replace(self.config, img_size=side, model_args=arguments)
+        if sides == self.config.sides:
+            if arguments == self.config.model_args:
+                return self.config
+            return dataclasses.replace(self.config, model_args=arguments)
+        side = sides[0] if sides[0] == sides[1] else sides
+        return dataclasses.replace(self.config, img_size=side, model_args=arguments | {"img_size": side})
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.config = self.present_config()

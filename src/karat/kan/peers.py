@@ -14,6 +14,7 @@ import timm
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from karat.basis.base import check_count
 from karat.kan.classifier import KANClassifier
 from karat.kan.mlp import replace_mlp
 
@@ -51,19 +52,26 @@ def create_deep_kan(
     *,
     num_classes: int = 10,
     in_chans: int = 3,
-    img_size: int = 32,
+    img_size: int | Sequence[int] = 32,
     layers: Sequence[int] = (10, 10),
     grid: int = 10,
     order: int = 3,
     range: float | tuple[float, float] = 4.0,
     base: str = "silu",
 ) -> KANClassifier:
-    """The classifier of the paper's Table 14 for square images: see `KANClassifier`; `layers` are its hidden widths.
+    """The classifier of the paper's Table 14 for images: see `KANClassifier`; `layers` are its hidden widths.
+
+    img_size: side or (height, width) in pixels. Raises ValueError for anything else.
 
     >>> create_deep_kan(layers=(20, 40), order=1, in_chans=1, img_size=8).in_features
     64
     """
-    return KANClassifier(in_chans * img_size**2, layers, num_classes, grid, order, range, base)
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(sides) != 2:
+        raise ValueError(f"img_size must be a side or (height, width) in pixels, got {img_size!r}")
+    for name, value in (("in_chans", in_chans), ("img_size", sides[0]), ("img_size", sides[1])):
+        check_count("create_deep_kan", name, value, 1)
+    return KANClassifier(in_chans * sides[0] * sides[1], layers, num_classes, grid, order, range, base)
 
 
 def _peer_entry(name: str, peer: Peer) -> Callable[..., nn.Module]:

@@ -71,8 +71,8 @@ class SplineLinear(nn.Module):
         self.register_buffer("knots", uniform_knots(low, -low, grid, order))
         self.coefficients = nn.Parameter(torch.empty(grid + order, in_features, out_features))
         self.base_weight = None if base == "zero" else nn.Parameter(torch.empty(out_features, in_features))
-        self._uniform: bool | None = True
-        self.register_load_state_dict_post_hook(_forget_uniform)
+        self._uniform, self._seen = True, _state(self.knots)
+        self.register_load_state_dict_post_hook(_look_after_loading)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -87,11 +87,24 @@ class SplineLinear(nn.Module):
 
     @property
     def uniform(self) -> bool:
-        """Whether every grid has equal steps, so that the closed form serves."""
-        if self._uniform is None:
-            steps = self.knots.double().diff(dim=1)
-            self._uniform = bool((steps - steps.mean(1, keepdim=True)).abs().amax() <= 1e-5 * steps.amax())
+        """Whether every grid has equal steps, so that the closed form serves.
+
+        Knots that were written to since are looked at again. A layer that was exported or compiled before can't do so:
+        after writing to its knots other than by load_state_dict or update_grid, read `uniform` once.
+        """
+        self._look_at_knots()
         return self._uniform
+
+    # torch.compile calls it while it traces and guards what it finds; torch.export shows it no values, see the hook
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _look_at_knots(self) -> None:
+        state = _state(self.knots)
+        if state is None or state == self._seen:
+            return
+        steps = self.knots.double().diff(dim=1)
+        rounding = torch.finfo(self.knots.dtype).eps * self.knots.abs().amax().double()  # bfloat16 knots too
+        self._uniform = bool((steps - steps.mean(1, keepdim=True)).abs().amax() <= 1e-5 * steps.amax() + rounding)
+        self._seen = state
 
     def splines(self, x: Tensor) -> Tensor:
         """The splines' part alone, Σ_q Σ_f c_fqp B_f(x_q): (...,Q) -> (...,P)."""
@@ -116,8 +129,8 @@ class SplineLinear(nn.Module):
         """Cut each interval into `factor` equal ones; the layer's function on the grids' range stays the same.
 
         The finer splines contain the coarser ones there; beyond the range, where both fade out, they end sooner.
-        `coefficients` becomes a new, larger parameter (G·factor + k): give it to the optimiser. (pykan's grid
-        extension is the same step with a fit to samples.)
+        `coefficients` becomes a new, larger parameter (G·factor + k), frozen if it was: give it to the optimiser.
+        (pykan's grid extension is the same step with a fit to samples.)
 
         Raises ValueError unless `factor` is a whole number >= 1.
         """
@@ -135,7 +148,7 @@ class SplineLinear(nn.Module):
         x = (cut[:, :-1, None] + cut.diff(dim=1)[..., None] * points).flatten(1).t()
         y = evaluate(old, k, self.coefficients.double(), x)
         fitted = fit_coefficients(knots, k, x, y)
-        self.coefficients = nn.Parameter(fitted.to(self.coefficients))
+        self.coefficients = nn.Parameter(fitted.to(self.coefficients), self.coefficients.requires_grad)
         self.knots = knots.to(self.knots)
         self.grid *= factor
 
@@ -158,11 +171,18 @@ class SplineLinear(nn.Module):
         knots = adaptive_knots(x, self.grid, self.order, adaptive)
         self.coefficients.copy_(fit_coefficients(knots, self.order, x, y))
         self.knots.copy_(knots)
-        self._uniform = None
+        self._look_at_knots()
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, grid={self.grid}, order={self.order}, base={self.base}"
 
 
-def _forget_uniform(layer: SplineLinear, incompatible: object) -> None:
-    layer._uniform = None
+def _look_after_loading(layer: SplineLinear, incompatible: object) -> None:
+    layer._look_at_knots()  # what is exported or already compiled can't look by itself
+
+
+def _state(knots: Tensor) -> tuple[int, int] | None:
+    """What changes when the knots are replaced or written to; None while they have no values (meta, fake)."""
+    if type(knots) is not Tensor or knots.is_meta:
+        return None
+    return knots.data_ptr(), 0 if knots.is_inference() else knots._version
