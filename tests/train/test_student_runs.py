@@ -122,6 +122,41 @@ def test_a_tampered_teacher_and_wrong_use_are_refused(
         assert error.count("\n") == 1
 
 
+def test_what_a_run_starts_from_is_never_overwritten(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(teacher, mine)
+    (tmp_path / "link").symlink_to(mine)
+    before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+    for start in ({"teacher": str(tmp_path / "link")}, {"init": str(mine)}, {"init": f"{mine}/model.safetensors"}):
+        with pytest.raises(ValueError, match="is what this run starts from: give another --output"):
+            Trainer(tiny(mine, overwrite=True, **start))
+    assert cli.main(["transfer", str(mine), "--output", str(mine), "--overwrite"]) == 2
+    assert "give another --output" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()} == before
+    settings = runs.read_config(mine)[0].as_dict() | {"attention": "softmax", "teacher": str(mine)}
+    config = files.read_json(mine / "config.json")
+    files.write_json(mine / "config.json", config | {"settings": settings})
+    with pytest.raises(ValueError, match="names itself as its teacher"):
+        load_run(mine)
+
+
+def test_a_student_goes_on_with_its_own_teacher_only(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    train(tiny(run, teacher=str(teacher), epochs=1))
+    assert cli.main(["transfer", str(tmp_path / "other"), "--resume", str(run)]) == 2
+    assert f"learns from {teacher}, not" in capsys.readouterr().err
+    assert cli.main(["transfer", str(teacher), "--resume", str(teacher)]) == 2
+    assert "has no teacher" in capsys.readouterr().err
+    for same in (teacher, run / "teacher"):
+        assert cli.main(["transfer", str(same), "--resume", str(run)]) == 0
+    assert cli.main(["convert", str(run), "--output", str(tmp_path / "made")]) == 2
+    assert "nothing to convert" in capsys.readouterr().err
+
+
 def test_rows_of_table_4_run(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = next(e for e in rows(4) if e.model == "vit_base" and "vit_tiny" in e.variant)
     assert entry.runnable == (True, "")
