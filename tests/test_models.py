@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import karat
-from karat.models import REGISTERED
+from karat.models import REGISTERED, ModelArgumentsError
 from small_models import VIT
 
 
@@ -87,3 +87,28 @@ def test_bad_names() -> None:
         karat.create_model("vit_tiny_patch16_223")
     with pytest.raises(ValueError, match="can't read the attention"):
         karat.create_model("vit_tiny_patch16_224", "g3x")
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("vit_tiny_patch16_224", {"embed_dim": 10, "num_heads": 3}),
+        ("karat_vit_tiny_patch16_224", {"embed_dim": 10, "num_heads": 3}),
+        ("vit_tiny_patch16_224.bogus", {}),
+        ("deep_kan(foo=5)", {}),
+        ("resnet18", {"img_size": 32}),
+    ],
+)
+def test_what_timm_refuses_is_one_line(name: str, sizes: dict[str, int]) -> None:
+    with pytest.raises(ModelArgumentsError, match="can't be built with") as caught:
+        karat.create_model(name, **sizes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failing_download_is_not_the_arguments_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("timm.create_model", offline)
+    with pytest.raises(RuntimeError, match="no network"):
+        karat.create_model("vit_tiny_patch16_224", pretrained=True)

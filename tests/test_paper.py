@@ -1,5 +1,6 @@
 """Every published figure is here, every row means a configuration, and commands are real ones."""
 
+import json
 import shlex
 
 import pytest
@@ -220,6 +221,30 @@ def test_a_detector_finds_its_rows(tmp_path):
     assert "1 of 50 epochs" in found[31, "box_AP"].caveat
 
 
+def test_a_smaller_detector_says_so(tmp_path):
+    values = {"model": "vit_base_patch16_224", "attention": "g1u", "data": "coco"}
+    said = {}
+    for name, more in {"small": {"recipe": "small"}, "jitter": {"recipe": "jitter"}, "own": {"img_size": 128}}.items():
+        runs.begin(tmp_path / name, DetectSettings.make(**values, **more), {"categories": []})
+        runs.write_history(tmp_path / name, [{"epoch": 1, "box_AP": 9.5}])
+        said[name] = read_run(tmp_path / name).caveat.split(", ", 1)[1]
+    assert said == {
+        "small": "proposals and heads of another size",
+        "jitter": "images of 1024 pixels, not 224",
+        "own": "images of 128 pixels, not 224",
+    }
+
+
+def test_another_mlp_and_converted_weights_are_no_published_model(tmp_path):
+    values = {"data": "torch/cifar10", "attention": "g3b", "model": "vit_tiny_patch16_224", "recipe": "vit"}
+    other = make_run(tmp_path / "mlp", 70.0, **values, mlp="grkan")
+    assert not compare(rows(), [other])
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"converted_from": "elsewhere"}))
+    with pytest.raises(ValueError, match="was converted, not trained"):
+        compare(rows(), [other])
+
+
 def test_a_fine_tuned_run_is_no_run_from_scratch(tmp_path):
     run = make_run(
         tmp_path / "r", 90.0, data="torch/cifar10", attention="softmax", model="vit_tiny_patch16_224", init="x"
@@ -255,6 +280,24 @@ def test_the_command_prints_tables_rows_and_results(tmp_path, capsys):
         paper(["table19", "--results", str(run)])
     with pytest.raises(ValueError, match="of which table"):
         paper(["--run", "3"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("table1 --scale 0.5", "--scale 0.5 belongs to --run"),
+        ("table1 8 --data here --teacher there", "--data here belongs to --run"),
+        ("table4 --teacher there", "--teacher there belongs to --run"),
+        ("table1 8 --run 8", "row 8 is named beside --run 8"),
+        ("table1 --run 8 --results a", "--results shows runs that are there"),
+        ("table1 8 --results a", "--results compares whole tables"),
+        ("table1 --run 8 --teacher there", "row 8 learns from no teacher"),
+        ("table13 --run 42 --scale 0.5", "row 42 is counted, not trained: leave --scale out"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(line, message):
+    with pytest.raises(ValueError, match=message):
+        paper(line.split())
 
 
 def test_cost_rows_are_counted_here(capsys):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from karat.config import KArAtConfig
@@ -37,6 +38,10 @@ REGISTERED: dict[str, str] = {
 }
 
 
+class ModelArgumentsError(ValueError):
+    """timm can't build the model from these arguments; what it raised is the cause."""
+
+
 def create_model(
     name: str, attention: KArAtConfig | str | None = None, mlp: str | None = None, **timm_kwargs: Any
 ) -> nn.Module:
@@ -55,7 +60,9 @@ def create_model(
             checkpoint_path, except that for registered names it loads the whole converted model.
 
     Raises:
-        ValueError: a name that timm doesn't know, or what `karat.karatize` refuses.
+        ValueError: a name that timm doesn't know, or what `karat.karatize` refuses. ModelArgumentsError, a kind of it:
+            arguments that the model doesn't take or that contradict each other. With pretrained=True what timm raises
+            is handed on, for there it may also be the network's fault.
 
     >>> model = create_model("vit_tiny_patch16_224", "g3b", img_size=32, patch_size=4, embed_dim=96, depth=6)
     >>> model.blocks[0].attn.operator.num_tokens
@@ -74,13 +81,27 @@ def create_model(
         config = None  # it has no attention to convert
     if bare.startswith(PREFIX):
         chosen = {} if config is None else {"attention": config}
-        model = timm.create_model(name, **chosen, **timm_kwargs)
+        model = _from_timm(name, **chosen, **timm_kwargs)
         config = None
     else:
-        model = timm.create_model(name, **timm_kwargs)
+        model = _from_timm(name, **timm_kwargs)
     if mlp is not None:
         replace_mlp(model, mlp, take_over=bool(timm_kwargs.get("pretrained")))
     return model if config is None else karatize(model, config)
+
+
+def _from_timm(name: str, **kwargs: Any) -> nn.Module:
+    """timm.create_model; ModelArgumentsError where it refuses the arguments with another kind of error."""
+    try:
+        return timm.create_model(name, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, TypeError, RuntimeError) as error:
+        if kwargs.get("pretrained"):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        given = ", ".join(f"{key}={value}" for key, value in kwargs.items())
+        raise ModelArgumentsError(f"{name} can't be built with {given or 'these settings'}: {reason}") from error
 
 
 def _entry_point(base: str, default: str) -> Callable[..., nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from helpers import tiny
 import karat
 from karat import cli
 from karat.analyze.loading import open_run
+from karat.paper.results import read_run
 from karat.train import files, runs
+from karat.train.convert_run import Convert, _teacher
 from karat.train.engine import train
 from karat.train.measure import load_run
 
@@ -51,6 +54,29 @@ def test_a_run_is_converted_and_used(softmax_run: Path, tmp_path: Path, capsys: 
     assert "--overwrite" in capsys.readouterr().err
     assert cli.main(["train", "--resume", str(made)]) == 2
     assert "--init" in capsys.readouterr().err
+    assert cli.main(["eval", str(made), "--weights", "best"]) == 2
+    assert "was converted, not trained" in capsys.readouterr().err
+    assert convert(softmax_run, "--output", softmax_run, "--overwrite") == 2
+    assert "is what this run starts from" in capsys.readouterr().err
+    train(tiny(made, **SIZE, epochs=1, overwrite=True))  # a new run there leaves nothing of the conversion
+    assert not (made / "convert.json").exists()
+
+
+def test_other_data_is_taken_whole(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(tiny(run, epochs=1, data_dir=str(tmp_path / "elsewhere")))
+    options = Convert(str(run), attention="g1b", data="torch/mnist")
+    settings, _, _ = _teacher(options)
+    assert (settings.data, settings.data_fraction, settings.data_dir) == ("torch/mnist", 1.0, None)
+    assert _teacher(replace(options, data="digits"))[0].data_fraction == 0.1
+
+
+def test_a_converted_run_is_refused(softmax_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = tmp_path / "made"
+    assert convert(softmax_run, "--attention", "g1b,rank=2", "--images", 32, "--output", made) == 0
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="was converted, not trained"):
+        read_run(made)
     assert convert(made, "--output", tmp_path / "again") == 2
     assert "learnable attention already" in capsys.readouterr().err
 

@@ -172,6 +172,30 @@ def test_a_broken_image_ends_the_run_by_name(tmp_path, recipe, workers):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("jitter", [0.0, 1e-9], ids=["resident", "one by one"])
+def test_pad_resizes_training_images_as_asked(tmp_path, jitter):
+    for part in ("train", "val"):
+        make_folder(tmp_path / part, {"a": 2, "b": 2}, size=(24, 24))
+    still = {"hflip": 0.0, "train_crop_mode": "pad", "color_jitter": jitter}
+
+    def seen(**values):
+        data = load(tmp_path, QUICK.override(**still, **values), img_size=6, batch_size=4)  # 6 // 8: nothing is shifted
+        (train,), (val,) = list(data.train), list(data.eval)
+        return train[0], val[0]
+
+    train, val = seen()
+    nearest, same = seen(train_interpolation="nearest")
+    assert torch.equal(val, same)
+    assert (nearest - train).abs().max() > 0.1
+    plain, other = seen(interpolation="nearest")
+    assert torch.equal(plain, train)
+    assert (other - val).abs().max() > 0.1
+    drawn, _ = seen(train_interpolation="random")
+    smooth, _ = seen(train_interpolation="bilinear")
+    for image, one, two in zip(drawn, train, smooth, strict=True):
+        assert min((image - one).abs().max(), (image - two).abs().max()) < 0.05
+
+
 @pytest.mark.parametrize("recipe", [QUICK, VIT], ids=["resident", "one by one"])
 def test_a_broken_image_is_skipped_and_counted_once(tmp_path, recipe):
     make_folder(tmp_path / "train", {"a": 4, "b": 4})
@@ -186,7 +210,7 @@ def test_a_broken_image_is_skipped_and_counted_once(tmp_path, recipe):
             assert labels.min() >= 0
         assert sorted(all_labels(data.eval).tolist()) == [0, 1, 1]
     assert data.bad_images == 2
-    assert str(broken) in data.bad_image_names
+    assert str(broken) in data._bad.names
 
 
 def test_nothing_decodable(tmp_path):

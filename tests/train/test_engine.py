@@ -132,6 +132,20 @@ def test_grad_checkpointing_changes_no_loss(tmp_path: Path) -> None:
     assert plain == pytest.approx(recomputed, abs=1e-6)
 
 
+def test_a_model_that_cannot_recompute_is_refused(tmp_path: Path) -> None:
+    sizes = {"depth": 1, "embed_dim": 8, "num_heads": 2, "img_size": 16}
+    with pytest.raises(ValueError, match="convit_tiny can't recompute activations: leave --grad-checkpointing out"):
+        Trainer(tiny(tmp_path / "run", model="convit_tiny", grad_checkpointing=True, **sizes))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("values", [{"patch_size": 9}, {"recovery_interval": -1}])
+def test_settings_that_fit_no_run_are_refused(tmp_path: Path, values: dict[str, int]) -> None:
+    ((name, value),) = values.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        tiny(tmp_path, **values)
+
+
 def test_bfloat16_trains(tmp_path: Path) -> None:
     summary = train(tiny(tmp_path / "run", attention="g3b", amp_dtype="bfloat16", epochs=1))
     assert summary["finished"]

@@ -27,8 +27,6 @@ def test_convit_and_swin_differ_from_vit_as_tables_9_and_10_say():
 def test_rate_grows_with_the_total_batch(total):
     recipe = Recipe(lr=5e-4)
     assert recipe.scaled_lr(total) == pytest.approx(5e-4 * total / 512)
-    assert recipe.scaled_coefficient_lr(total) == recipe.scaled_lr(total)
-    assert recipe.override(coefficient_lr=1e-3).scaled_coefficient_lr(total) == pytest.approx(1e-3 * total / 512)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -54,6 +52,13 @@ def test_json_round_trip(name):
         {"model_ema_decay": 1.0},
         {"train_crop_mode": "zoom"},
         {"mixup_mode": "all"},
+        {"interpolation": "random"},
+        {"train_interpolation": "cubic"},
+        {"remode": "noise"},
+        {"aa": "rand-x3"},
+        {"aa": "nonsense"},
+        {"aa": "augmix-q2"},
+        {"aa": ""},
         {"min_lr": -1.0},
     ],
     ids=str,

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import outcome, tiny
 
 from karat import cli
+from karat.analyze.loading import open_run
+from karat.analyze.studies_loss import study_cost
+from karat.flops import multiply_adds, teacher_multiply_adds
 from karat.paper import compare, rows, run_row
 from karat.train import files, runs
+from karat.train.compare import count_operations
 from karat.train.engine import Trainer, train
 from karat.train.measure import load_run
 from karat.train.settings import Settings
@@ -114,12 +119,73 @@ def test_a_tampered_teacher_and_wrong_use_are_refused(
         f"{tmp_path}/nowhere": "no run's folder",
         f"{teacher} --attention g3b": "leave --attention out",
         f"{teacher} --num-heads 1": "multiple of 2",
+        f"{teacher} --model resnet18": "can't be built with",
+        f"{teacher} --model deep_kan": "has no attention that another can take the place of",
     }
     for line, message in bad.items():
         assert cli.main(["transfer", *line.split()]) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_what_a_run_starts_from_is_never_overwritten(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(teacher, mine)
+    (tmp_path / "link").symlink_to(mine)
+    before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+    for start in ({"teacher": str(tmp_path / "link")}, {"init": str(mine)}, {"init": f"{mine}/model.safetensors"}):
+        with pytest.raises(ValueError, match="is what this run starts from: give another --output"):
+            Trainer(tiny(mine, overwrite=True, **start))
+    assert cli.main(["transfer", str(mine), "--output", str(mine), "--overwrite"]) == 2
+    assert "give another --output" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()} == before
+    settings = runs.read_config(mine)[0].as_dict() | {"attention": "softmax", "teacher": str(mine)}
+    config = files.read_json(mine / "config.json")
+    files.write_json(mine / "config.json", config | {"settings": settings})
+    with pytest.raises(ValueError, match="names itself as its teacher"):
+        load_run(mine)
+
+
+def test_a_student_goes_on_with_its_own_teacher_only(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    train(tiny(run, teacher=str(teacher), epochs=1))
+    assert cli.main(["transfer", str(tmp_path / "other"), "--resume", str(run)]) == 2
+    assert f"learns from {teacher}, not" in capsys.readouterr().err
+    assert cli.main(["transfer", str(teacher), "--resume", str(teacher)]) == 2
+    assert "has no teacher" in capsys.readouterr().err
+    for same in (teacher, run / "teacher"):
+        assert cli.main(["transfer", str(same), "--resume", str(run)]) == 0
+    assert cli.main(["convert", str(run), "--output", str(tmp_path / "made")]) == 2
+    assert "nothing to convert" in capsys.readouterr().err
+
+
+def test_a_student_elsewhere(tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine, run = tmp_path / "mine", tmp_path / "run"
+    shutil.copytree(teacher, mine)
+    settings = tiny(run, teacher=str(mine), epochs=1)
+    train(settings)
+    own, image = count_operations(settings, 10, 1), torch.zeros(1, 1, 8, 8)
+    theirs = teacher_multiply_adds(load_run(run), image)
+    plain = count_operations(tiny(tmp_path, epochs=1), 10, 1)
+    # two blocks without queries, keys (5 x 16 to 16 each) and scores (2 heads of 5 x 8 x 5)
+    assert plain - own == 2 * (2 * 5 * 16 * 16 + 2 * 5 * 8 * 5)
+    shutil.rmtree(mine)  # the run keeps what it needs
+    assert multiply_adds(load_run(run), image) == own + theirs
+    for line in (["hub", str(run)], ["predict", str(run), "x.png"], ["export", str(run)]):
+        assert cli.main(line) == 2
+        error = capsys.readouterr().err
+        assert "runs on the attention of its teacher" in error
+        assert error.count("\n") == 1
+    assert cli.main(["report", str(run), "--sections", "cost"]) == 0
+    samples = SimpleNamespace(images=image)
+    rows = study_cost([SimpleNamespace(run=open_run(run), label="student", samples=samples)]).numbers  # type: ignore[list-item]
+    assert rows["student"]["of the multiply-adds, the teacher's (M)"] == theirs / 1e6
+    assert rows["the same with softmax"]["multiply-adds an image (M)"] == plain / 1e6
 
 
 def test_rows_of_table_4_run(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:

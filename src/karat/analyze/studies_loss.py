@@ -32,11 +32,12 @@ from karat.analyze.landscape import (
 from karat.analyze.loading import trajectory
 from karat.analyze.study import Study, Subject
 from karat.analyze.trajectory import Direction, Plane, principal_plane
-from karat.flops import multiply_adds
+from karat.flops import multiply_adds, teacher_multiply_adds
 from karat.train import runs
 from karat.train.build import build_model
 from karat.train.files import digest
 from karat.train.settings import Settings
+from karat.transfer import teacher_of
 
 FOLDER = "analysis"
 COST_BATCH = 8
@@ -139,13 +140,13 @@ def study_hessian(subjects: Sequence[Subject]) -> Study:
 
 def _has_softmax_twin(s: Subject, subjects: Sequence[Subject]) -> bool:
     """Whether one of the subjects is the same model with softmax."""
-    asked = dataclasses.replace(s.run.settings, attention="softmax")
+    asked = dataclasses.replace(s.run.settings, attention="softmax", teacher=None)
     return any(_builds(other.run.settings) == _builds(asked) for other in subjects)
 
 
 def _builds(settings: Settings) -> tuple[object, ...]:
     """What makes the model."""
-    return settings.model, settings.attention, settings.mlp, settings.model_kwargs()
+    return settings.model, settings.attention, settings.teacher, settings.mlp, settings.model_kwargs()
 
 
 def study_cost(subjects: Sequence[Subject]) -> Study:
@@ -156,11 +157,11 @@ def study_cost(subjects: Sequence[Subject]) -> Study:
         settings, facts = s.run.settings, s.run.facts
         published_size = not settings.model_kwargs()
         reference = "the same with softmax" if len(subjects) == 1 else f"{s.label} with softmax"
-        for label, attention in ((s.label, settings.attention), (reference, "softmax")):
+        twin = dataclasses.replace(settings, attention="softmax", teacher=None)
+        for label, asked in ((s.label, settings), (reference, twin)):
             if label == reference and _has_softmax_twin(s, subjects):
                 continue
-            asked = dataclasses.replace(settings, attention=attention)
-            model = build_model(asked, int(facts["num_classes"]), int(facts["in_chans"]))
+            model = build_model(asked, int(facts["num_classes"]), int(facts["in_chans"]), s.run.folder)
             images = s.samples.images[:1].expand(COST_BATCH, -1, -1, -1).contiguous()
             rows[label] = {
                 "parameters (M)": count_parameters(model) / 1e6,
@@ -169,7 +170,13 @@ def study_cost(subjects: Sequence[Subject]) -> Study:
                 f"kept for backward, batch {COST_BATCH} (MiB)": bytes_kept(model, images) / 2**20,
                 "images/s, inference here": images_per_second(model, images),
             }
-            published = PUBLISHED.get((settings.model, attention))
+            teacher = teacher_of(model)
+            if teacher is not None:  # it looks at every image too, and its parameters aren't among the student's
+                rows[label] |= {
+                    "the frozen teacher: parameters (M)": count_parameters(teacher) / 1e6,
+                    "of the multiply-adds, the teacher's (M)": teacher_multiply_adds(model, images[:1]) / 1e6,
+                }
+            published = PUBLISHED.get((asked.model, asked.attention)) if teacher is None else None
             if published is not None and published_size:
                 rows[label] |= {
                     "paper: parameters (M)": published.params_M,

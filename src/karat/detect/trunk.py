@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from karat.attention import KArAtAttention
 from karat.detect.attention import GridAttention
-from karat.models import create_model
+from karat.models import ModelArgumentsError, create_model
 from karat.token_grid import resample_operator
 
 WINDOW = 14
@@ -124,8 +124,10 @@ def create_trunk(
     """
     try:
         known: Any = create_model(name, "softmax", num_classes=0, **(timm_kwargs | {"depth": 1}))
-    except TypeError:  # an argument that only ViTs have
-        known = None
+    except ModelArgumentsError as error:
+        if not isinstance(error.__cause__, TypeError):
+            raise
+        known = None  # it doesn't take an argument that only ViTs have
     if not isinstance(known, VisionTransformer):
         raise ValueError(f"{name} is no plain ViT, which a detector's trunk must be: e.g. vit_tiny_patch16_224")
     patch: int = known.patch_embed.patch_size[0]

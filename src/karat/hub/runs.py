@@ -63,9 +63,15 @@ def from_run(folder: Path, weights: str = "last") -> KArAtModel:
     """A run's model with its weights ("last", "best" or "ema"), ready to be saved; the facts for its card are in
     `config.training`.
 
-    Raises ValueError when the folder is no run, or its weights are missing or were tampered with.
+    Raises ValueError when the folder is no run, its weights are missing or were tampered with, or it is a student,
+    whose attention another model computes.
     """
     settings, facts = runs.read_config(folder)
+    if settings.teacher is not None:
+        raise ValueError(
+            f"{folder} runs on the attention of its teacher, {settings.teacher}, without which it can't be saved or "
+            "opened; karat eval measures it"
+        )
     model = load_run(folder, weights)
     mean, std = statistics(facts["in_chans"])
     names = tuple(map(str, facts.get("class_names", ())))

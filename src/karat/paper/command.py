@@ -26,8 +26,8 @@ class Paper:
     """A row of the table, counted from 1: its settings and its command."""
     run: int | None = None
     """Run that row of the table, as `karat train` would."""
-    scale: float = 1.0
-    """With --run: this fraction of the epochs and of the data."""
+    scale: float | None = None
+    """With --run: this fraction of the epochs and of the data; none: all of them."""
     results: tuple[Path, ...] = ()
     """Folders of runs whose results are put beside the published figures."""
     data: str | None = None
@@ -50,23 +50,39 @@ class Paper:
     """With --run: auto or cpu."""
 
 
+OF_A_RUN = ("scale", "data", "data_dir", "init", "teacher", "output", "batch_size", "workers", "amp_dtype", "device")
+
+
+def _check(parsed: Paper, given: dict[str, str]) -> None:
+    """Raise ValueError for options that would do nothing."""
+    if parsed.run is None and given:
+        name, value = next(iter(given.items()))
+        raise ValueError(f"{name} {value} belongs to --run ROW, the row of a table to run")
+    if parsed.run is not None and parsed.row is not None:
+        raise ValueError(f"row {parsed.row} is named beside --run {parsed.run}: give one of them")
+    if parsed.run is not None and parsed.results:
+        raise ValueError("--results shows runs that are there already: leave it or --run out")
+    if parsed.row is not None and parsed.results:
+        raise ValueError(f"--results compares whole tables: leave row {parsed.row} out")
+
+
 def paper(arguments: Sequence[str]) -> None:
     """karat paper."""
     parsed = parse(lambda: tyro.cli(Paper, args=arguments, prog="karat paper"), "karat paper")
+    given = {f"--{n.replace('_', '-')}": str(v) for n in OF_A_RUN if (v := getattr(parsed, n)) is not None}
+    _check(parsed, given)
     console = Console()
     if parsed.run is not None:
         if parsed.table is None:
             raise ValueError(f"--run {parsed.run}: of which table? e.g. karat paper table1 --run {parsed.run}")
         (entry,) = rows(parsed.table, parsed.run)
-        names = ("data", "data_dir", "init", "teacher", "output", "batch_size", "workers", "amp_dtype", "device")
-        extra = {
-            f"--{name.replace('_', '-')}": str(getattr(parsed, name))
-            for name in names
-            if getattr(parsed, name) is not None
-        }
+        scale = 1.0 if parsed.scale is None else parsed.scale
+        extra = {name: value for name, value in given.items() if name != "--scale"}
         if entry.setup.kind != "cost":
-            console.print(scaled_command(entry, parsed.scale, extra), highlight=False, soft_wrap=True)
-        measured_beside(entry, run_row(entry, parsed.scale, extra), console)
+            console.print(scaled_command(entry, scale, extra), highlight=False, soft_wrap=True)
+        elif given and entry.runnable[0]:
+            raise ValueError(f"row {parsed.run} is counted, not trained: leave {next(iter(given))} out")
+        measured_beside(entry, run_row(entry, scale, extra), console)
     elif parsed.results:
         found = compare(rows(parsed.table), parsed.results)
         if not found:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from karat.config import KArAtConfig
+from karat.detect.recipes import RECIPES
 from karat.detect.settings import DetectSettings
 from karat.paper.entries import Entry
 from karat.paper.setup import DATASETS, MODELS, PROGRAMS
@@ -16,6 +17,7 @@ from karat.train.run_settings import RunSettings
 from karat.train.settings import Settings
 
 FIGURES = ("top1", "top5", "box_AP", "box_AP50", "box_AP75", "mask_AP", "mask_AP50", "mask_AP75")
+HEADS = ("pre_nms", "post_nms", "rpn_anchors", "rois", "channels", "head_width", "mask_convs")
 ALIASES = {"imagenet": "imagenet1k", "ilsvrc2012": "imagenet1k", "fashionmnist": "fashion_mnist"}
 
 
@@ -32,7 +34,7 @@ class Measured:
 
     @property
     def caveat(self) -> str:
-        """In what the run is less than the published one; empty if in nothing."""
+        """In what the extent of the run differs from the published one's; empty if in nothing."""
         s, parts = self.settings, []
         if self.epochs < s.recipe.epochs:
             parts.append(f"{self.epochs} of {s.recipe.epochs} epochs done")
@@ -41,6 +43,12 @@ class Measured:
         sizes = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
         if any(getattr(s, name, None) is not None for name in sizes):
             parts.append("another size of model")
+        if isinstance(s, DetectSettings):
+            published = RECIPES["published"]
+            if s.recipe.img_size != published.img_size:
+                parts.append(f"images of {s.recipe.img_size} pixels, not {published.img_size}")
+            if any(getattr(s.recipe, name) != getattr(published, name) for name in HEADS):
+                parts.append("proposals and heads of another size")
         return ", ".join(parts)
 
 
@@ -49,7 +57,9 @@ def read_run(folder: str | Path) -> Measured:
     path = Path(folder)
     kind = DetectSettings if runs.task_of(path) == DetectSettings.task else Settings
     settings: RunSettings
-    settings, _ = runs.read_config(path, kind)
+    settings, facts = runs.read_config(path, kind)
+    if "converted_from" in facts:
+        raise ValueError(f"{path} was converted, not trained: the published figures are those of trained models")
     history: list[dict[str, Any]] = runs.read_history(path)
     if not history:
         raise ValueError(f"{path} has no finished epoch to compare")
@@ -87,6 +97,7 @@ def matching(entry: Entry, measured: Sequence[Measured]) -> list[Measured]:
         and entry.metric in m.figures
         and m.settings.model in (entry.setup.model, f"karat_{MODELS[entry.model]}")
         and plain(KArAtConfig.parse(m.settings.attention)) == wanted
+        and getattr(m.settings, "mlp", "mlp") == "mlp"  # a detector always has its model's own
         and (m.settings.init is not None) == tuned
         and _same_teacher(entry, m.teacher)
     ]

@@ -36,6 +36,8 @@ def run_options(entry: Entry, scale: float = 1.0, extra: dict[str, str] | None =
         options["--epochs"] = str(max(1, round(scale * entry.setup.epochs)))
         options["--data-fraction"] = f"{scale:g}"
         options["--output"] += f"-scale{scale:g}"
+    if "--teacher" in (extra or {}) and not entry.setup.teacher:
+        raise ValueError(f"table{entry.table} row {entry.row} learns from no teacher: leave --teacher out")
     options |= extra or {}
     start = options.get("--init")
     if start and not start.startswith("hub:") and not Path(start).exists():

@@ -127,6 +127,17 @@ def mix(mixup: Mixup | None, images: Tensor, labels: Tensor) -> tuple[Tensor, Te
     return mixed
 
 
+def _checkpoint_gradients(model: nn.Module, name: str) -> None:
+    """timm's set_grad_checkpointing; ValueError for a model that has none."""
+    switch = getattr(model, "set_grad_checkpointing", None)
+    try:
+        if switch is None:
+            raise AssertionError
+        switch(True)
+    except AssertionError:  # some of timm's models have the method in order to refuse
+        raise ValueError(f"{name} can't recompute activations: leave --grad-checkpointing out") from None
+
+
 @dataclass
 class Parts:
     """What an update needs, ready on its device."""
@@ -160,7 +171,7 @@ def assemble(
     seed_everything(settings.seed)
     model, loaded = task.build(data, folder)
     if settings.grad_checkpointing:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
+        _checkpoint_gradients(model, settings.model)
     count = sum(p.numel() for p in model.parameters())
     total_batch = recipe.batch_size * settings.grad_accum_steps * accelerator.num_processes
     optimizer = create_optimizer(model, recipe, total_batch)

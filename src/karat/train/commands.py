@@ -115,14 +115,25 @@ def _student_defaults(teacher: Path, arguments: Sequence[str]) -> Settings:
 
     resumed = _defaults(arguments)
     if resumed.resume is not None:
+        _check_teacher(teacher, resumed)
         return resumed
     given = [word[2:].partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")]
-    student = student_defaults(teacher, given)
+    student = student_defaults(teacher, given, _first_options(arguments).model)
     if student.preset != AUTO:
         return student
     asked = _first_options(arguments)
     name = preset_for(asked.recipe, asked.data or student.data, asked.model or student.model, None)
     return replace(student, recipe=get_recipe(name))
+
+
+def _check_teacher(teacher: Path, resumed: Settings) -> None:
+    """Raise ValueError where a run goes on with another teacher than its own, or has none."""
+    folder = Path(str(resumed.output))
+    if resumed.teacher is None:
+        raise ValueError(f"{folder} has no teacher: go on with karat train --resume {folder}")
+    kept = folder / runs.TEACHER
+    if teacher.resolve() not in (Path(resumed.teacher).resolve(), kept.resolve()):
+        raise ValueError(f"{folder} learns from {resumed.teacher}, not {teacher}: name that, or its copy {kept}")
 
 
 def compare(arguments: Sequence[str]) -> None:

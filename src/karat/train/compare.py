@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from karat.config import KArAtConfig
-from karat.flops import multiply_adds
+from karat.flops import multiply_adds, teacher_multiply_adds
 from karat.kan.mlp import parse_mlp
 from karat.kan.peers import DEEP_KAN
 from karat.spec import parse_call
@@ -36,7 +36,7 @@ class Row:
     top1_deviation: float | None  # sample deviation; None with one seed
     best_top1: float
     parameters: int
-    multiply_adds: int  # of one image's forward pass, matrix products alone
+    multiply_adds: int  # of one image's forward pass, matrix products alone, without a frozen teacher's
     ms_per_step: float  # median, loading included
     seconds_per_epoch: float
     peak_memory_mib: float
@@ -130,11 +130,15 @@ def _check(names: Sequence[str], chosen: dict[str, Settings]) -> None:
 
 
 def count_operations(settings: Settings, num_classes: int, in_chans: int) -> int:
-    """Multiply-adds of one image's forward pass through the model of a run; its random states stay as they are."""
+    """Multiply-adds of one image's forward pass through the model of a run; its random states stay as they are.
+
+    A student's are its own: as with its parameters, its frozen teacher's are left out.
+    """
     side = settings.img_size or input_size(settings.model)
     with randomness.aside(settings.seed):
         model = build_model(settings, num_classes, in_chans)
-    return multiply_adds(model, torch.zeros(1, in_chans, side, side))
+    image = torch.zeros(1, in_chans, side, side)
+    return multiply_adds(model, image) - teacher_multiply_adds(model, image)
 
 
 def summarise(attention: str, summaries: Sequence[dict[str, Any]], operations: int) -> Row:

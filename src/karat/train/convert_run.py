@@ -28,8 +28,6 @@ from karat.train.evaluate import evaluate
 from karat.train.recipes import get_recipe
 from karat.train.settings import AUTO, Settings, preset_for, resolve
 
-REPORT = "convert.json"
-
 
 @dataclass(frozen=True)
 class Convert:
@@ -104,6 +102,7 @@ def convert_run(options: Convert, console: Console | None = None) -> dict[str, A
     torch.manual_seed(options.seed)
     settings, teacher, facts = _teacher(options)
     folder = runs.choose_folder(settings, runs.default_folder(settings))
+    runs.spare(folder, options.teacher, options.checkpoint)
     accelerator = create_accelerator(settings)
     few, data = _data(settings, options)
     if facts is not None and (data.num_classes, data.in_chans) != (facts["num_classes"], facts["in_chans"]):
@@ -164,11 +163,15 @@ def _teacher(options: Convert) -> tuple[Settings, nn.Module | None, dict[str, An
     path = Path(options.teacher).expanduser()
     if runs.is_run(path):
         theirs, facts = runs.read_config(path)
+        if theirs.teacher is not None:
+            raise ValueError(f"{path} runs on another's attention: nothing to convert; give {theirs.teacher} instead")
         if not KArAtConfig.parse(theirs.attention).is_softmax:
             raise ValueError(f"{path} has learnable attention already ({theirs.attention}); give a softmax run")
         if options.checkpoint is not None:
             raise ValueError("--checkpoint belongs to a timm model; a run has its own weights")
-        settings = replace(theirs, **changed, data=options.data or theirs.data)
+        if options.data not in (None, theirs.data):  # how much of their data they took, and where it lay, goes with it
+            changed |= {"data": options.data, "data_fraction": 1.0, "num_samples": None, "data_dir": None}
+        settings = replace(theirs, **changed)
         teacher = build_model(theirs, facts["num_classes"], facts["in_chans"])
         load_weights(teacher, runs.read_weights(path, options.weights), str(runs.weights_path(path, options.weights)))
         side = theirs.img_size or input_size(theirs.model)
@@ -337,7 +340,7 @@ def _write(
             "peak_memory_mib": line["peak_memory_mib"],
         },
     )
-    files.write_json(folder / REPORT, report)
+    files.write_json(folder / runs.REPORT, report)
 
 
 def convert(arguments: Sequence[str]) -> None:

@@ -95,11 +95,6 @@ class Data:
         """How many images could not be decoded so far (under on_bad_image="skip"), each counted once."""
         return len(self._bad.names)
 
-    @property
-    def bad_image_names(self) -> dict[str, str]:
-        """Their names, with the reason."""
-        return dict(self._bad.names)
-
     @cached_property
     def train(self) -> Loader:
         """Shuffled, augmented batches of the training part."""
@@ -115,7 +110,8 @@ class Data:
         title = f"{self.spec} ({split})"
         pixels = size_of(part) * self.in_chans * self.img_size**2
         if not is_stream(part) and pixels <= RESIDENT_LIMIT and (not train or is_batched(recipe)):
-            images, labels = self._decoded(part, 1.0 if train else recipe.crop_pct)
+            resize = (1.0, recipe.train_interpolation) if train else (recipe.crop_pct, recipe.interpolation)
+            images, labels = self._decoded(part, *resize)
             order = self._order(len(labels), train)
             normalise = Normalise(self.mean, self.std)
             hflip = recipe.hflip if self._splits.mirror else 0.0
@@ -148,12 +144,12 @@ class Data:
             repeats=self._recipe.aug_repeats if train else 0,
         )
 
-    def _decoded(self, part: Source, crop_pct: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _decoded(self, part: Source, crop_pct: float, interpolation: str) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(part, ArraySource) and crop_pct == 1 and part.images.shape[1:3] == (self.img_size,) * 2:
             images = torch.from_numpy(np.asarray(part.images))
             images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
             return images, torch.from_numpy(part.labels)
-        fit = Fit(self.img_size, crop_pct, self._recipe.interpolation)
+        fit = Fit(self.img_size, crop_pct, interpolation)
         threads = 1 if self.img_size <= 64 else os.cpu_count() or 1
         return decode_all(part, fit, self.in_chans, self._bad, threads)
 

@@ -157,7 +157,7 @@ def train_transform(
     mode = recipe.train_crop_mode
     if mode == "pad":
         before = [
-            transforms.Resize(img_size, interpolation=str_to_interp_mode(recipe.interpolation)),
+            _resize(img_size, recipe.train_interpolation),
             transforms.CenterCrop(img_size),
             transforms.RandomCrop(img_size, padding=img_size // 8),
         ]
@@ -186,6 +186,13 @@ def train_transform(
     return transforms.Compose([*before, view])
 
 
+def _resize(img_size: int, interpolation: str) -> Callable[[Image.Image], Image.Image]:
+    """The shorter side to img_size; "random" is bilinear or bicubic, as in timm's random crop."""
+    names = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
+    ways = [transforms.Resize(img_size, interpolation=str_to_interp_mode(name)) for name in names]
+    return transforms.RandomChoice(ways) if len(ways) > 1 else ways[0]
+
+
 def _mend_posterize(view: transforms.Compose) -> None:
     """Let RandAugment's posterize keep 0 bits, a black image, as it could before Pillow refused that.
 
@@ -209,7 +216,8 @@ def _first_channel(image: Tensor) -> Tensor:
 
 def is_batched(recipe: Recipe) -> bool:
     """Whether the recipe only shifts and mirrors, which `pad_crop_flip` does to a whole batch."""
-    return recipe.train_crop_mode == "pad" and recipe.aa is None and not recipe.color_jitter and not recipe.reprob
+    changed = recipe.aa is not None or recipe.color_jitter or recipe.reprob or recipe.train_interpolation == "random"
+    return recipe.train_crop_mode == "pad" and not changed
 
 
 def pad_crop_flip(images: Tensor, key: int, positions: Sequence[int], hflip: float) -> Tensor:

@@ -54,6 +54,8 @@ class Trainer:
             change = first_change(saved, settings)
             if change is not None:
                 raise ValueError(f"{self.folder} can't go on under other settings: {change}")
+        else:
+            runs.spare(self.folder, settings.init, getattr(settings, "teacher", None))
         self.settings, self.recipe = settings, settings.recipe
         self.task = self.create_task(settings)
         self.accelerator = create_accelerator(settings)

@@ -14,10 +14,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+
 from karat.train.optimisation import Optimisation, require
 
 CROP_MODES = ("rrc", "rkrc", "rkrr", "pad")
 MIXUP_MODES = ("batch", "pair", "elem")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+ERASE_MODES = ("const", "rand", "pixel")
+_CHOICES = {
+    "train_crop_mode": CROP_MODES,
+    "train_interpolation": (*INTERPOLATIONS, "random"),
+    "interpolation": INTERPOLATIONS,
+    "remode": ERASE_MODES,
+    "mixup_mode": MIXUP_MODES,
+}
 _NOT_NEGATIVE = ("color_jitter", "aug_repeats", "mixup", "cutmix")
 
 
@@ -47,9 +58,9 @@ class Recipe(Optimisation):
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     train_interpolation: str = "bicubic"
-    """Interpolation of training images."""
+    """Interpolation of training images: nearest, bilinear, bicubic, box, hamming, lanczos, or random (one of two)."""
     interpolation: str = "bicubic"
-    """Interpolation of evaluation images."""
+    """Interpolation of evaluation images, one of the same but random."""
     crop_pct: float = 0.9
     """Share of the side that the evaluation's centre crop keeps."""
     # colour and erasing
@@ -94,17 +105,25 @@ class Recipe(Optimisation):
             require(ordered, name, value, "give (low, high), 0 < low <= high")
         require(0 < self.crop_pct <= 1, "crop_pct", self.crop_pct, "give a value in (0, 1]")
         require(self.scale[1] <= 1, "scale", self.scale, "a crop's area is at most 1")
-        for name, choices in (("train_crop_mode", CROP_MODES), ("mixup_mode", MIXUP_MODES)):
+        for name, choices in _CHOICES.items():
             value = getattr(self, name)
             require(value in choices, name, value, f"one of {', '.join(choices)}")
+        if self.aa is not None:
+            _check_augmentation(self.aa)
 
     def scaled_lr(self, total_batch: int) -> float:
         """The peak rate lr * total_batch / 512; total_batch counts all processes and accumulated batches."""
         return self.lr * total_batch / 512
 
-    def scaled_coefficient_lr(self, total_batch: int) -> float:
-        """The same for basis coefficients and W: coefficient_lr (or lr) * total_batch / 512."""
-        return (self.lr if self.coefficient_lr is None else self.coefficient_lr) * total_batch / 512
+
+def _check_augmentation(spec: str) -> None:
+    """ValueError where timm can't read a spec of RandAugment, AugMix or AutoAugment."""
+    kinds = {"rand": rand_augment_transform, "augm": augment_and_mix_transform}  # as timm's create_transform tells them
+    try:
+        kinds.get(spec[:4], auto_augment_transform)(spec)
+    except (AssertionError, KeyError, ValueError) as error:
+        reason = (str(error).splitlines() or ["timm knows no such"])[0]
+        raise ValueError(f"recipe: aa={spec!r}: {reason}; e.g. rand-m9-mstd0.5-inc1, augmix-m3-w3 or v0") from None
 
 
 VIT = Recipe(

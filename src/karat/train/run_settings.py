@@ -78,7 +78,8 @@ class RunSettings:
     recipe: Annotated[Optimisation, tyro.conf.arg(name="")] = field(default_factory=Optimisation)
 
     def __post_init__(self) -> None:
-        for name, least in (("grad_accum_steps", 1), ("checkpoint_hist", 1), ("max_bad_steps", 0), ("workers", 0)):
+        counts = {"grad_accum_steps": 1, "checkpoint_hist": 1, "max_bad_steps": 0, "workers": 0, "recovery_interval": 0}
+        for name, least in counts.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 

@@ -16,6 +16,7 @@ from karat.train.run_settings import RunSettings, data_slug, slug
 from karat.train.settings import Settings
 
 CONFIG, METRICS, SUMMARY, DIGESTS = "config.json", "metrics.jsonl", "summary.json", "weights.json"
+REPORT = "convert.json"  # of a converted run
 TRAJECTORY, TEACHER = "trajectory", "teacher"
 
 S = TypeVar("S", bound=RunSettings)
@@ -66,6 +67,16 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in names} | {"python": platform.python_version()}
 
 
+def spare(folder: Path, *sources: str | Path | None) -> None:
+    """Raise ValueError where a new run in `folder` would remove what it starts from: that run, or a file in it."""
+    for source in sources:
+        if source is None:
+            continue
+        path, target = Path(source).expanduser().resolve(), folder.resolve()
+        if path == target or (target in path.parents and is_run(folder)):
+            raise ValueError(f"{source} is what this run starts from: give another --output than {folder}")
+
+
 def begin(folder: Path, settings: RunSettings, facts: dict[str, Any]) -> None:
     """Make a run's folder, with its config; what another run left there is removed (`choose_folder` asked before)."""
     if is_run(folder):
@@ -83,7 +94,17 @@ def remove(folder: Path) -> None:
     """Remove what a run wrote, and nothing else that lies in its folder."""
     for name in (checkpoint.FOLDER, TRAJECTORY, TEACHER, "tensorboard", "predictions"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (METRICS, SUMMARY, DIGESTS, checkpoint.MODEL, checkpoint.EMA, "eval.json", "detections.json", CONFIG):
+    for name in (
+        METRICS,
+        SUMMARY,
+        DIGESTS,
+        checkpoint.MODEL,
+        checkpoint.EMA,
+        "eval.json",
+        "detections.json",
+        REPORT,
+        CONFIG,
+    ):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -154,6 +175,8 @@ def weights_path(folder: Path, which: str) -> Path:
     """Where a run's weights lie: last, ema, or best (of the checkpoint with the highest top-1)."""
     if which != "best":
         return folder / (checkpoint.EMA if which == "ema" else checkpoint.MODEL)
+    if "converted_from" in files.read_json(folder / CONFIG):
+        raise ValueError(f"{folder} was converted, not trained: it has one set of weights, last")
     summary = files.read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
     name = summary.get("best", {}).get("checkpoint")
     if name is None:

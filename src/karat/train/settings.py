@@ -70,6 +70,8 @@ class Settings(RunSettings):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if self.img_size is not None and self.patch_size is not None and self.patch_size > self.img_size:
+            raise ValueError(f"patch_size={self.patch_size} is larger than the images, img_size={self.img_size}")
         if self.teacher is not None and self.attention != "softmax":
             raise ValueError(
                 f"attention={self.attention!r}: a student uses its teacher's attention; leave --attention out"

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from karat.kan.peers import DEEP_KAN
 from karat.train import checkpoint, files, runs
 from karat.train.build import input_size
 from karat.train.settings import AUTO, Settings
@@ -33,6 +34,8 @@ def attach(model: nn.Module, settings: Settings, folder: Path | None, in_chans: 
     where = teacher_folder(settings, folder)
     if not runs.is_run(where):
         raise ValueError(f"the teacher {where} is no run's folder: train it first, or name another")
+    if folder is not None and where.resolve() == folder.resolve():
+        raise ValueError(f"{folder} names itself as its teacher: it was overwritten, train it again from another one")
     side = settings.img_size or input_size(settings.model)
     random = torch.get_rng_state()  # building the teacher draws weights that its own then replace
     teacher = load_run(where)
@@ -61,11 +64,12 @@ def _copy(source: Path, target: Path) -> None:
         _copy(source / runs.TEACHER, target / runs.TEACHER)
 
 
-def student_defaults(teacher: Path, given: Sequence[str]) -> Settings:
+def student_defaults(teacher: Path, given: Sequence[str], model: str | None = None) -> Settings:
     """The settings of a student before its own options: the teacher's data, recipe and sizes, plain attention.
 
-    given: the options that the command line sets; another --model has its own width, depth and heads, and with --data
-    or --recipe the recipe is no longer the teacher's. Raises ValueError when `teacher` is no run.
+    given: the options that the command line sets; another --model, named by `model`, has its own width, depth and
+    heads (a deep KAN no patches either), and with --data or --recipe the recipe is no longer the teacher's. Raises
+    ValueError when `teacher` is no run.
     """
     saved, _ = runs.read_config(teacher)
     fresh = replace(
@@ -80,6 +84,8 @@ def student_defaults(teacher: Path, given: Sequence[str]) -> Settings:
     )
     if "model" in given:
         fresh = replace(fresh, embed_dim=None, depth=None, num_heads=None)
+    if model is not None and model.partition("(")[0] == DEEP_KAN:
+        fresh = replace(fresh, patch_size=None)
     if "data" in given:
         fresh = replace(fresh, data_fraction=1.0, data_dir=None, num_samples=None)
     return replace(fresh, preset=AUTO) if {"data", "recipe"} & set(given) else fresh
