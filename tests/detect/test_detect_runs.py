@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from karat.detect.init import load_init, load_trunk
 from karat.detect.measure import evaluate_run
 from karat.detect.settings import DetectSettings
 from karat.detect.task import DetectTrainer, total_loss, train
+from karat.models import create_model
 from karat.train import runs
 from karat.train.engine import Trainer
 from karat.train.files import read_tensors
 from karat.train.init import DROPPED, FRESH, LOADED, RESIZED
 from karat.train.settings import Settings
+from karat.transfer import transfer_attention
 
 
 class CutOff(BaseException):
@@ -205,7 +208,8 @@ def test_a_classifier_gives_the_trunk_its_weights(data: Path, classifier: Path) 
     detector = build_detector(settings, 2)
     fates = load_trunk(detector, settings)
     by_fate = {fate: {f.part for f in fates if f.fate == fate} for fate in (LOADED, RESIZED, FRESH, DROPPED)}
-    assert {"operators", "blocks: attn", "blocks: mlp", "pos_embed"} <= by_fate[LOADED] | by_fate[RESIZED]
+    assert by_fate[RESIZED] == {"operators", "pos_embed", "patch_embed"}  # the classifier's images were grey
+    assert {"blocks: attn", "blocks: mlp"} <= by_fate[LOADED]
     assert {"pyramid", "rpn", "heads"} <= by_fate[FRESH]
     theirs = read_tensors(classifier / "model.safetensors")
     mine = detector.trunk.vit.state_dict()
@@ -231,7 +235,9 @@ def test_a_softmax_classifier_leaves_operators_fresh(data: Path, classifier: Pat
 def test_a_detector_gives_all_it_has_at_another_size_too(data: Path, finished: Path, side: int) -> None:
     settings = tiny(data, attention="g1b,rank=2", init=str(finished), img_size=side)
     detector = build_detector(settings, 2)
-    assert {f.fate for f in load_init(detector, settings)} == {LOADED}
+    fates = load_init(detector, settings)
+    assert {f.fate for f in fates} == ({LOADED} if side == 64 else {LOADED, RESIZED})
+    assert {f.part for f in fates if f.fate == RESIZED} == (set() if side == 64 else {"operators", "backbone"})
     theirs = read_tensors(finished / "model.safetensors")
     mine = detector.state_dict()
     changed = {name for name in mine if mine[name].shape != theirs[name].shape}
@@ -243,13 +249,42 @@ def test_a_detector_gives_all_it_has_at_another_size_too(data: Path, finished: P
     assert {("roi_heads", FRESH), ("roi_heads", LOADED)} <= fates
 
 
-def test_weights_from_a_file(data: Path, classifier: Path) -> None:
-    settings = tiny(data, attention="g1b,rank=2", init=str(classifier / "model.safetensors"))
-    detector = build_detector(settings, 2)
-    load_trunk(detector, settings)
-    theirs = read_tensors(classifier / "model.safetensors")
-    key = "blocks.1.mlp.fc1.weight"
-    assert torch.equal(detector.trunk.vit.state_dict()[key], theirs[key])
+def test_weights_from_a_file_are_what_its_run_gives(data: Path, classifier: Path) -> None:
+    """Of another image size than the model's own: position embeddings and operators are resampled alike."""
+    given = []
+    for init in (classifier / "model.safetensors", classifier):
+        settings = tiny(data, attention="g1b,rank=2", init=str(init))
+        detector = build_detector(settings, 2)
+        fates = {f for f in load_trunk(detector, settings) if f.fate in (LOADED, RESIZED)}
+        given.append((fates, detector.trunk.vit.state_dict()))
+    (fates, mine), (their_fates, theirs) = given
+    assert fates == their_fates
+    assert {f.part for f in fates if f.fate == RESIZED} == {"operators", "pos_embed", "patch_embed"}
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def _student() -> torch.nn.Module:
+    vits = (create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=16, num_heads=2) for _ in range(2))
+    return transfer_attention(*vits, torch.rand(1, 3, 32, 32))
+
+
+SOURCES: dict[str, tuple[Callable[[], torch.nn.Module], str]] = {
+    "a student of transferred attention": (_student, "its blocks have TransferredAttention"),
+    "a KAN": (lambda: create_model("deep_kan", img_size=8, num_classes=2), "a KANClassifier is no plain ViT"),
+    "Swin": (
+        lambda: create_model("swin_tiny_patch4_window7_224", embed_dim=8, depths=(1, 1), num_heads=(1, 1)),
+        "a SwinTransformer is no plain ViT",
+    ),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_can_be_no_trunk_is_refused(data: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    create, words = SOURCES[source]
+    monkeypatch.setattr("karat.detect.init.read_model", lambda *_: (create(), True))
+    settings = tiny(data, init="RUN")
+    with pytest.raises(ValueError, match=f"--init RUN: it can't be a detector's trunk .{words}"):
+        load_trunk(build_detector(settings, 2), settings)
 
 
 def test_layer_wise_decay_and_no_weight_decay_know_the_trunk(data: Path) -> None:
