@@ -181,6 +181,27 @@ def test_layouts_and_splits(tmp_path: Path) -> None:
         open_parts(tiny(tmp_path / "nowhere"))
 
 
+def test_images_of_an_evaluation_file_elsewhere_are_found_beside_it(tmp_path: Path) -> None:
+    """--images is about the data, whose files have the same names."""
+    path, other = write_coco(tmp_path / "one"), write_coco(tmp_path / "two", 3)
+    path = path.rename(tmp_path / "instances.json")
+    values: dict[str, Any] = {"images": str(tmp_path / "one"), "eval_data": str(other), "eval_images": None}
+    train, evaluation = open_parts(tiny(path, **values))
+    assert {picture.path.parent for picture in train.pictures} == {tmp_path / "one"}
+    assert {picture.path.parent for picture in evaluation.pictures} == {tmp_path / "two"}
+    moved = other.rename(tmp_path / "evaluation.json")  # beside the data: its images are where --images says
+    _, evaluation = open_parts(tiny(path, **values | {"eval_data": str(moved)}))
+    assert {picture.path.parent for picture in evaluation.pictures} == {tmp_path / "one"}
+
+
+def test_batches_of_none_are_refused(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    data = load_data(tiny(tmp_path))
+    assert [len(images) for images, _ in data.measuring(data.train_part, 3)] == [3, 1]
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        data.measuring(data.train_part, 0)
+
+
 @pytest.mark.parametrize("view", ["stretch", "pad"])
 def test_views_keep_boxes_masks_and_pixels_together(tmp_path: Path, view: str) -> None:
     """The object is the only bright part: wherever scale, crop and flip bring it, mask and box lie on it."""
