@@ -78,6 +78,44 @@ def test_what_coco_tools_leave_out_is_left_out_and_counted(tmp_path: Path) -> No
     assert any("left out 1 objects whose box has no area" in line for line in data.skipped)
 
 
+def _with(field: str, value: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda plain: plain["annotations"][1].update({field: value})
+
+
+def _rle(counts: Any, size: Any = (40, 60)) -> dict[str, Any]:
+    return {"size": list(size) if isinstance(size, tuple) else size, "counts": counts}
+
+
+# field of annotation 2, what it holds, what is said
+MALFORMED: list[tuple[str, Any, str]] = [
+    ("image_id", [1], r"annotation 2 has the image_id \[1\]; give a whole number"),
+    ("image_id", "1", "annotation 2 has the image_id '1'"),
+    ("category_id", {"id": 3}, "annotation 2 has the category_id {'id': 3}; give a whole number"),
+    ("category_id", True, "annotation 2 has the category_id True"),
+    ("area", [5], r"annotation 2 has the area \[5\]"),
+    ("area", "5", "annotation 2 has the area '5'"),
+    ("area", float("nan"), "annotation 2 has the area nan"),
+    ("area", -1, "annotation 2 has the area -1"),
+    ("iscrowd", "0", "annotation 2 has the iscrowd '0'"),
+    ("segmentation", _rle([2400], 2400), "annotation 2 has run lengths for an image of 2400"),
+    ("segmentation", _rle([2400], None), "annotation 2 has run lengths for an image of None"),
+    ("segmentation", _rle(["a", 2400]), "annotation 2 has the run lengths .'a', 2400"),
+    ("segmentation", _rle([2500, -100]), r"annotation 2 has the run lengths \[2500, -100\]"),
+    ("segmentation", _rle([None, 2400]), "annotation 2 has the run lengths .None"),
+    ("segmentation", _rle(None), "annotation 2 has the run lengths None"),
+    ("segmentation", _rle("abc"), "annotation 2 has run lengths that can't be decoded"),
+    ("segmentation", _rle("é"), "annotation 2 has run lengths that can't be decoded"),
+    ("segmentation", "x", "annotation 2 has a segmentation that is neither"),
+    ("segmentation", [1, 1, 9, 1, 9, 9], "annotation 2 has the segmentation .*a flat list"),
+    ("segmentation", [["1", "1", "9", "1", "9", "9"]], "annotation 2: polygon 1 is"),
+    ("segmentation", [[1, 1, 9, 1, 9, 9], [1, 1, [9, 1], 9, 9, 9]], "annotation 2: polygon 2 is"),
+    ("segmentation", [[1, 1, 9, 1, 9, 9, 5]], "annotation 2: polygon 1 is .*even in count"),
+    ("segmentation", [[1, 1, 9, None, 9, 9]], "annotation 2: polygon 1 is"),
+    ("segmentation", [[1, 1, 9, float("nan"), 9, 9]], "annotation 2: polygon 1 is"),
+    ("segmentation", [[1, 1, 9, 10**400, 9, 9]], "annotation 2: polygon 1 is"),
+    ("segmentation", [None], "annotation 2: polygon 1 is None"),
+]
+
 BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no images list": (lambda p: p.pop("images"), "no list 'images'"),
     "no categories": (lambda p: p["categories"].clear(), "no categories"),
@@ -94,6 +132,8 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda p: p["annotations"][1].update(segmentation={"size": [4, 6], "counts": [24]}),
         r"run lengths for an image of \[4, 6\]",
     ),
+    **{f"annotation's {field} {value}": (_with(field, value), words) for field, value, words in MALFORMED},
+    "category twice": (lambda p: p["categories"][1].update(id=9), "two categories have the id 9"),
     "twice": (lambda p: p["images"][1].update(id=0), "two images have the id 0"),
     "no objects": (lambda p: p["annotations"].clear(), "no objects to learn from"),
 }  # fmt: skip
@@ -106,6 +146,7 @@ def test_bad_files_are_refused_by_name(tmp_path: Path, case: str) -> None:
     with pytest.raises(ValueError, match=words) as said:
         load_data(tiny(tmp_path))
     assert "instances.json" in str(said.value)
+    assert "\n" not in str(said.value)
 
 
 def test_broken_json_is_refused_by_name(tmp_path: Path) -> None:
@@ -138,6 +179,27 @@ def test_layouts_and_splits(tmp_path: Path) -> None:
         open_parts(tiny(root, eval_images=2))
     with pytest.raises(ValueError, match="no such file or folder"):
         open_parts(tiny(tmp_path / "nowhere"))
+
+
+def test_images_of_an_evaluation_file_elsewhere_are_found_beside_it(tmp_path: Path) -> None:
+    """--images is about the data, whose files have the same names."""
+    path, other = write_coco(tmp_path / "one"), write_coco(tmp_path / "two", 3)
+    path = path.rename(tmp_path / "instances.json")
+    values: dict[str, Any] = {"images": str(tmp_path / "one"), "eval_data": str(other), "eval_images": None}
+    train, evaluation = open_parts(tiny(path, **values))
+    assert {picture.path.parent for picture in train.pictures} == {tmp_path / "one"}
+    assert {picture.path.parent for picture in evaluation.pictures} == {tmp_path / "two"}
+    moved = other.rename(tmp_path / "evaluation.json")  # beside the data: its images are where --images says
+    _, evaluation = open_parts(tiny(path, **values | {"eval_data": str(moved)}))
+    assert {picture.path.parent for picture in evaluation.pictures} == {tmp_path / "one"}
+
+
+def test_batches_of_none_are_refused(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    data = load_data(tiny(tmp_path))
+    assert [len(images) for images, _ in data.measuring(data.train_part, 3)] == [3, 1]
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        data.measuring(data.train_part, 0)
 
 
 @pytest.mark.parametrize("view", ["stretch", "pad"])

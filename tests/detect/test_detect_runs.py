@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,21 @@ import torch
 from detect_helpers import TINY, tiny, write_coco
 
 from karat.cli import main
+from karat.detect.coco import CocoPart
+from karat.detect.compare import compare_runs
 from karat.detect.detector import build_detector
+from karat.detect.evaluate import measure
 from karat.detect.init import load_init, load_trunk
 from karat.detect.measure import evaluate_run
 from karat.detect.settings import DetectSettings
 from karat.detect.task import DetectTrainer, total_loss, train
+from karat.models import create_model
 from karat.train import runs
 from karat.train.engine import Trainer
 from karat.train.files import read_tensors
 from karat.train.init import DROPPED, FRESH, LOADED, RESIZED
 from karat.train.settings import Settings
+from karat.transfer import transfer_attention
 
 
 class CutOff(BaseException):
@@ -38,12 +45,39 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_coco(tmp_path_factory.mktemp("data"), 8)
 
 
+Detections = list[dict[str, Any]]
+MEASURED: list[tuple[CocoPart, Detections]] = []  # what the training of `finished` measured, in order
+
+
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    train(tiny(data, folder, attention="g1b,rank=2", recovery_interval=3, model_ema_decay=0.9, eval_train=True))
+
+    def watched(model: Any, batches: Any, part: CocoPart, accelerator: Any) -> tuple[dict[str, float], Detections]:
+        figures, found = measure(model, batches, part, accelerator)
+        MEASURED.append((part, found))
+        return figures, found
+
+    MEASURED.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("karat.detect.task.measure", watched)
+        train(tiny(data, folder, attention="g1b,rank=2", recovery_interval=3, model_ema_decay=0.9, eval_train=True))
     return folder
+
+
+def detections(run: Path) -> Detections:
+    found: Detections = json.loads((run / "detections.json").read_text())
+    return found
+
+
+def alike(ours: Detections, theirs: Detections) -> bool:
+    """The same images, classes, boxes and scores, of which there are some; to the rounding of other batches."""
+    return 0 < len(ours) == len(theirs) and all(
+        (a["image_id"], a["category_id"]) == (b["image_id"], b["category_id"])
+        and [*a["bbox"], a["score"]] == pytest.approx([*b["bbox"], b["score"]], abs=0.02, rel=1e-3)
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 @pytest.mark.parametrize("lives", [7])
@@ -80,11 +114,41 @@ def test_a_run_holds_what_is_needed(finished: Path) -> None:
 
 
 def test_evaluation_of_a_run_is_what_training_measured(finished: Path) -> None:
+    (_, own), (_, averaged), (_, training) = MEASURED[-3:]
     last = runs.read_history(finished)[-1]
-    assert evaluate_run(finished)["box_AP"] == pytest.approx(last["box_AP"], abs=1e-9)
-    assert evaluate_run(finished, part="train", batch_size=1)["box_AP"] == pytest.approx(last["train_box_AP"], abs=1e-3)
-    assert evaluate_run(finished, weights="ema")["box_AP"] == pytest.approx(last["ema_box_AP"], abs=1e-9)
-    assert json.loads((finished / "detections.json").read_text()) is not None
+    for values, expected, name in (
+        ({}, own, "box_AP"),
+        ({"weights": "ema"}, averaged, "ema_box_AP"),
+        ({"part": "train", "batch_size": 1}, training, "train_box_AP"),
+    ):
+        assert evaluate_run(finished, **values)["box_AP"] == pytest.approx(last[name], abs=1e-3)
+        assert alike(detections(finished), expected)
+    assert not alike(own, averaged)
+    assert {result["image_id"] for result in own}.isdisjoint(result["image_id"] for result in training)
+
+
+def test_averaged_weights_are_not_measured_on_the_training_images(finished: Path) -> None:
+    assert [len(part) for part, _ in MEASURED] == [2, 2, 6] * 2
+
+
+def test_evaluation_of_other_data(data: Path, finished: Path, tmp_path: Path) -> None:
+    """A folder's evaluation part, or its training part; its images beside it, though the run had --images."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["images"] = str(data.parent)
+    (run / "config.json").write_text(json.dumps(config))
+    for name, count in (("train", 5), ("valid", 4)):
+        write_coco(tmp_path / "other" / name, count, size=(30, 50))  # names as in the run's own folder, other sizes
+    for values, count in (({}, 4), ({"part": "train"}, 5)):
+        assert evaluate_run(run, data=str(tmp_path / "other"), **values)["images"] == count
+    alone = tmp_path / "other" / "train" / "instances.json"
+    assert evaluate_run(run, data=str(alone))["images"] == 5
+    (tmp_path / "moved").mkdir()
+    alone = alone.rename(tmp_path / "moved" / "alone.json")
+    with pytest.raises(ValueError, match=r"'0\.png' is missing"):
+        evaluate_run(run, data=str(alone))
+    assert evaluate_run(run, data=str(alone), images=str(tmp_path / "other" / "train"))["images"] == 5
 
 
 def test_command_line_trains_evaluates_and_draws(
@@ -120,6 +184,18 @@ def test_runs_side_by_side(finished: Path, tmp_path: Path, capsys: pytest.Captur
     assert (tmp_path / "out" / "curves.png").stat().st_size > 5000
 
 
+def test_runs_of_the_same_name_have_a_curve_each(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr("karat.detect.compare.draw_curves", lambda histories, _: drawn.extend(histories))
+    folders = [tmp_path / name / "run" for name in "ab"]
+    for folder in folders:
+        shutil.copytree(finished, folder)
+    rows = compare_runs(folders, tmp_path / "out")
+    assert drawn == [row["run"] for row in rows] == [str(folder) for folder in folders]
+
+
 BAD = {
     "detect fly": "unknown action 'fly'",
     "detect train --data nowhere": "no such file or folder",
@@ -128,7 +204,11 @@ BAD = {
     "detect train --data DATA --img-size 100": "multiple of the patch size",
     "detect train --data DATA --jitter 0 2": "jitter=(0.0, 2.0)",
     "detect train --data DATA --eval-images 99": "--eval-images 99",
+    "detect train --data DATA --img-size 16 --recipe small": "img_size=16 is a single patch of 16 pixels",
+    "detect train --data DATA --img-size 224 --patch-size 14 --recipe small": "patch size 14: a detector takes 4, 8",
+    "detect train --data DATA --images nowhere": "--images nowhere: no such folder",
     "detect eval nowhere": "is no run's folder",
+    "detect eval RUN --batch-size 0": "batch_size=0 must be at least 1",
     "detect predict RUN nowhere.jpg": "no such image file",
     "detect predict RUN DATA": "can't be decoded as an image",
     "detect predict RUN DATA --score 2": "score=2.0",
@@ -170,6 +250,32 @@ def test_images_without_objects_train(data: Path) -> None:
         detector([torch.rand(3, 80, 64)], [nothing])
 
 
+@pytest.mark.parametrize("patch", [4, 8, 16])
+@torch.no_grad()
+def test_regions_are_pooled_at_the_levels_own_scales(data: Path, patch: int) -> None:
+    """Whatever the padding of the batches seen: a region of a map of x-coordinates pools to its own coordinates."""
+    detector = build_detector(tiny(data, patch_size=patch, img_size=8 * patch), 2).eval()
+    detector([torch.rand(3, 4 * patch, 3 * patch)])  # half of it is padding
+    for pool in (detector.roi_heads.box_roi_pool, detector.roi_heads.mask_roi_pool):
+        strides = [patch / 4, patch / 2, patch, 2 * patch]
+        assert pool.scales == [1 / stride for stride in strides]
+        sides = [int(8 * patch / stride) for stride in strides]
+        maps = {
+            f"p{level}": ((torch.arange(side) + 0.5) * stride).expand(1, 1, side, side).contiguous()
+            for level, side, stride in zip(range(2, 6), sides, strides, strict=True)
+        }
+        box = torch.tensor([[2.0 * patch, 2.0 * patch, 5.0 * patch, 6.0 * patch]])
+        pooled = pool(maps, [box], [(8 * patch, 8 * patch)])
+        # torchvision's unaligned pooling reads half a cell too far
+        assert float(pooled.mean()) == pytest.approx(3.5 * patch, abs=patch / 8 + 1e-3)
+
+
+@pytest.mark.parametrize("patch", [2, 12, 14])
+def test_patches_without_whole_strides_are_refused(data: Path, patch: int) -> None:
+    with pytest.raises(ValueError, match=f"patch size {patch}: a detector takes 4, 8"):
+        build_detector(tiny(data, patch_size=patch, img_size=4 * patch), 2)
+
+
 def test_published_settings_reach_torchvision() -> None:
     settings = DetectSettings.make(attention="softmax", embed_dim=16, num_heads=2, depth=4)
     detector = build_detector(settings, 80)
@@ -205,7 +311,8 @@ def test_a_classifier_gives_the_trunk_its_weights(data: Path, classifier: Path) 
     detector = build_detector(settings, 2)
     fates = load_trunk(detector, settings)
     by_fate = {fate: {f.part for f in fates if f.fate == fate} for fate in (LOADED, RESIZED, FRESH, DROPPED)}
-    assert {"operators", "blocks: attn", "blocks: mlp", "pos_embed"} <= by_fate[LOADED] | by_fate[RESIZED]
+    assert by_fate[RESIZED] == {"operators", "pos_embed", "patch_embed"}  # the classifier's images were grey
+    assert {"blocks: attn", "blocks: mlp"} <= by_fate[LOADED]
     assert {"pyramid", "rpn", "heads"} <= by_fate[FRESH]
     theirs = read_tensors(classifier / "model.safetensors")
     mine = detector.trunk.vit.state_dict()
@@ -231,7 +338,9 @@ def test_a_softmax_classifier_leaves_operators_fresh(data: Path, classifier: Pat
 def test_a_detector_gives_all_it_has_at_another_size_too(data: Path, finished: Path, side: int) -> None:
     settings = tiny(data, attention="g1b,rank=2", init=str(finished), img_size=side)
     detector = build_detector(settings, 2)
-    assert {f.fate for f in load_init(detector, settings)} == {LOADED}
+    fates = load_init(detector, settings)
+    assert {f.fate for f in fates} == ({LOADED} if side == 64 else {LOADED, RESIZED})
+    assert {f.part for f in fates if f.fate == RESIZED} == (set() if side == 64 else {"operators", "backbone"})
     theirs = read_tensors(finished / "model.safetensors")
     mine = detector.state_dict()
     changed = {name for name in mine if mine[name].shape != theirs[name].shape}
@@ -243,13 +352,42 @@ def test_a_detector_gives_all_it_has_at_another_size_too(data: Path, finished: P
     assert {("roi_heads", FRESH), ("roi_heads", LOADED)} <= fates
 
 
-def test_weights_from_a_file(data: Path, classifier: Path) -> None:
-    settings = tiny(data, attention="g1b,rank=2", init=str(classifier / "model.safetensors"))
-    detector = build_detector(settings, 2)
-    load_trunk(detector, settings)
-    theirs = read_tensors(classifier / "model.safetensors")
-    key = "blocks.1.mlp.fc1.weight"
-    assert torch.equal(detector.trunk.vit.state_dict()[key], theirs[key])
+def test_weights_from_a_file_are_what_its_run_gives(data: Path, classifier: Path) -> None:
+    """Of another image size than the model's own: position embeddings and operators are resampled alike."""
+    given = []
+    for init in (classifier / "model.safetensors", classifier):
+        settings = tiny(data, attention="g1b,rank=2", init=str(init))
+        detector = build_detector(settings, 2)
+        fates = {f for f in load_trunk(detector, settings) if f.fate in (LOADED, RESIZED)}
+        given.append((fates, detector.trunk.vit.state_dict()))
+    (fates, mine), (their_fates, theirs) = given
+    assert fates == their_fates
+    assert {f.part for f in fates if f.fate == RESIZED} == {"operators", "pos_embed", "patch_embed"}
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def _student() -> torch.nn.Module:
+    vits = (create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=16, num_heads=2) for _ in range(2))
+    return transfer_attention(*vits, torch.rand(1, 3, 32, 32))
+
+
+SOURCES: dict[str, tuple[Callable[[], torch.nn.Module], str]] = {
+    "a student of transferred attention": (_student, "its blocks have TransferredAttention"),
+    "a KAN": (lambda: create_model("deep_kan", img_size=8, num_classes=2), "a KANClassifier is no plain ViT"),
+    "Swin": (
+        lambda: create_model("swin_tiny_patch4_window7_224", embed_dim=8, depths=(1, 1), num_heads=(1, 1)),
+        "a SwinTransformer is no plain ViT",
+    ),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_can_be_no_trunk_is_refused(data: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    create, words = SOURCES[source]
+    monkeypatch.setattr("karat.detect.init.read_model", lambda *_: (create(), True))
+    settings = tiny(data, init="RUN")
+    with pytest.raises(ValueError, match=f"--init RUN: it can't be a detector's trunk .{words}"):
+        load_trunk(build_detector(settings, 2), settings)
 
 
 def test_layer_wise_decay_and_no_weight_decay_know_the_trunk(data: Path) -> None:
@@ -286,7 +424,9 @@ import sys
 from pathlib import Path
 from detect_helpers import tiny
 from karat.detect.task import train
+from karat.detect.measure import evaluate_run
 train(tiny(Path(sys.argv[1]), Path(sys.argv[2]), attention="g1u,rank=2", batch_size=1, epochs=1, hflip=0.0))
+evaluate_run(Path(sys.argv[2]))
 """
 
 
@@ -315,4 +455,7 @@ def test_two_processes_evaluate_every_image(data: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (line,) = runs.read_history(tmp_path / "run")
     assert line["images"] == 2
+    theirs = detections(tmp_path / "run")
+    assert {result["image_id"] for result in theirs} == {6, 7}
     assert evaluate_run(tmp_path / "run")["box_AP"] == pytest.approx(line["box_AP"], abs=1e-3)
+    assert alike(detections(tmp_path / "run"), theirs)

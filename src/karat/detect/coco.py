@@ -1,8 +1,8 @@
 """COCO's JSON format read and checked: images, objects, crowds, categories (https://cocodataset.org/#format-data).
 
 What can't be read at all is an error that names it: broken JSON, a missing list or image file, an annotation of an
-image or a category that the file doesn't have. What COCO's tools leave out is left out and counted: a polygon of fewer
-than three points, an object whose box has no area.
+image or a category that the file doesn't have, a field that holds something else than COCO has there. What COCO's tools
+leave out is left out and counted: a polygon of fewer than three points, an object whose box has no area.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 SHORT_POLYGON = "polygons of fewer than 3 points"
 NO_SHAPE = "objects without a usable polygon"
 NO_AREA = "objects whose box has no area"
+FARTHEST = 1e6  # pixels; drawing takes memory for every pixel of an outline, inside the image or not
 
 
 @dataclass(frozen=True)
@@ -119,14 +120,19 @@ def read_coco(path: Path, folders: Sequence[Path]) -> CocoPart:
     Raises ValueError for what the module's docstring calls an error.
     """
     plain = _read_json(path)
-    categories = {_number(c, "id", path): str(c.get("name", c["id"])) for c in plain["categories"]}
+    categories: dict[int, str] = {}
+    for category in plain["categories"]:
+        number = _number(category, "id", f"{path}: category {_brief(category)}")
+        if number in categories:
+            raise ValueError(f"{path}: two categories have the id {number}")
+        categories[number] = str(category.get("name", number))
     if not categories:
         raise ValueError(f"{path} has no categories: there is nothing to find")
     ids = sorted(categories)
     labels = {number: index + 1 for index, number in enumerate(ids)}
     places: dict[int, tuple[Path, tuple[int, int]]] = {}
     for image in plain["images"]:
-        number = _number(image, "id", path)
+        number = _number(image, "id", f"{path}: image {_brief(image)}")
         if number in places:
             raise ValueError(f"{path}: two images have the id {number}")
         places[number] = (_find(str(image.get("file_name", "")), folders, path), _size(image, number, path))
@@ -135,13 +141,13 @@ def read_coco(path: Path, folders: Sequence[Path]) -> CocoPart:
     skipped: Counter[str] = Counter()
     things: dict[int, list[Thing]] = {number: [] for number in places}
     for annotation in plain["annotations"]:
-        where = f"{path}: annotation {annotation.get('id', '(without id)')}"
-        image_id, category = annotation.get("image_id"), annotation.get("category_id")
+        where = f"{path}: annotation {_brief(annotation.get('id', '(without id)'))}"
+        image_id, label_id = (_number(annotation, name, where) for name in ("image_id", "category_id"))
         if image_id not in places:
-            raise ValueError(f"{where} is of image {image_id!r}, which the file does not list")
-        if category not in labels:
-            raise ValueError(f"{where} is of category {category!r}; the file has {ids}")
-        thing = _thing(annotation, labels[category], places[image_id][1], skipped, where)
+            raise ValueError(f"{where} is of image {image_id}, which the file does not list")
+        if label_id not in labels:
+            raise ValueError(f"{where} is of category {label_id}; the file has {ids}")
+        thing = _thing(annotation, labels[label_id], places[image_id][1], skipped, where)
         if thing is not None:
             things[image_id].append(thing)
     pictures = tuple(
@@ -166,11 +172,22 @@ def _read_json(path: Path) -> dict[str, Any]:
     return plain
 
 
-def _number(entry: dict[str, Any], name: str, path: Path) -> int:
+def _number(entry: dict[str, Any], name: str, where: str) -> int:
     value = entry.get(name)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{path}: {name} must be a whole number, got {value!r} in {str(entry)[:60]}")
+        raise ValueError(f"{where} has the {name} {_brief(value)}; give a whole number")
     return value
+
+
+def _is_number(value: Any, limit: float = FARTHEST) -> bool:
+    """Whether it is a number within the limit: no boolean, no NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -limit <= value <= limit
+
+
+def _brief(value: Any) -> str:
+    """A value of the file in a line that is read by people."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _size(image: dict[str, Any], number: int, path: Path) -> tuple[int, int]:
@@ -194,40 +211,63 @@ def _thing(
     """The annotation as a Thing; None, and counted, where COCO's tools leave it out."""
     box = annotation.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and all(isinstance(number, int | float) for number in box)):
-        raise ValueError(f"{where} has the bbox {box!r}; give [x, y, width, height]")
-    if not (np.isfinite(box).all() and box[2] > 0 and box[3] > 0):
+        raise ValueError(f"{where} has the bbox {_brief(box)}; give [x, y, width, height]")
+    area, crowd = annotation.get("area"), annotation.get("iscrowd", 0)
+    if area is not None and not (_is_number(area, FARTHEST**2) and area >= 0):
+        raise ValueError(f"{where} has the area {_brief(area)}; give a number of pixels, or none")
+    if crowd not in (0, 1):
+        raise ValueError(f"{where} has the iscrowd {_brief(crowd)}; give 0 or 1")
+    if not (all(map(_is_number, box)) and box[2] > 0 and box[3] > 0):
         skipped[NO_AREA] += 1
         return None
     shape, rle, polygons = annotation.get("segmentation"), None, None
     if isinstance(shape, dict):
         rle = _run_lengths(shape, size, where)
     elif isinstance(shape, list) and shape:
-        good = [np.asarray(points, dtype=np.float64) for points in shape if _is_polygon(points)]
-        skipped[SHORT_POLYGON] += len(shape) - len(good)
-        if not good:
+        polygons = tuple(points for points in _polygons(shape, where) if len(points) >= 3)
+        skipped[SHORT_POLYGON] += len(shape) - len(polygons)
+        if not polygons:
             skipped[NO_SHAPE] += 1
             return None
-        polygons = tuple(points.reshape(-1, 2) for points in good)
     elif shape not in (None, []):
         raise ValueError(f"{where} has a segmentation that is neither polygons nor run lengths")
     corners = (box[0], box[1], box[0] + box[2], box[1] + box[3])
-    thing = Thing(label, corners, polygons, rle, bool(annotation.get("iscrowd", 0)), 0.0)
-    area = annotation.get("area")
+    thing = Thing(label, corners, polygons, rle, bool(crowd), 0.0)
     return replace(thing, area=float(thing.mask(size).sum() if area is None else area))
 
 
-def _is_polygon(points: Any) -> bool:
-    return isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0
+def _polygons(shape: list[Any], where: str) -> list[NDArray[np.float64]]:
+    """The polygons as (n,2) points each."""
+    if all(map(_is_number, shape)):
+        raise ValueError(
+            f"{where} has the segmentation {_brief(shape)}, a flat list; COCO has a list of polygons: [[x, y, …], …]"
+        )
+    for number, points in enumerate(shape, 1):
+        if not (isinstance(points, list) and len(points) % 2 == 0 and all(map(_is_number, points))):
+            raise ValueError(
+                f"{where}: polygon {number} is {_brief(points)}; give numbers [x, y, x, y, …], even in count"
+            )
+    return [np.asarray(points, dtype=np.float64).reshape(-1, 2) for points in shape]
 
 
 def _run_lengths(shape: dict[str, Any], size: tuple[int, int], where: str) -> dict[str, Any]:
     """Run lengths as the evaluator reads them; COCO writes crowds uncompressed."""
-    if tuple(shape.get("size", ())) != size:
-        raise ValueError(f"{where} has run lengths for an image of {shape.get('size')}, the image is {list(size)}")
+    if shape.get("size") != list(size):
+        raise ValueError(
+            f"{where} has run lengths for an image of {_brief(shape.get('size'))}, the image is {list(size)}"
+        )
     counts = shape.get("counts")
     if isinstance(counts, list):
+        if not all(isinstance(run, int) and not isinstance(run, bool) and run >= 0 for run in counts):
+            raise ValueError(f"{where} has the run lengths {_brief(counts)}; give whole numbers of at least 0")
         if sum(counts) != size[0] * size[1]:
             raise ValueError(f"{where} has run lengths of {sum(counts)} pixels, the image has {size[0] * size[1]}")
-        shape = rle_api.frPyObjects(shape, *size)
-        counts = shape["counts"]
-    return {"size": list(size), "counts": counts.decode() if isinstance(counts, bytes) else counts}
+        counts = rle_api.frPyObjects({"size": list(size), "counts": counts}, *size)["counts"]
+    elif not isinstance(counts, str):
+        raise ValueError(f"{where} has the run lengths {_brief(counts)}; give a list of numbers, or COCO's string")
+    rle = {"size": list(size), "counts": counts.decode() if isinstance(counts, bytes) else counts}
+    try:
+        rle_api.decode(rle)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} has run lengths that can't be decoded: {str(error).splitlines()[0]}") from None
+    return rle

@@ -28,7 +28,7 @@ class Evaluate:
     weights: Literal["last", "best", "ema"] = "last"
     """Weights of the last epoch, of the epoch with the highest box AP, or averaged ones."""
     part: Literal["eval", "train"] = "eval"
-    """The run's evaluation images, or its training images."""
+    """Evaluation images or training images: the run's own, or those of --data."""
     data: str | None = None
     """Another COCO JSON, or folder with one, to evaluate on, with the same categories."""
     images: str | None = None

@@ -45,7 +45,7 @@ def compare_runs(folders: Sequence[Path], output: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{folder} has no finished epoch to show")
         last = history[-1]
         row: dict[str, Any] = {
-            "run": folder.name,
+            "run": str(folder),
             "model": settings.model,
             "attention": settings.attention,
             "parameters": facts["parameters"],
@@ -55,7 +55,7 @@ def compare_runs(folders: Sequence[Path], output: Path) -> list[dict[str, Any]]:
         row["seconds_per_epoch"] = statistics.median(line["seconds"] for line in history)
         row["peak_memory_mib"] = max(line["peak_memory_mib"] for line in history)
         rows.append(row)
-        histories[folder.name] = history
+        histories[str(folder)] = history
     output.mkdir(parents=True, exist_ok=True)
     files.write_json(output / RESULT, rows)
     draw_curves(histories, output / FIGURE)

@@ -6,8 +6,8 @@
 | annotations/instances_train*.json, ..._val*.json (COCO's own) | train | val |
 | train/*.json, valid/*.json or val/*.json (exports of labelling tools) | train | valid |
 
-Images are looked for beside their JSON, in images/ there, in the folder that the JSON's name ends with (train2017), and
-where --images says.
+Images are looked for where --images says, then beside their JSON, in images/ there and in the folder that the JSON's
+name ends with (train2017). The images of an --eval-data that lies in another folder are looked for beside it first.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class DetectData:
         return self.measuring(self.eval_part)
 
     def measuring(self, part: CocoPart, batch_size: int | None = None) -> PictureLoader:
-        """The same of any part."""
+        """The same of any part; batch_size None is the recipe's. Raises ValueError for one below 1."""
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
         return self._loader(part, View(self.settings.recipe, train=False), len(part), False, batch_size)
 
     def _loader(
@@ -79,7 +81,7 @@ class DetectData:
         s = self.settings
         order = Order(
             count,
-            batch_size or s.recipe.batch_size,
+            s.recipe.batch_size if batch_size is None else batch_size,
             train=train,
             seed=s.seed,
             rank=self._rank,
@@ -107,7 +109,9 @@ def open_parts(settings: DetectSettings) -> tuple[CocoPart, CocoPart]:
     if eval_file is not None:
         if settings.eval_images is not None:
             raise ValueError(f"--eval-images {settings.eval_images}: the data has an evaluation part, {eval_file}")
-        evaluation = open_file(eval_file, settings.images)
+        # files of the same name lie in both folders as a rule: --images is about the data then
+        elsewhere = settings.eval_data is not None and eval_file.resolve().parent != train_file.resolve().parent
+        evaluation = open_file(eval_file, settings.images, beside_first=elsewhere)
         if evaluation.categories != train.categories:
             raise ValueError(f"{eval_file} has other categories than {train_file}")
         return train, evaluation
@@ -147,12 +151,18 @@ def find_files(settings: DetectSettings) -> tuple[Path, Path | None]:
     )
 
 
-def open_file(file: Path, images: str | None) -> CocoPart:
-    """One JSON, with its images in the folder `images` or where they usually lie."""
+def open_file(file: Path, images: str | None, beside_first: bool = False) -> CocoPart:
+    """One JSON, with its images in the folder `images` or where they usually lie, there first if `beside_first`.
+
+    Raises ValueError when `images` is no folder, and as `read_coco` does.
+    """
     ending = file.stem.rpartition("_")[2]  # instances_train2017 -> train2017
     beside = [file.parent, file.parent / "images", file.parent / ending, file.parent.parent / ending]
-    given = None if images is None else [Path(images).expanduser()]
-    return read_coco(file, given or [*beside, file.parent.parent / "images"])
+    beside.append(file.parent.parent / "images")
+    given = [] if images is None else [Path(images).expanduser()]
+    if given and not given[0].is_dir():
+        raise ValueError(f"--images {images}: no such folder")
+    return read_coco(file, [*beside, *given] if beside_first else [*given, *beside])
 
 
 def _fraction(part: CocoPart, fraction: float) -> CocoPart:

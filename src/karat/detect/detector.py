@@ -14,8 +14,9 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
 
-from karat.detect.pyramid import LEVELS, SimpleFeaturePyramid, as_float
+from karat.detect.pyramid import LEVELS, SCALES, SimpleFeaturePyramid, as_float
 from karat.detect.recipes import DetectRecipe
 from karat.detect.settings import DetectSettings
 from karat.detect.trunk import Trunk, create_trunk
@@ -32,6 +33,19 @@ class _AsGiven(GeneralizedRCNNTransform):
         return image, target
 
 
+def roi_pool(output_size: int, stride: int) -> MultiScaleRoIAlign:
+    """Pools regions from p2 to p5 above a trunk of that stride, a power of two of at least 4.
+
+    torchvision takes the scales from the largest image of the first batch that it sees, without its padding, and
+    keeps them: wrong where all of them are padded, and another thing in a resumed run. They are constants here.
+    """
+    pool = MultiScaleRoIAlign(list(LEVELS[:4]), output_size=output_size, sampling_ratio=2)
+    pool.scales = [scale / stride for scale in SCALES]
+    lowest = stride.bit_length() - 3  # log2(stride / 4)
+    pool.map_levels = initLevelMapper(lowest, lowest + 3, pool.canonical_scale, pool.canonical_level)
+    return pool
+
+
 class Detector(MaskRCNN):
     """Mask R-CNN whose backbone knows where the padding is.
 
@@ -41,6 +55,7 @@ class Detector(MaskRCNN):
 
     def __init__(self, backbone: SimpleFeaturePyramid, num_classes: int, recipe: DetectRecipe) -> None:
         channels, side = backbone.out_channels, recipe.img_size
+        stride = backbone.trunk.stride
         super().__init__(
             backbone,
             None,  # the predictors below say it; the background is class 0
@@ -51,7 +66,7 @@ class Detector(MaskRCNN):
             rpn_post_nms_top_n_test=recipe.post_nms[1],
             rpn_nms_thresh=0.7,
             rpn_batch_size_per_image=recipe.rpn_anchors,
-            box_roi_pool=MultiScaleRoIAlign(list(LEVELS[:4]), output_size=7, sampling_ratio=2),
+            box_roi_pool=roi_pool(7, stride),
             box_head=TwoMLPHead(channels * 7**2, recipe.head_width),
             box_predictor=FastRCNNPredictor(recipe.head_width, num_classes + 1),
             box_score_thresh=0.05,
@@ -60,7 +75,7 @@ class Detector(MaskRCNN):
             box_fg_iou_thresh=0.5,
             box_bg_iou_thresh=0.5,
             box_batch_size_per_image=recipe.rois,
-            mask_roi_pool=MultiScaleRoIAlign(list(LEVELS[:4]), output_size=14, sampling_ratio=2),
+            mask_roi_pool=roi_pool(14, stride),
             mask_head=MaskRCNNHeads(channels, (channels,) * recipe.mask_convs, 1),
             mask_predictor=MaskRCNNPredictor(channels, channels, num_classes + 1),
         )
@@ -117,7 +132,10 @@ class Detector(MaskRCNN):
 
 
 def build_detector(settings: DetectSettings, num_classes: int) -> Detector:
-    """The detector that settings describe, initialised from torch's present random state."""
+    """The detector that settings describe, initialised from torch's present random state.
+
+    Raises ValueError for a patch size that is no power of two of at least 4, or an image of fewer than 2x2 patches.
+    """
     recipe = settings.recipe
     trunk = create_trunk(
         settings.model,
@@ -128,4 +146,13 @@ def build_detector(settings: DetectSettings, num_classes: int) -> Detector:
         relative=settings.rel_pos,
         **settings.model_kwargs(),
     )
+    patch, side = trunk.stride, recipe.img_size
+    if patch < 4 or patch & (patch - 1):
+        raise ValueError(
+            f"patch size {patch}: a detector takes 4, 8, 16, 32, ..., so that every level has a whole stride"
+        )
+    if side < 2 * patch:
+        raise ValueError(
+            f"img_size={side} is a single patch of {patch} pixels; the pyramid's coarse levels need {2 * patch} or more"
+        )
     return Detector(SimpleFeaturePyramid(trunk, recipe.channels), num_classes, recipe)

@@ -108,21 +108,23 @@ def measure(
     part: CocoPart,
     accelerator: Accelerator,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """The part's average precisions and number of images, the same on every process, and this process's detections.
+    """The part's average precisions and number of images, and all detections, the same on every process.
 
     Images that could not be decoded count for nothing. ValueError when none could.
     """
     results, seen = detect(model, batches, accelerator, list(part.categories))
     gathered = gather_object([(results, seen)]) if accelerator.num_processes > 1 else [(results, seen)]
+    everything = [result for some, _ in gathered for result in some]
+    everything.sort(key=lambda result: result["image_id"])  # whatever the number of processes
     figures: list[Any] = [None]
     if accelerator.is_main_process:
         ids = {number for _, some in gathered for number in some}
         if ids:
             kept = part.part([index for index, picture in enumerate(part.pictures) if picture.id in ids])
-            precision = average_precision(kept.as_coco(), [result for some, _ in gathered for result in some])
+            precision = average_precision(kept.as_coco(), everything)
             figures = [{**precision, "images": len(ids)}]
     if accelerator.num_processes > 1:
         broadcast_object_list(figures)
     if figures[0] is None:
         raise ValueError(f"{part.source}: no image to evaluate on")
-    return figures[0], results
+    return figures[0], everything

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from timm.models.vision_transformer import Attention, VisionTransformer
+from torch import Tensor, nn
 
+from karat.attention import KArAtAttention
 from karat.detect.detector import Detector
 from karat.detect.measure import load_run
 from karat.detect.settings import DetectSettings
@@ -17,7 +21,7 @@ from karat.models import create_model
 from karat.resample import resample_tokens
 from karat.token_grid import resample_operator
 from karat.train import files, runs
-from karat.train.init import FRESH, Fate, read_model, same_operators, transplant
+from karat.train.init import FRESH, Fate, adapt, read_model, same_operators, transplant
 
 
 def load_init(detector: Detector, settings: DetectSettings) -> list[Fate]:
@@ -35,9 +39,16 @@ def load_init(detector: Detector, settings: DetectSettings) -> list[Fate]:
 
 def _load_detector(detector: Detector, settings: DetectSettings, folder: Path) -> list[Fate]:
     source, theirs, _ = load_run(folder)
+    before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
     _carry(source.trunk, settings.recipe.img_size // detector.trunk.stride)
-    same = same_operators(settings.attention, theirs.attention)
-    return transplant(detector, source.state_dict(), str(folder), same_operator=same)
+    same, weights = same_operators(settings.attention, theirs.attention), source.state_dict()
+    resized = _changed(before, weights)
+    return transplant(detector, weights, str(folder), same_operator=same, resized=resized)
+
+
+def _changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
+    """The names of what isn't as before."""
+    return {name for name, new in after.items() if not torch.equal(before[name], new)}
 
 
 @torch.no_grad()
@@ -63,22 +74,22 @@ def load_trunk(detector: Detector, settings: DetectSettings) -> list[Fate]:
 
     The source loses its class token and is carried to the window's grid (operators 197 -> 196 tokens), then to the
     detector's: position embeddings and the operators of global blocks are resampled (SPEC §9). Where the source is
-    softmax, the operators start fresh. Raises ValueError as `karat.train.init` does.
+    softmax, the operators start fresh.
+
+    Raises ValueError for a source that is no plain ViT, and as `karat.train.init` does.
     """
     assert settings.init is not None
     source: Any
-    source, absent, same = _source(settings.init, settings)
+    source, theirs, same = _source(settings.init, settings)
+    _check_trunk(source, settings.init)
     patch: int = source.patch_embed.patch_size[0]
     resample_tokens(source, img_size=settings.window * patch, num_prefix_tokens=0)
     grid = settings.recipe.img_size // detector.trunk.stride
     with torch.random.fork_rng(devices=[]):
         trunk = to_grid(source, grid * patch, settings.window, settings.global_blocks, settings.rel_pos)
-    weights = {
-        name: tensor
-        for name, tensor in trunk.vit.state_dict().items()
-        if name not in absent and ".rel_pos_" not in name  # of a classifier they are new, zeros
-    }
-    fates = transplant(detector.trunk.vit, weights, settings.init, same_operator=same)
+    weights = {name: tensor for name, tensor in trunk.vit.state_dict().items() if name in theirs}
+    resized = _changed(theirs, weights)
+    fates = transplant(detector.trunk.vit, weights, settings.init, same_operator=same, resized=resized)
     others: dict[str, nn.Module] = {"pyramid": detector.backbone.levels, "rpn": detector.rpn}
     others["heads"] = detector.roi_heads
     for name, module in others.items():
@@ -87,16 +98,48 @@ def load_trunk(detector: Detector, settings: DetectSettings) -> list[Fate]:
     return fates
 
 
-def _source(name: str, settings: DetectSettings) -> tuple[nn.Module, set[str], bool]:
-    """The source as a classifier, the names of weights that it lacks, and whether its operators mean the same."""
+def _check_trunk(source: nn.Module, name: str) -> None:
+    """ValueError for a model whose blocks don't compute an attention of their own over a grid of tokens."""
+    why = f"a {type(source).__name__} is no plain ViT"
+    if isinstance(source, VisionTransformer):
+        kinds = {type(getattr(block, "attn", block)) for block in source.blocks}
+        other = sorted(kind.__name__ for kind in kinds if not issubclass(kind, Attention | KArAtAttention))
+        if not other:
+            return
+        why = f"its blocks have {other[0]}"
+    raise ValueError(
+        f"--init {name}: it can't be a detector's trunk ({why}); give a ViT with softmax or karat's attention"
+    )
+
+
+def _source(name: str, settings: DetectSettings) -> tuple[nn.Module, dict[str, Tensor], bool]:
+    """The source as a classifier, the weights it came with, and whether its operators mean the same."""
     whole = read_model(name, settings)
     if whole is not None:
-        return whole[0], set(), whole[1]
+        return whole[0], {key: tensor.clone() for key, tensor in whole[0].state_dict().items()}, whole[1]
     weights = files.read_tensors(Path(name).expanduser())
-    source = create_model(settings.model, settings.attention, **settings.model_kwargs())
+    source: Any = create_model(settings.model, settings.attention, **settings.model_kwargs())
+    grid = _grid_of(weights)
+    if grid is not None:  # on its own grid, from where position embeddings and operators are carried together
+        side, prefix = grid
+        kwargs = {} if prefix else {"class_token": False, "global_pool": "avg"}
+        img_size = side * source.patch_embed.patch_size[0]
+        source = create_model(
+            settings.model, settings.attention, img_size=img_size, **kwargs, **settings.model_kwargs()
+        )
     own = source.state_dict()
-    fitting = {key: tensor for key, tensor in weights.items() if key in own and tensor.shape == own[key].shape}
+    adapted = {key: adapt(key, weights[key], own[key], source) for key in own if key in weights}
+    fitting = {key: tensor for key, tensor in adapted.items() if tensor is not None}
     if not fitting:
         raise ValueError(f"--init {name}: it shares no weight with {settings.model}")
     source.load_state_dict(own | fitting)
-    return source, set(own) - set(fitting), True
+    return source, {key: weights[key] for key in fitting}, True
+
+
+def _grid_of(weights: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Side of the token grid and number of prefix tokens of a ViT's weights; None where they don't say it."""
+    embedding, prefix = weights.get("pos_embed"), int("cls_token" in weights)
+    if embedding is None or embedding.ndim != 3:
+        return None
+    side = isqrt(max(embedding.shape[1] - prefix, 0))
+    return (side, prefix) if side and side**2 == embedding.shape[1] - prefix else None

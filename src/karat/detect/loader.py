@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from karat.detect.coco import CocoPart
 from karat.detect.views import View
 from karat.train.data_augment import decode, keyed_randomness, mix
-from karat.train.data_loader import Item, WorkerLoader, _reason
+from karat.train.data_loader import Item, WorkerLoader, reason_of
 from karat.train.data_order import BadImages, Order
 
 Sample = tuple[Tensor, dict[str, Tensor], list[tuple[str, str]]]  # image, target, unreadable files with the reason
@@ -35,7 +35,7 @@ class _Pictures(Dataset):
                 with keyed_randomness(mix(self.seed, epoch, position)):
                     return *self.view(decode(picture.path, 3), picture), bad
             except Exception as error:  # a broken file can raise anything from within PIL's codecs
-                bad.append((str(picture.path), _reason(error)))
+                bad.append((str(picture.path), reason_of(error)))
         return torch.zeros(3, 1, 1), {}, bad
 
 

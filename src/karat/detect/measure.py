@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from karat.detect.data import DetectData, load_data
+from karat.detect.coco import CocoPart
+from karat.detect.data import DetectData, find_files, load_data, open_file
 from karat.detect.detector import Detector, build_detector
 from karat.detect.evaluate import measure
 from karat.detect.settings import DetectSettings
@@ -42,10 +43,13 @@ def evaluate_run(
     workers: int | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Average precisions of a run on its evaluation images ("eval"), its training images ("train"), or another JSON.
+    """Average precisions of a run on its evaluation images ("eval"), its training images ("train"), or other data.
+
+    Of other `data`, a folder with a training and an evaluation JSON, `part` says which; where there is one, all of it.
+    `images` is the folder of the images of what is measured; None: the run's own, of other data beside its JSON.
 
     Also saved as eval.json, the detections as detections.json (COCO's results format).
-    Raises ValueError for data with other categories than the run's, and as `load_run` does.
+    Raises ValueError for data with other categories than the run's, a batch_size below 1, and as `load_run` does.
     """
     detector, settings, categories = load_run(folder, weights)
     changes: dict[str, Any] = {"workers": workers, "device": device, "images": images}
@@ -56,7 +60,7 @@ def evaluate_run(
         loaded = load_data(settings, rank, world_size)
         chosen = loaded.train_part if part == "train" else loaded.eval_part
     else:
-        chosen = _other(data, settings)
+        chosen = _other(data, images, part, settings)
         loaded = DetectData(chosen, chosen, settings, rank, world_size)
     if chosen.categories != categories:
         raise ValueError(f"{chosen.source} has the categories {chosen.categories}, the run was trained on {categories}")
@@ -71,8 +75,6 @@ def evaluate_run(
     return result
 
 
-def _other(data: str, settings: DetectSettings) -> Any:
-    from karat.detect.data import find_files, open_file
-
-    file, _ = find_files(replace(settings, data=data, eval_data=None))
-    return open_file(file, settings.images)
+def _other(data: str, images: str | None, part: str, settings: DetectSettings) -> CocoPart:
+    train, evaluation = find_files(replace(settings, data=data, eval_data=None))
+    return open_file(train if part == "train" or evaluation is None else evaluation, images)

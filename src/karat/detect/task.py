@@ -16,6 +16,7 @@ from karat.detect.detector import Detector, build_detector
 from karat.detect.evaluate import measure
 from karat.detect.init import load_init
 from karat.detect.settings import DetectSettings
+from karat.train import randomness
 from karat.train.engine import Trainer
 from karat.train.init import Fate
 from karat.train.task import Batch, Objective, Task
@@ -62,13 +63,16 @@ class Detection(Task):
     def evaluate(
         self, model: nn.Module, batches: Iterable[Batch], accelerator: Accelerator, data: DetectData
     ) -> dict[str, float]:
-        """As Task.evaluate; with `eval_train` the training images' figures too, as train_box_AP and so on."""
+        """As Task.evaluate."""
         assert isinstance(model, Detector)
         figures, _ = measure(model, batches, data.eval_part, accelerator)
-        if self.settings.eval_train:
-            own, _ = measure(model, data.measuring(data.train_part), data.train_part, accelerator)
-            figures |= {f"train_{name}": value for name, value in own.items() if name != "images"}
         return figures
+
+    def evaluate_train(self, model: nn.Module, accelerator: Accelerator, data: DetectData) -> dict[str, float]:
+        """The same of the training images, as train_box_AP and so on."""
+        assert isinstance(model, Detector)
+        figures, _ = measure(model, data.measuring(data.train_part), data.train_part, accelerator)
+        return {f"train_{name}": value for name, value in figures.items() if name != "images"}
 
     def epoch_line(self, line: Mapping[str, Any]) -> str:
         """As Task.epoch_line."""
@@ -92,7 +96,9 @@ class Detection(Task):
 class DetectTrainer(Trainer):
     """The training loop, on detection."""
 
-    def create_task(self, settings: DetectSettings) -> Task:
+    task: Detection
+
+    def create_task(self, settings: DetectSettings) -> Detection:
         """As Trainer.create_task."""
         return Detection(settings)
 
@@ -100,6 +106,14 @@ class DetectTrainer(Trainer):
         """As Trainer.fit; says first what of the data was left out."""
         self.notes += self.data.skipped
         return super().fit()
+
+    def _evaluate(self) -> dict[str, float]:
+        """As Trainer's; with `eval_train` the training images' figures too, of the weights in training alone."""
+        line = super()._evaluate()
+        if self.settings.eval_train:
+            with randomness.aside(self.settings.seed):
+                line |= self.task.evaluate_train(self.parts.bare, self.accelerator, self.data)
+        return line
 
 
 def train(

@@ -51,7 +51,7 @@ class _Views(Dataset):
         try:
             image = decode(record.image, self.in_chans)
         except Exception as error:  # a broken file can raise anything from within PIL's codecs
-            return torch.zeros(self.in_chans, self.size, self.size), UNREADABLE, record.name, _reason(error)
+            return torch.zeros(self.in_chans, self.size, self.size), UNREADABLE, record.name, reason_of(error)
         with keyed_randomness(mix(self.seed, epoch, position)):
             return self.transform(image), record.label, record.name, None
 
@@ -292,7 +292,7 @@ def decode_all(source: Source, fit: Fit, in_chans: int, bad: BadImages, threads:
             try:
                 found.append((fit.decoded(record.image, in_chans), record.label, record.name, ""))
             except Exception as error:  # as in _Views
-                found.append((None, record.label, record.name, _reason(error)))
+                found.append((None, record.label, record.name, reason_of(error)))
         return found
 
     images: Tensor | None = None
@@ -314,7 +314,7 @@ def decode_all(source: Source, fit: Fit, in_chans: int, bad: BadImages, threads:
     return images[: len(labels)], torch.tensor(labels, dtype=torch.int64)
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The first line of what went wrong, without the memory addresses that PIL prints."""
     return re.sub(
         r"<_io\.\S+( object at 0x[0-9a-f]+)?>",

@@ -150,7 +150,7 @@ def transplant(
         found = weights.get(name)
         if found is not None and name in operators and not same_operator:
             found = None
-        adapted = None if found is None else _adapt(name, found, target, model)
+        adapted = None if found is None else adapt(name, found, target, model)
         if adapted is None:
             note(name, FRESH, target)
         else:
@@ -167,7 +167,7 @@ def transplant(
     return [Fate(part, fate, *numbers) for (part, fate), numbers in sorted(counts.items())]
 
 
-def _adapt(name: str, found: Tensor, target: Tensor, model: nn.Module) -> Tensor | None:
+def adapt(name: str, found: Tensor, target: Tensor, model: nn.Module) -> Tensor | None:
     """`found` in the shape of `target`, or None where it can't be brought there."""
     if found.shape == target.shape:
         return found
