@@ -139,6 +139,7 @@ def test_compiled_and_exported_layers_know_their_knots() -> None:
     compiled(x)
     layer.knots.copy_(layer.knots.sign() * layer.knots.abs() ** 1.3)
     late.knots.copy_(layer.knots)
+    assert not late.uniform
     for other in (early, exported):
         other.load_state_dict(layer.state_dict())
     program = torch.export.export(exported, (x,)).module()

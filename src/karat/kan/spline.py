@@ -89,8 +89,8 @@ class SplineLinear(nn.Module):
     def uniform(self) -> bool:
         """Whether every grid has equal steps, so that the closed form serves.
 
-        Knots that were written to since are looked at again. A layer that was exported or compiled before can't do so:
-        after writing to its knots other than by load_state_dict or update_grid, read `uniform` once.
+        Knots that were written to since are looked at again. Compiled code can't be relied on to do so, nor can
+        torch.export: after writing to knots other than by load_state_dict or update_grid, read `uniform` once first.
         """
         self._look_at_knots()
         return self._uniform
