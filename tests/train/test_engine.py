@@ -18,6 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from karat.train import checkpoint, files, runs, step, watch
+from karat.train.build import plain_model
 from karat.train.engine import Trainer, train
 from karat.train.faults import TrainingDiverged
 from karat.train.snapshot import take
@@ -144,6 +145,10 @@ def test_settings_that_fit_no_run_are_refused(tmp_path: Path, values: dict[str, 
     ((name, value),) = values.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
         tiny(tmp_path, **values)
+    with pytest.raises(
+        ValueError, match="patch_size=300 is larger than the images of vit_tiny_patch16_224, 224 pixels"
+    ):
+        plain_model(tiny(tmp_path, img_size=None, patch_size=300), 10, 1)
 
 
 def test_bfloat16_trains(tmp_path: Path) -> None:

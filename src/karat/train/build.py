@@ -80,7 +80,12 @@ def with_teacher(model: nn.Module, settings: Settings, in_chans: int, folder: Pa
 
 
 def plain_model(settings: Settings, num_classes: int, in_chans: int) -> nn.Module:
-    """The model that the settings describe, with attention of its own."""
+    """The model that the settings describe, with attention of its own; ValueError for patches larger than images."""
+    side = settings.img_size or input_size(settings.model)
+    if settings.patch_size is not None and settings.patch_size > side:
+        raise ValueError(
+            f"patch_size={settings.patch_size} is larger than the images of {settings.model}, {side} pixels"
+        )
     recipe = settings.recipe
     extra: dict[str, Any] = settings.model_kwargs()
     if recipe.drop:
