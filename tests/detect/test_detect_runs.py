@@ -116,11 +116,12 @@ def test_a_run_holds_what_is_needed(finished: Path) -> None:
 def test_evaluation_of_a_run_is_what_training_measured(finished: Path) -> None:
     (_, own), (_, averaged), (_, training) = MEASURED[-3:]
     last = runs.read_history(finished)[-1]
-    for values, expected, name in (
+    cases: tuple[tuple[dict[str, Any], Detections, str], ...] = (
         ({}, own, "box_AP"),
         ({"weights": "ema"}, averaged, "ema_box_AP"),
         ({"part": "train", "batch_size": 1}, training, "train_box_AP"),
-    ):
+    )
+    for values, expected, name in cases:
         assert evaluate_run(finished, **values)["box_AP"] == pytest.approx(last[name], abs=1e-3)
         assert alike(detections(finished), expected)
     assert not alike(own, averaged)
@@ -140,8 +141,8 @@ def test_evaluation_of_other_data(data: Path, finished: Path, tmp_path: Path) ->
     (run / "config.json").write_text(json.dumps(config))
     for name, count in (("train", 5), ("valid", 4)):
         write_coco(tmp_path / "other" / name, count, size=(30, 50))  # names as in the run's own folder, other sizes
-    for values, count in (({}, 4), ({"part": "train"}, 5)):
-        assert evaluate_run(run, data=str(tmp_path / "other"), **values)["images"] == count
+    for part, count in (("eval", 4), ("train", 5)):
+        assert evaluate_run(run, data=str(tmp_path / "other"), part=part)["images"] == count
     alone = tmp_path / "other" / "train" / "instances.json"
     assert evaluate_run(run, data=str(alone))["images"] == 5
     (tmp_path / "moved").mkdir()
@@ -348,8 +349,7 @@ def test_a_detector_gives_all_it_has_at_another_size_too(data: Path, finished: P
     assert (changed == set()) == (side == 64)
     assert torch.equal(mine["rpn.head.bbox_pred.weight"], theirs["rpn.head.bbox_pred.weight"])
     more = build_detector(settings, 5)
-    fates = {(f.part, f.fate) for f in load_init(more, settings)}
-    assert {("roi_heads", FRESH), ("roi_heads", LOADED)} <= fates
+    assert {("roi_heads", FRESH), ("roi_heads", LOADED)} <= {(f.part, f.fate) for f in load_init(more, settings)}
 
 
 def test_weights_from_a_file_are_what_its_run_gives(data: Path, classifier: Path) -> None:
@@ -367,8 +367,10 @@ def test_weights_from_a_file_are_what_its_run_gives(data: Path, classifier: Path
 
 
 def _student() -> torch.nn.Module:
-    vits = (create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=16, num_heads=2) for _ in range(2))
-    return transfer_attention(*vits, torch.rand(1, 3, 32, 32))
+    student, teacher = (
+        create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=16, num_heads=2) for _ in range(2)
+    )
+    return transfer_attention(student, teacher, torch.rand(1, 3, 32, 32))
 
 
 SOURCES: dict[str, tuple[Callable[[], torch.nn.Module], str]] = {

@@ -122,7 +122,7 @@ def _source(name: str, settings: DetectSettings) -> tuple[nn.Module, dict[str, T
     grid = _grid_of(weights)
     if grid is not None:  # on its own grid, from where position embeddings and operators are carried together
         side, prefix = grid
-        kwargs = {} if prefix else {"class_token": False, "global_pool": "avg"}
+        kwargs: dict[str, Any] = {} if prefix else {"class_token": False, "global_pool": "avg"}
         img_size = side * source.patch_embed.patch_size[0]
         source = create_model(
             settings.model, settings.attention, img_size=img_size, **kwargs, **settings.model_kwargs()

@@ -96,6 +96,7 @@ class Detection(Task):
 class DetectTrainer(Trainer):
     """The training loop, on detection."""
 
+    settings: DetectSettings
     task: Detection
 
     def create_task(self, settings: DetectSettings) -> Detection:
