@@ -192,6 +192,7 @@ def draw(histories: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
                 panel.plot(epochs, [line[value] for line in lines], color=f"C{index}", label=label, linewidth=1.4)
     for panel, title in zip(panels, ("training loss", "top-1 on the evaluation images (%)"), strict=True):
         panel.set_xlabel("epoch")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_title(title, fontsize=10)
         panel.grid(alpha=0.3)
     panels[1].legend(frameon=False)

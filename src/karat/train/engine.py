@@ -344,6 +344,7 @@ class Trainer:
                 tracker.log({k: float(v) for k, v in line.items() if k != "epoch"}, p.epoch)
             typical = statistics.median(entry["seconds"] for entry in p.history)
             self.bar.epoch(line, self.task.epoch_line(line), typical * (self.recipe.epochs - p.epoch))
+        self.accelerator.wait_for_everyone()  # no process goes on, to evaluate say, before the run is written
 
     def _summary(self) -> dict[str, Any]:
         p = self.progress
