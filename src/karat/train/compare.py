@@ -162,7 +162,7 @@ def table(rows: Sequence[Row]) -> Table:
     """The rows for the terminal."""
     drawn = Table(title="comparison", title_justify="left")
     drawn.add_column("attention", overflow="fold")
-    for column in ("top-1 %", "best %", "params\nM", "mult-\nadds M", "ms /\nstep", "memory\nMiB"):
+    for column in ("top-1 %", "best %", "params\nM", "mult-\nadds M", "ms /\nstep", "s /\nepoch", "memory\nMiB"):
         drawn.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         deviation = "" if row.top1_deviation is None else f" ± {row.top1_deviation:.2f}"
@@ -173,6 +173,7 @@ def table(rows: Sequence[Row]) -> Table:
             f"{row.parameters / 1e6:.3g}",
             f"{row.multiply_adds / 1e6:.3g}",
             f"{row.ms_per_step:.1f}",
+            f"{row.seconds_per_epoch:.2f}",
             f"{row.peak_memory_mib:,.0f}",
         )
     return drawn
