@@ -22,10 +22,10 @@ from karat.basis import Basis, LinearBasis
 from karat.ops import reference
 from karat.ops.tiling import Tile, cache_bytes, tiles
 
-# Numbers of one tile's features: on a CPU, where a number has four bytes, four second-level caches full (smaller ones
+# Numbers of one tile's features: on a CPU, where a number has four bytes, eight second-level caches full (smaller ones
 # lose more to the calls than they gain from the cache); on other devices enough to fill them.
 # And the most keys of a tile. Found by measurement: benchmarks/tile_size.py.
-TILE_NUMBERS = {"cpu": cache_bytes()}
+TILE_NUMBERS = {"cpu": 2 * cache_bytes()}
 TILE_NUMBERS_ELSEWHERE = 1 << 26
 TILE_KEYS = {"cpu": 256}
 TILE_KEYS_ELSEWHERE = 4096
