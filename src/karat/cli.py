@@ -14,7 +14,7 @@ from importlib import metadata
 # command -> (function that takes the rest of the line, what it does). Modules are imported when their command is run.
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("karat.train.commands:train", "train one model, or go on with a run"),
-    "compare": ("karat.train.commands:compare", "train several attentions side by side: one table, one figure"),
+    "compare": ("karat.study.commands:compare", "train attentions side by side, or a study: one table, its figures"),
     "transfer": ("karat.train.commands:transfer", "train a model on a trained teacher's attention"),
     "eval": ("karat.train.commands:evaluate", "measure top-1 and top-5 of a run"),
     "detect": ("karat.detect.commands:detect", "detection with COCO-format data: train, eval, predict, compare"),

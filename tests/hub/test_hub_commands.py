@@ -19,7 +19,7 @@ from karat.hub.predict import probabilities, read
 from karat.hub.runs import NOT_TOLD, open_model, train_command
 from karat.options import parse
 from karat.train import runs
-from karat.train.commands import _defaults
+from karat.train.commands import defaults
 from karat.train.settings import Settings, resolve
 
 
@@ -95,7 +95,7 @@ def test_the_cards_command_repeats_the_settings(karat_run: Path) -> None:
         assert words[:2] == ["karat", "train"]
         import tyro
 
-        again = resolve(parse(lambda w=words: tyro.cli(Settings, args=w[2:], default=_defaults(w[2:])), "karat train"))
+        again = resolve(parse(lambda w=words: tyro.cli(Settings, args=w[2:], default=defaults(w[2:])), "karat train"))
         kept = {name: value for name, value in each.as_dict().items() if name not in NOT_TOLD - {"recipe"}}
         assert {name: again.as_dict()[name] for name in kept} == kept
 

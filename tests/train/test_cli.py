@@ -125,13 +125,13 @@ def test_output_is_named_after_the_run_and_never_overwritten_unasked(tmp_path: P
 
 
 def test_recipe_presets_are_defaults_that_options_override() -> None:
-    from karat.train.commands import _defaults
+    from karat.train.commands import defaults
 
-    assert _defaults(["--recipe", "vit", "--lr", "1"]).recipe == RECIPES["vit"]
-    assert _defaults(["--data", "digits"]).recipe == RECIPES["digits"]
-    assert _defaults(["--data=torch/cifar10"]).recipe == RECIPES["quick"]
-    assert _defaults(["--data", "hfds/x", "--model", "swin_tiny_patch4_window7_224"]).recipe == RECIPES["swin"]
-    assert _defaults(["--data", "hfds/x", "--init", "hub:y"]).recipe == RECIPES["finetune"]
+    assert defaults(["--recipe", "vit", "--lr", "1"]).recipe == RECIPES["vit"]
+    assert defaults(["--data", "digits"]).recipe == RECIPES["digits"]
+    assert defaults(["--data=torch/cifar10"]).recipe == RECIPES["quick"]
+    assert defaults(["--data", "hfds/x", "--model", "swin_tiny_patch4_window7_224"]).recipe == RECIPES["swin"]
+    assert defaults(["--data", "hfds/x", "--init", "hub:y"]).recipe == RECIPES["finetune"]
     assert Settings.make(data="hfds/x", epochs=7).recipe == RECIPES["vit"].override(epochs=7)
 
 

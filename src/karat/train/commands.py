@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,8 +24,9 @@ class Compare(Settings):
     attentions: tyro.conf.Positional[tuple[str, ...]] = ("softmax", "g3b", "g3u")
     """The attentions to compare, e.g. softmax g3b g3u; with an MLP behind a stroke, e.g. softmax/grkan g3b/kan; or
     whole models, e.g. kat_tiny_patch16_224 "deep_kan(order=3)", with attention and MLP behind strokes if you wish."""
-    seeds: int = 1
-    """Runs of each attention, with seeds seed, seed+1, ...; from two on the table shows mean ± deviation."""
+    seeds: int | None = None
+    """Runs of each attention, with seeds seed, seed+1, ... (none: 1, or as a study's file says); from two on the table
+    shows mean ± deviation."""
     attention: tyro.conf.Suppress[str] = "softmax"
 
 
@@ -49,7 +50,7 @@ class Evaluate:
     """auto: the accelerator when there is one; none: as the run had."""
 
 
-def _defaults(arguments: Sequence[str]) -> Settings:
+def defaults(arguments: Sequence[str]) -> Settings:
     """The defaults that the command line's own --recipe, --data, --init, --model and --resume imply.
 
     They decide what the other options' defaults are, so they are read first; all else is left to the full parser.
@@ -66,18 +67,23 @@ def _defaults(arguments: Sequence[str]) -> Settings:
 
 def _first_options(arguments: Sequence[str]) -> argparse.Namespace:
     """The options on which other options' defaults depend; None for one that is not given."""
+    found = first_options(arguments, "recipe", "data", "model", "init", "resume", "output")
+    return argparse.Namespace(**{**found, "recipe": found["recipe"] or AUTO})
+
+
+def first_options(arguments: Sequence[str], *names: str) -> dict[str, str | None]:
+    """These options as they stand on the command line, read before all others; None for one that is not given."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default=AUTO)
-    for name in ("data", "model", "init", "resume", "output"):
+    for name in names:
         first.add_argument(f"--{name}", default=None)
     known, _ = first.parse_known_args(list(arguments))
-    return known
+    return {name: getattr(known, name) for name in names}
 
 
 def train(arguments: Sequence[str]) -> None:
     """karat train."""
     settings = parse(
-        lambda: tyro.cli(Settings, args=arguments, prog="karat train", default=_defaults(arguments)), "karat train"
+        lambda: tyro.cli(Settings, args=arguments, prog="karat train", default=defaults(arguments)), "karat train"
     )
     _run(settings)
 
@@ -113,7 +119,7 @@ def transfer(arguments: Sequence[str]) -> None:
 def _student_defaults(teacher: Path, arguments: Sequence[str]) -> Settings:
     from karat.train.transfer import student_defaults
 
-    resumed = _defaults(arguments)
+    resumed = defaults(arguments)
     if resumed.resume is not None:
         _check_teacher(teacher, resumed)
         return resumed
@@ -134,19 +140,6 @@ def _check_teacher(teacher: Path, resumed: Settings) -> None:
     kept = folder / runs.TEACHER
     if teacher.resolve() not in (Path(resumed.teacher).resolve(), kept.resolve()):
         raise ValueError(f"{folder} learns from {resumed.teacher}, not {teacher}: name that, or its copy {kept}")
-
-
-def compare(arguments: Sequence[str]) -> None:
-    """karat compare."""
-    defaults = _defaults(arguments)
-    own = {f.name: getattr(defaults, f.name) for f in fields(Settings) if f.name != "attention"}
-    parsed = parse(
-        lambda: tyro.cli(Compare, args=arguments, prog="karat compare", default=Compare(**own)), "karat compare"
-    )
-    settings = Settings(**{f.name: getattr(parsed, f.name) for f in fields(Settings)})
-    from karat.train.compare import compare as run
-
-    run(parsed.attentions, settings, seeds=parsed.seeds, console=Console())
 
 
 def evaluate(arguments: Sequence[str]) -> None:

@@ -145,6 +145,7 @@ class Trainer:
         for note in self.notes:
             self._warn(note)
         if p.epoch >= epochs:
+            self._complete()
             return self._summary()
         label = self.settings.label
         config = self.settings.as_dict()
@@ -168,6 +169,14 @@ class Trainer:
                     raise
                 self._worker_died(error, reason)
         return self._summary()
+
+    def _complete(self) -> None:
+        """Write what a run killed between its last checkpoint and its summary still lacks."""
+        path = self.folder / runs.SUMMARY
+        if not self.main or (path.is_file() and files.read_json(path).get("finished")):
+            return
+        runs.publish_weights(self.folder, self.folder / checkpoint.FOLDER / checkpoint.name_of(self.progress.step))
+        files.write_json(path, self._summary())
 
     def _warn(self, note: str | None) -> None:
         if note is not None and self.main:

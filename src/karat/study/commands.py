@@ -1,0 +1,110 @@
+"""`karat compare`: of names on the command line, or of a study's file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from karat.options import parse
+from karat.study.document import Document, read_document
+from karat.study.plan import Plan, common_settings, make_plan, summary_of
+from karat.train import commands as training
+from karat.train.run_settings import slug
+from karat.train.settings import Settings
+
+_TAKEN_FROM_THE_LINE = ("recipe", "data", "model", "init")  # what other options' defaults depend on
+
+
+@dataclass(frozen=True)
+class Compare(training.Compare):
+    __doc__ = training.Compare.__doc__
+
+    study: Path | None = None
+    """A study's file (TOML) with settings, seeds and variants, instead of attentions; a run that is finished is not
+    trained again, and several processes may work on one study. Attentions, where given, name the variants to train."""
+    only_table: bool = False
+    """With --study: train nothing, write table and figures from the runs that are finished."""
+
+
+def compare(arguments: Sequence[str]) -> None:
+    """karat compare."""
+    path = _study_file(arguments)
+    document = None if path is None else read_document(path)
+    default = _default(training.defaults(arguments) if document is None else _common(document, arguments), document)
+    parsed = parse(lambda: tyro.cli(Compare, args=arguments, prog="karat compare", default=default), "karat compare")
+    settings = Settings(**{f.name: getattr(parsed, f.name) for f in fields(Settings)})
+    if document is not None and parsed.study is not None:
+        _study(parsed, document, settings)
+        return
+    if parsed.only_table:
+        raise ValueError("--only-table is of a study: give its file with --study FILE")
+    from karat.train.compare import compare as run
+
+    run(parsed.attentions, settings, seeds=1 if parsed.seeds is None else parsed.seeds, console=Console())
+
+
+def _study_file(arguments: Sequence[str]) -> Path | None:
+    """--study's file, which decides what the other options' defaults are."""
+    found = training.first_options(arguments, "study")["study"]
+    return None if found is None else Path(found)
+
+
+def _common(document: Document, arguments: Sequence[str]) -> Settings:
+    """The study's common settings; what the command line says of recipe, data, model and start goes before."""
+    given = training.first_options(arguments, *_TAKEN_FROM_THE_LINE)
+    values: dict[str, Any] = dict(document.settings)
+    values |= {name: None if value == "None" else value for name, value in given.items() if value is not None}
+    return common_settings(values)
+
+
+def _default(settings: Settings, document: Document | None) -> Compare:
+    own: Mapping[str, Any] = {f.name: getattr(settings, f.name) for f in fields(Settings) if f.name != "attention"}
+    return Compare(**own) if document is None else Compare(**own, attentions=())
+
+
+def _study(parsed: Compare, document: Document, common: Settings) -> None:
+    """Train what is missing and write the table."""
+    from karat.study.results import write_results
+    from karat.study.work import refuse_several_processes, train_all
+    from karat.train.faults import TrainingDiverged
+
+    refuse_several_processes()
+    if common.resume is not None or common.overwrite:
+        raise ValueError("a study goes on with what its folder holds: leave --resume and --overwrite out")
+    seeds = None
+    if parsed.seeds is not None:
+        if parsed.seeds < 1:
+            raise ValueError(f"seeds={parsed.seeds}: give 1 or more")
+        seeds = tuple(range(common.seed, common.seed + parsed.seeds))
+    folder = common.output or Path("runs") / f"study-{slug(parsed.study.stem if parsed.study else document.title)}"
+    plan = make_plan(document, common, folder, seeds)
+    chosen = plan.only(parsed.attentions)
+    console = Console()
+    failed: dict[str, str] = {}
+    if not parsed.only_table:
+        plan.write()
+        failed = train_all(chosen, console=console)
+    missing = _missing(plan, failed)
+    if missing and not parsed.only_table:
+        console.print(
+            f"{len(missing)} runs are not finished, the first of them {missing[0]}: the process that finishes the last "
+            f"one writes the table; karat compare --study {parsed.study} --only-table writes it of those that are",
+            highlight=False,
+            soft_wrap=True,
+        )
+    else:
+        write_results(plan, {}, {}, console)
+    if failed:
+        raise TrainingDiverged(f"{len(failed)} runs diverged: {', '.join(Path(name).name for name in failed)}")
+
+
+def _missing(plan: Plan, failed: Mapping[str, str]) -> list[str]:
+    """The folders of runs that are still to be finished."""
+    waiting = [variant.name for variant in plan.variants if variant.waits]
+    unfinished = [job for job in plan.jobs() if str(job.folder) not in failed and summary_of(job) is None]
+    return [job.folder.name for job in unfinished] + waiting

@@ -1,0 +1,214 @@
+"""A study's configuration file: TOML, with every name and every value checked before anything is trained."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import types
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from karat.train.recipes import Recipe
+from karat.train.settings import Settings
+
+# What the study itself decides, run by run.
+_OWN = frozenset({"attention", "seed", "resume", "overwrite", "preset", "recipe"})
+# What must be the same in all rows of one table, or has no meaning in a row.
+_COMMON_ONLY = frozenset({"recipe", "output", "data", "data_dir", "device"})
+_TOP = ("title", "seeds", "baseline", "settings", "variants")
+_ROW = ("name", "attention", "seeds", "equal_time_to")
+Value = Any
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One variant as the file has it: `values` are the settings of this row only; seeds: None as the study's."""
+
+    name: str
+    attention: str
+    values: Mapping[str, Value]
+    seeds: tuple[int, ...] | int | None = None
+    equal_time_to: str | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """A study as its file has it; `settings` holds what is common, by the names of karat train's options."""
+
+    title: str
+    seeds: tuple[int, ...]
+    baseline: str
+    settings: Mapping[str, Value]
+    entries: tuple[Entry, ...]
+
+
+def read_document(path: Path) -> Document:
+    """Read a study's file. Raises ValueError, naming the file and the entry, for one that can't be used."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror or error}") from None
+    try:
+        return parse_document(tomllib.loads(text), default_title=path.stem)
+    except ValueError as error:  # TOMLDecodeError is one
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parse_document(found: Mapping[str, Value], *, default_title: str = "study") -> Document:
+    """A study from what TOML gives. Raises ValueError for a name or a value that is not known.
+
+    >>> study = parse_document({"seeds": 2, "settings": {"epochs": 3}, "variants": [{"attention": "softmax"}]})
+    >>> study.seeds, study.baseline
+    ((0, 1), 'softmax')
+    >>> parse_document({"variants": [{"attention": "softmax", "epoch": 3}]})
+    Traceback (most recent call last):
+    ...
+    ValueError: variant 'softmax': unknown 'epoch': did you mean 'epochs'?
+    """
+    _known(found, _TOP, "the study")
+    common = _table(found.get("settings", {}), "settings")
+    names = setting_names()
+    _known(common, [name for name in names if name not in _OWN - {"recipe"}], "settings")
+    settings = {name: checked(name, value, names[name]) for name, value in common.items()}
+    listed = found.get("variants", [])
+    if not isinstance(listed, list) or not listed:
+        raise ValueError('there are no variants: add [[variants]] with an attention, e.g. attention = "softmax"')
+    entries = tuple(_entry(_table(row, "a variant"), names) for row in listed)
+    title = _text(found.get("title", default_title), "title")
+    baseline = _text(found.get("baseline", entries[0].name), "baseline")
+    titles = [entry.name for entry in entries]
+    for name in titles:
+        if titles.count(name) > 1:
+            raise ValueError(f"variant {name!r} is named twice: give each a name of its own")
+    _among(baseline, titles, "baseline")
+    for entry in entries:
+        if entry.equal_time_to is not None:
+            _among(entry.equal_time_to, titles, f"variant {entry.name!r}: equal_time_to")
+            if entry.equal_time_to == entry.name:
+                raise ValueError(f"variant {entry.name!r}: equal_time_to names itself")
+    return Document(title, seeds_of(found.get("seeds", 1)), baseline, settings, entries)
+
+
+def _entry(row: Mapping[str, Value], names: Mapping[str, Any]) -> Entry:
+    if "attention" not in row:
+        raise ValueError(f'variant {row.get("name", dict(row))!r} has no attention, e.g. attention = "g3b"')
+    attention = _text(row["attention"], "attention")
+    name = _text(row.get("name", attention), "name")
+    where = f"variant {name!r}"
+    allowed = [setting for setting in names if setting not in _OWN | _COMMON_ONLY]
+    for setting in row:
+        if setting in _COMMON_ONLY:
+            raise ValueError(f"{where}: {setting!r} is common to all rows: give it under [settings]")
+    _known(row, [*_ROW, *allowed], where)
+    values = {
+        setting: checked(setting, value, names[setting], where) for setting, value in row.items() if setting not in _ROW
+    }
+    seeds = row.get("seeds")
+    return Entry(
+        name=name,
+        attention=attention,
+        values=values,
+        seeds=None if seeds is None else seeds if _whole(seeds) and seeds > 0 else seeds_of(seeds, where),
+        equal_time_to=None if "equal_time_to" not in row else _text(row["equal_time_to"], f"{where}: equal_time_to"),
+    )
+
+
+def setting_names() -> dict[str, Any]:
+    """Every name that a study's settings may have, with its type: karat train's options."""
+    own, recipe = get_type_hints(Settings), get_type_hints(Recipe)
+    found = {f.name: own[f.name] for f in fields(Settings)} | {f.name: recipe[f.name] for f in fields(Recipe)}
+    return found | {"recipe": str}
+
+
+def seeds_of(value: Value, where: str = "the study") -> tuple[int, ...]:
+    """Seeds from a number, meaning 0, 1, ..., or a list of them. Raises ValueError for anything else."""
+    if _whole(value) and value > 0:
+        return tuple(range(value))
+    if isinstance(value, list | tuple) and value and all(_whole(seed) and seed >= 0 for seed in value):
+        if len(set(value)) < len(value):
+            raise ValueError(f"{where}: seeds={list(value)} names one twice")
+        return tuple(value)
+    raise ValueError(f"{where}: seeds={value!r}: give a number of seeds, 1 or more, or a list such as [0, 1, 2]")
+
+
+def checked(name: str, value: Value, kind: Any, where: str = "settings") -> Value:
+    """A value as the setting of that type takes it; "none" stands for None, which TOML doesn't have.
+
+    Raises ValueError for one of another type.
+    """
+    found, fits = _convert(value, kind)
+    if not fits:
+        raise ValueError(f"{where}: {name}={value!r} is not {_words(kind)}")
+    return found
+
+
+def _convert(value: Value, kind: Any) -> tuple[Value, bool]:
+    """The value as `kind` has it, and whether it fits."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value == "none" and type(None) in arguments:
+            return None, True
+        tried = [_convert(value, one) for one in arguments if one is not type(None)]
+        return next((pair for pair in tried if pair[1]), (value, False))
+    if origin is Literal:
+        return value, value in arguments
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return value, False
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        parts = [_convert(one, wanted) for one, wanted in zip(value, kinds, strict=False)]
+        return tuple(part for part, _ in parts), len(value) == len(kinds) and all(ok for _, ok in parts)
+    if kind is Path:
+        return (Path(value), True) if isinstance(value, str) else (value, False)
+    if kind is float:
+        return (float(value), True) if _whole(value) or isinstance(value, float) else (value, False)
+    if kind is int:
+        return value, _whole(value)
+    return value, isinstance(value, kind)
+
+
+def _words(kind: Any) -> str:
+    """A type for people."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join('"none"' if one is type(None) else _words(one) for one in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is tuple:
+        return "a list of " + ("words" if arguments[0] is not float else "numbers")
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
+    return plain.get(kind, str(kind))
+
+
+def _whole(value: Value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _text(value: Value, name: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name}={value!r} is not a text")
+    return value
+
+
+def _table(value: Value, name: str) -> Mapping[str, Value]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a table of names and values, got {value!r}")
+    return value
+
+
+def _known(found: Collection[str], names: Collection[str], where: str) -> None:
+    """ValueError for a name that isn't among `names`, with the nearest, or all of them where none is near."""
+    for name in found:
+        if name not in names:
+            near = difflib.get_close_matches(name, list(names), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(names))}"
+            raise ValueError(f"{where}: unknown {name!r}: {hint}")
+
+
+def _among(name: str, names: Collection[str], where: str) -> None:
+    if name not in names:
+        near = difflib.get_close_matches(name, list(names), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the variants are {', '.join(map(repr, names))}"
+        raise ValueError(f"{where}: there is no variant {name!r}: {hint}")

@@ -1,0 +1,182 @@
+"""What a study's file asks for: variants with all their settings, and the runs of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from karat.study.document import Document, Entry
+from karat.train import files, runs
+from karat.train.compare import contender
+from karat.train.recipes import Recipe
+from karat.train.run_settings import first_change, slug
+from karat.train.settings import Settings, resolve
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row: all settings of its runs but seed and folder.
+
+    waits: its number of epochs is still to be worked out, from step times, so that it trains as long as
+    `equal_time_to`.
+    """
+
+    name: str
+    settings: Settings
+    seeds: tuple[int, ...]
+    equal_time_to: str | None = None
+    waits: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study."""
+
+    variant: str
+    seed: int
+    folder: Path
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study with everything settled, in `folder`. Differences are taken from the row named `baseline`."""
+
+    title: str
+    folder: Path
+    baseline: str
+    variants: tuple[Variant, ...]
+
+    def jobs(self) -> list[Job]:
+        """The runs in the order in which they are trained: every variant with one seed before the next seed."""
+        seeds = list(dict.fromkeys(seed for variant in self.variants for seed in variant.seeds))
+        return [
+            self.job(variant, seed)
+            for seed in seeds
+            for variant in self.variants
+            if seed in variant.seeds and not variant.waits
+        ]
+
+    def job(self, variant: Variant, seed: int) -> Job:
+        """A variant's run with one seed."""
+        folder = run_folder(self.folder, variant.name, seed)
+        return Job(variant.name, seed, folder, replace(variant.settings, seed=seed, output=folder, resume="auto"))
+
+    def variant(self, name: str) -> Variant:
+        """The variant of that name."""
+        return next(variant for variant in self.variants if variant.name == name)
+
+    def only(self, names: Collection[str]) -> Plan:
+        """The same study, of which only the variants of these names are trained; ValueError for an unknown one."""
+        known = [variant.name for variant in self.variants]
+        for name in names:
+            if name not in known:
+                raise ValueError(f"the study has no variant {name!r}: it has {', '.join(map(repr, known))}")
+        return replace(self, variants=tuple(v for v in self.variants if v.name in names)) if names else self
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "title": self.title,
+            "baseline": self.baseline,
+            "variants": [
+                {
+                    "name": v.name,
+                    "seeds": list(v.seeds),
+                    "equal_time_to": v.equal_time_to,
+                    "settings": v.settings.as_dict(),
+                }
+                for v in self.variants
+            ],
+            "versions": runs.versions(),
+        }
+
+    def write(self) -> None:
+        """plan.json in the study's folder: settings, seeds, versions."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(self.folder / PLAN, json.loads(json.dumps(self.as_dict(), default=str)))
+
+
+def run_folder(folder: Path, name: str, seed: int) -> Path:
+    """Where a run of a study lies."""
+    return folder / f"{slug(name)}-s{seed}"
+
+
+def common_settings(values: Mapping[str, Any]) -> Settings:
+    """The settings that a file's [settings] mean, every `auto` resolved."""
+    return Settings.make(**values)
+
+
+def make_plan(document: Document, common: Settings, folder: Path, seeds: Sequence[int] | None = None) -> Plan:
+    """The plan of a study: `common` settings changed by each variant; `seeds`, where given, replace the file's.
+
+    Raises ValueError for an attention, a size or a value that can't be used, or folders that would be shared.
+    """
+    common = replace(resolve(common), resume=None, overwrite=False)
+    chosen = tuple(document.seeds if seeds is None else seeds)
+    variants = tuple(_variant(entry, common, chosen, folder) for entry in document.entries)
+    taken: dict[str, str] = {}
+    for variant in variants:
+        other = taken.setdefault(slug(variant.name), variant.name)
+        if other != variant.name:
+            raise ValueError(f"variants {other!r} and {variant.name!r} would share a folder: rename one")
+    return Plan(document.title, folder, document.baseline, variants)
+
+
+def _variant(entry: Entry, common: Settings, seeds: tuple[int, ...], folder: Path) -> Variant:
+    inner = {f.name for f in fields(Recipe)}
+    own = {name: value for name, value in entry.values.items() if name not in inner}
+    recipe = {name: value for name, value in entry.values.items() if name in inner}
+    try:
+        settings = replace(common, **own, recipe=common.recipe.override(**recipe))
+        settings = contender(entry.attention, settings)
+    except ValueError as error:
+        raise ValueError(f"variant {entry.name!r}: {error}") from None
+    if isinstance(entry.seeds, int):
+        seeds = seeds[: entry.seeds]
+    elif entry.seeds is not None:
+        seeds = entry.seeds
+    variant = Variant(entry.name, settings, seeds, entry.equal_time_to)
+    if entry.equal_time_to is None or "epochs" in entry.values:
+        return variant
+    return _with_known_epochs(variant, folder)
+
+
+def _with_known_epochs(variant: Variant, folder: Path) -> Variant:
+    """The epochs that the row's first run was given stay, whatever step times are measured later."""
+    for seed in variant.seeds:
+        path = run_folder(folder, variant.name, seed)
+        if runs.is_run(path):
+            saved, _ = runs.read_config(path)
+            return with_epochs(variant, saved.recipe.epochs)
+    return replace(variant, waits=True)
+
+
+def with_epochs(variant: Variant, epochs: int) -> Variant:
+    """The variant trained for so many epochs."""
+    recipe = variant.settings.recipe.override(epochs=epochs)
+    return replace(variant, settings=replace(variant.settings, recipe=recipe), waits=False)
+
+
+def summary_of(job: Job) -> dict[str, Any] | None:
+    """A finished run's summary; None for one that isn't there or not finished.
+
+    Raises ValueError for a run, finished or not, that has other settings than the study asks for.
+    """
+    if not runs.is_run(job.folder):
+        return None
+    saved, _ = runs.read_config(job.folder)
+    change = first_change(saved, job.settings)
+    if change is not None:
+        raise ValueError(
+            f"{job.folder} was trained under other settings: {change}; give another --output, rename the variant, "
+            "or remove that folder"
+        )
+    path = job.folder / runs.SUMMARY
+    summary = files.read_json(path) if path.is_file() else {}
+    return summary if summary.get("finished") else None

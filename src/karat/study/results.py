@@ -1,0 +1,49 @@
+"""What a study leaves in its folder: the table as JSON and Markdown, and compare.json for what reads comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+
+from karat.study import table
+from karat.study.plan import Plan, summary_of
+from karat.study.rows import Row, Times, as_json, make_rows
+from karat.train import files
+from karat.train.compare import RESULT, summarise
+
+STUDY, PAGE = "study.json", "study.md"
+
+
+def write_results(
+    plan: Plan, times: Times, measured: Mapping[str, Mapping[str, float | None]], console: Console
+) -> list[Row]:
+    """Write study.json, study.md and compare.json from the runs that are finished; print the table.
+
+    Raises ValueError where none is.
+    """
+    rows = make_rows(plan, times, measured)
+    if not any(row.seeds for row in rows):
+        raise ValueError(f"no run in {plan.folder} is finished yet: there is nothing to put into a table")
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    found = {"title": plan.title, "baseline": plan.baseline, "rows": [as_json(row) for row in rows]}
+    files.write_json(plan.folder / STUDY, found)
+    files.write_text(plan.folder / PAGE, table.markdown(rows, plan.baseline))
+    _write_comparison(plan, rows)
+    console.print(table.console_table(rows, plan.baseline, plan.title))
+    for name in (STUDY, PAGE):
+        console.print(str(plan.folder / name), highlight=False, soft_wrap=True)
+    return rows
+
+
+def _write_comparison(plan: Plan, rows: Sequence[Row]) -> None:
+    """compare.json, so that `karat report` and `karat analyze` take the study's folder as they take a comparison's."""
+    comparison = []
+    for row in rows:
+        variant = plan.variant(row.name)
+        summaries = [summary_of(plan.job(variant, seed)) for seed in row.seeds]
+        known = [summary for summary in summaries if summary is not None]
+        if known:
+            comparison.append(asdict(summarise(row.name, known, row.multiply_adds or 0)))
+    files.write_json(plan.folder / RESULT, {"rows": comparison})

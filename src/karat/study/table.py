@@ -1,0 +1,99 @@
+"""A study's table: on the console and as Markdown, with the columns that it has values for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from karat.study.rows import Row
+from karat.study.statistics import Difference, Mean
+
+NOTHING = "–"
+Cell = Callable[[Row], str | None]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading, and what a row has there; None: nothing."""
+
+    heading: str
+    cell: Cell
+
+
+def columns(rows: Sequence[Row], baseline: str) -> list[Column]:
+    """The columns that at least one row has something for."""
+    found = [
+        Column("variant", lambda row: row.name),
+        Column("epochs", lambda row: str(row.epochs)),
+        Column("runs", _runs),
+        Column("top-1 %", lambda row: _mean(row.top1, ".2f")),
+        Column(f"− {baseline}", lambda row: _gap(row.difference)),
+        Column("at equal time", _equal_time),
+        Column(f"in {baseline}'s time", lambda row: _number(row.in_baseline_time, ".2f")),
+        Column("parameters (k)", lambda row: _number(_per(row.parameters, 1e3), ",.0f")),
+        Column("multiply-adds (M)", lambda row: _number(_per(row.multiply_adds, 1e6), ",.1f")),
+        *[
+            Column(f"step, {kind} (ms)", lambda row, kind=kind: _number(_per(row.step.get(kind), 1e-3), ".1f"))  # type: ignore[misc]
+            for kind in dict.fromkeys(kind for row in rows for kind in row.step)
+        ],
+        *[
+            Column(name, lambda row, name=name: _mean(row.measures.get(name), ".3g"))  # type: ignore[misc]
+            for name in dict.fromkeys(name for row in rows for name in row.measures)
+        ],
+    ]
+    return [column for column in found if any(column.cell(row) is not None for row in rows)]
+
+
+def console_table(rows: Sequence[Row], baseline: str, title: str) -> Table:
+    """For the terminal."""
+    chosen = columns(rows, baseline)
+    drawn = Table(title=title, title_justify="left")
+    for index, column in enumerate(chosen):
+        drawn.add_column(column.heading, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*[column.cell(row) or NOTHING for column in chosen])
+    return drawn
+
+
+def markdown(rows: Sequence[Row], baseline: str) -> str:
+    """A Markdown table, one line a row, ready to be put into a page."""
+    chosen = columns(rows, baseline)
+    lines = [[column.heading for column in chosen], ["---", *["---:"] * (len(chosen) - 1)]]
+    lines += [[column.cell(row) or NOTHING for column in chosen] for row in rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def _runs(row: Row) -> str:
+    """How many runs there are, and of how many where some are still missing."""
+    done = len(row.seeds)
+    return str(done) if done == row.planned else f"{done} of {row.planned}"
+
+
+def _mean(value: Mean | None, form: str) -> str | None:
+    if value is None:
+        return None
+    deviation = "" if value.deviation is None else f" ± {value.deviation:{form}}"
+    return f"{value.mean:{form}}{deviation}"
+
+
+def _gap(value: Difference | None) -> str | None:
+    """+1.30 ± 0.20 (4.1 s): the difference, its standard error, and itself in deviations of single runs."""
+    if value is None:
+        return None
+    error = "" if value.standard_error is None else f" ± {value.standard_error:.2f}"
+    deviations = "" if value.deviations is None else f" ({value.deviations:+.1f} s)"
+    return f"{value.difference:+.2f}{error}{deviations}"
+
+
+def _equal_time(row: Row) -> str | None:
+    return "; ".join(f"{_gap(one.difference)} to {one.against}" for one in row.at_equal_time) or None
+
+
+def _number(value: float | None, form: str) -> str | None:
+    return None if value is None else f"{value:{form}}"
+
+
+def _per(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit

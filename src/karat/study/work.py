@@ -1,0 +1,133 @@
+"""The training of a study's runs, by one process or several that share its folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from karat.study.plan import Job, Plan, summary_of
+from karat.train import randomness
+from karat.train.build import build_model
+from karat.train.engine import Trainer
+from karat.train.faults import TrainingDiverged
+
+LOCK = ".lock"
+# What a run's data does not depend on: the other settings decide whether two runs can share what is in memory.
+_NOT_DATA = frozenset(
+    {"attention", "mlp", "embed_dim", "depth", "num_heads", "output", "resume", "overwrite", "amp_dtype", "track"}
+    | {"grad_accum_steps", "grad_checkpointing", "compile", "max_bad_steps", "checkpoint_hist", "recovery_interval"}
+    | {"checkpoints", "init", "patch_size"}
+)
+_NOT_DATA_RECIPE = frozenset({"epochs", "lr", "coefficient_lr", "weight_decay", "coefficient_weight_decay"})
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Whether this process may work in a run's folder; while inside, no other may.
+
+    The claim is a lock that the operating system holds on folder/.lock: it ends with the process, however that ends,
+    so none is ever left behind by a process that was killed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def refuse_several_processes() -> None:
+    """Raise ValueError under a launcher of several processes: a study's runs have one each."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a study trains each run in one process: start karat compare --study several times instead")
+
+
+def train_all(plan: Plan, *, console: Console, finished: Callable[[Job], None] | None = None) -> dict[str, str]:
+    """Train or go on with every run that isn't finished and that no other process trains; why runs diverged, by folder.
+
+    Args:
+        finished: called for each run that was trained here, while it is still claimed.
+
+    Raises ValueError, before any is trained, for runs under other settings and models that can't be built.
+    """
+    refuse_several_processes()
+    jobs = plan.jobs()
+    check_models([job for job in jobs if summary_of(job) is None])
+    shared = _Shared()
+    failed: dict[str, str] = {}
+    busy = True
+    while busy:  # another pass: a process that was killed has left its run
+        busy = False
+        for number, job in enumerate(jobs, start=1):
+            if str(job.folder) in failed or summary_of(job) is not None:
+                continue
+            with claimed(job.folder) as mine:
+                if not mine or summary_of(job) is not None:
+                    continue
+                busy = True
+                console.print(f"run {number} of {len(jobs)}: {job.folder.name}", highlight=False, soft_wrap=True)
+                try:
+                    _train(job, shared, console)
+                except TrainingDiverged as error:
+                    failed[str(job.folder)] = str(error)
+                    console.print(f"note: {job.folder.name} diverged: {error}", highlight=False, soft_wrap=True)
+                else:
+                    if finished is not None:
+                        finished(job)
+    return failed
+
+
+def check_models(jobs: Sequence[Job]) -> None:
+    """Build each variant's model once, so that one which can't be built is refused before hours of training.
+
+    Raises ValueError, naming the variant.
+    """
+    for name, settings in {job.variant: job.settings for job in jobs}.items():
+        try:
+            with randomness.aside(0):
+                build_model(settings, settings.num_classes or 10, 3)
+        except ValueError as error:
+            raise ValueError(f"variant {name!r}: {error}") from None
+
+
+def _train(job: Job, shared: _Shared, console: Console) -> None:
+    trainer = Trainer(job.settings, data=shared.get(job), console=console)
+    shared.put(job, trainer.data)
+    trainer.fit()
+    if summary_of(job) is None:
+        raise OSError(f"{job.folder} was trained, but its summary can't be found")
+
+
+class _Shared:
+    """The data of the last run, for the next one if it reads the same."""
+
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.data: Any = None
+
+    def get(self, job: Job) -> Any:
+        """The data, or None where this run needs other."""
+        if _data_key(job) != self.key:
+            self.key = self.data = None  # let it go before the next is loaded
+        return self.data
+
+    def put(self, job: Job, data: Any) -> None:
+        """Keep a run's data."""
+        self.key, self.data = _data_key(job), data
+
+
+def _data_key(job: Job) -> str:
+    plain = job.settings.as_dict()
+    recipe = {name: value for name, value in plain.pop("recipe").items() if name not in _NOT_DATA_RECIPE}
+    return repr(sorted((name, value) for name, value in plain.items() if name not in _NOT_DATA)) + repr(recipe)
