@@ -41,7 +41,13 @@ def build(name: str, way: str, attention: str, **kwargs: object) -> nn.Module:
 
 
 def step_of(
-    model: nn.Module, batch: int, *, device: str = "cpu", amp: torch.dtype | None = None, side: int | None = None
+    model: nn.Module,
+    batch: int,
+    *,
+    device: str = "cpu",
+    amp: torch.dtype | None = None,
+    side: int | None = None,
+    channels: int = 3,
 ) -> Callable[[], float]:
     """A closure that does one AdamW step on a fixed random batch and returns the loss.
 
@@ -49,7 +55,7 @@ def step_of(
     """
     model = model.to(device).train()
     size: tuple[int, int] = (side, side) if side is not None else model.patch_embed.img_size  # type: ignore[union-attr, assignment]
-    images = torch.randn(batch, 3, *size, device=device)
+    images = torch.randn(batch, channels, *size, device=device)
     labels = torch.randint(0, 10, (batch,), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 

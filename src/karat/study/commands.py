@@ -28,7 +28,14 @@ class Compare(training.Compare):
     """A study's file (TOML) with settings, seeds and variants, instead of attentions; a run that is finished is not
     trained again, and several processes may work on one study. Attentions, where given, name the variants to train."""
     only_table: bool = False
-    """With --study: train nothing, write table and figures from the runs that are finished."""
+    """With --study: train and measure nothing, write table and figures from the runs that are finished."""
+    time: bool = False
+    """With --study: train nothing; time a step of every variant, side by side, and write the table. Let nothing else
+    run meanwhile."""
+    rounds: int = 9
+    """With --time: how often each step is timed; the median is kept."""
+    measure: bool = True
+    """With --study: measure sharpness and maps of every run that is finished."""
 
 
 def compare(arguments: Sequence[str]) -> None:
@@ -70,7 +77,8 @@ def _default(settings: Settings, document: Document | None) -> Compare:
 def _study(parsed: Compare, document: Document, common: Settings) -> None:
     """Train what is missing and write the table."""
     from karat.study.results import write_results
-    from karat.study.work import refuse_several_processes, train_all
+    from karat.study.timing import TIMES, measure_times, read_times, settle
+    from karat.study.work import measures_of, refuse_several_processes, train_all
     from karat.train.faults import TrainingDiverged
 
     refuse_several_processes()
@@ -82,15 +90,29 @@ def _study(parsed: Compare, document: Document, common: Settings) -> None:
             raise ValueError(f"seeds={parsed.seeds}: give 1 or more")
         seeds = tuple(range(common.seed, common.seed + parsed.seeds))
     folder = common.output or Path("runs") / f"study-{slug(parsed.study.stem if parsed.study else document.title)}"
-    plan = make_plan(document, common, folder, seeds)
+    plan = settle(make_plan(document, common, folder, seeds), read_times(folder))
     chosen = plan.only(parsed.attentions)
     console = Console()
     failed: dict[str, str] = {}
-    if not parsed.only_table:
+    if parsed.time:
+        measure_times(plan, rounds=parsed.rounds)
+        plan = settle(plan, read_times(folder))
         plan.write()
-        failed = train_all(chosen, console=console)
+    elif not parsed.only_table:
+        plan.write()
+        failed = train_all(chosen, console=console, measure=parsed.measure)
+    for variant in plan.variants:
+        if variant.waits:
+            console.print(
+                f"note: {variant.name} waits for step times: karat compare --study {parsed.study} --time",
+                highlight=False,
+                soft_wrap=True,
+            )
     missing = _missing(plan, failed)
-    if missing and not parsed.only_table:
+    done = any(summary_of(job) is not None for job in plan.jobs())
+    if parsed.time and not done:
+        console.print(f"times: {folder / TIMES}", highlight=False, soft_wrap=True)
+    elif missing and not parsed.only_table and not parsed.time:
         console.print(
             f"{len(missing)} runs are not finished, the first of them {missing[0]}: the process that finishes the last "
             f"one writes the table; karat compare --study {parsed.study} --only-table writes it of those that are",
@@ -98,7 +120,7 @@ def _study(parsed: Compare, document: Document, common: Settings) -> None:
             soft_wrap=True,
         )
     else:
-        write_results(plan, {}, {}, console)
+        write_results(plan, read_times(folder), measures_of(plan), console)
     if failed:
         raise TrainingDiverged(f"{len(failed)} runs diverged: {', '.join(Path(name).name for name in failed)}")
 

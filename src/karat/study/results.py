@@ -7,7 +7,9 @@ from dataclasses import asdict
 
 from rich.console import Console
 
+from karat.analyze.figures import save
 from karat.study import table
+from karat.study.figures import draw_figures
 from karat.study.plan import Plan, summary_of
 from karat.study.rows import Row, Times, as_json, make_rows
 from karat.train import files
@@ -32,8 +34,10 @@ def write_results(
     files.write_text(plan.folder / PAGE, table.markdown(rows, plan.baseline))
     _write_comparison(plan, rows)
     console.print(table.console_table(rows, plan.baseline, plan.title))
-    for name in (STUDY, PAGE):
-        console.print(str(plan.folder / name), highlight=False, soft_wrap=True)
+    drawn = draw_figures(rows, plan.baseline)
+    paths = [save(figure, plan.folder / f"{name}.png") for name, figure in drawn.items()]
+    for path in (plan.folder / STUDY, plan.folder / PAGE, *paths):
+        console.print(str(path), highlight=False, soft_wrap=True)
     return rows
 
 

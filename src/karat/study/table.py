@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from karat.study.measures import HEADINGS
 from karat.study.rows import Row
 from karat.study.statistics import Difference, Mean
 
@@ -39,8 +40,8 @@ def columns(rows: Sequence[Row], baseline: str) -> list[Column]:
             for kind in dict.fromkeys(kind for row in rows for kind in row.step)
         ],
         *[
-            Column(name, lambda row, name=name: _mean(row.measures.get(name), ".3g"))  # type: ignore[misc]
-            for name in dict.fromkeys(name for row in rows for name in row.measures)
+            Column(heading, lambda row, name=name: _mean(row.measures.get(name), ".3g"))  # type: ignore[misc]
+            for name, heading in HEADINGS.items()
         ],
     ]
     return [column for column in found if any(column.cell(row) is not None for row in rows)]

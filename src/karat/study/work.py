@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from karat.study.measures import Numbers, measure_run, read_measures
 from karat.study.plan import Job, Plan, summary_of
 from karat.train import randomness
 from karat.train.build import build_model
@@ -53,11 +54,10 @@ def refuse_several_processes() -> None:
         raise ValueError("a study trains each run in one process: start karat compare --study several times instead")
 
 
-def train_all(plan: Plan, *, console: Console, finished: Callable[[Job], None] | None = None) -> dict[str, str]:
+def train_all(plan: Plan, *, console: Console, measure: bool = True) -> dict[str, str]:
     """Train or go on with every run that isn't finished and that no other process trains; why runs diverged, by folder.
 
-    Args:
-        finished: called for each run that was trained here, while it is still claimed.
+    With `measure`, what `measure_run` tells of each finished run is worked out too, unless it is there.
 
     Raises ValueError, before any is trained, for runs under other settings and models that can't be built.
     """
@@ -66,26 +66,40 @@ def train_all(plan: Plan, *, console: Console, finished: Callable[[Job], None] |
     check_models([job for job in jobs if summary_of(job) is None])
     shared = _Shared()
     failed: dict[str, str] = {}
+    measured: set[Path] = set()
     busy = True
     while busy:  # another pass: a process that was killed has left its run
         busy = False
         for number, job in enumerate(jobs, start=1):
-            if str(job.folder) in failed or summary_of(job) is not None:
+            if str(job.folder) in failed or _is_done(job, measured, measure):
                 continue
             with claimed(job.folder) as mine:
-                if not mine or summary_of(job) is not None:
+                if not mine or _is_done(job, measured, measure):
                     continue
                 busy = True
                 console.print(f"run {number} of {len(jobs)}: {job.folder.name}", highlight=False, soft_wrap=True)
                 try:
-                    _train(job, shared, console)
+                    if summary_of(job) is None:
+                        _train(job, shared, console)
+                    if measure:
+                        measure_run(job.folder)
+                        measured.add(job.folder)
                 except TrainingDiverged as error:
                     failed[str(job.folder)] = str(error)
                     console.print(f"note: {job.folder.name} diverged: {error}", highlight=False, soft_wrap=True)
-                else:
-                    if finished is not None:
-                        finished(job)
     return failed
+
+
+def _is_done(job: Job, measured: set[Path], measure: bool) -> bool:
+    """Whether nothing is left to do for a run."""
+    if summary_of(job) is None:
+        return False
+    return not measure or job.folder in measured or read_measures(job.folder) is not None
+
+
+def measures_of(plan: Plan) -> dict[str, Numbers]:
+    """What was measured of the study's runs, by their folders' names."""
+    return {job.folder.name: read_measures(job.folder) or {} for job in plan.jobs()}
 
 
 def check_models(jobs: Sequence[Job]) -> None:

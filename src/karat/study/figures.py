@@ -1,0 +1,91 @@
+"""A study's figures: learning curves, accuracy against cost, differences to the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from karat.analyze.figures.style import COLOURS, finish, line_style, looks, new_figure, whole_epochs
+from karat.study.rows import Row
+
+MARKERS = "osD^vP*X"
+
+
+def draw_figures(rows: Sequence[Row], baseline: str) -> dict[str, Figure]:
+    """All figures by name; those that have nothing to show are left out."""
+    done = [row for row in rows if row.top1 is not None]
+    found = {"curves": draw_curves(done), "accuracy": draw_accuracy(done)}
+    if any(row.difference is not None for row in done):
+        found["differences"] = draw_differences(done, baseline)
+    return found
+
+
+def draw_curves(rows: Sequence[Row]) -> Figure:
+    """Top-1 after each epoch: the mean over a row's runs, and least to greatest of them shaded."""
+    with looks():
+        figure = new_figure(6.6, 3.4)
+        panel = figure.subplots()
+        for index, row in enumerate(rows):
+            epochs = range(1, len(row.curve) + 1)
+            marker = "o" if len(row.curve) < 3 else None
+            panel.plot(epochs, row.curve, label=row.name, marker=marker, markersize=3, **line_style(index))
+            low, high = ([pick(values) for values in zip(*row.curves, strict=True)] for pick in (min, max))
+            panel.fill_between(epochs, low, high, color=COLOURS[index % len(COLOURS)], alpha=0.18, linewidth=0)
+        finish(panel, "", "epoch", "top-1 (%)")
+        whole_epochs(panel)
+        figure.legend(loc="outside right upper", fontsize=7)
+    return figure
+
+
+def draw_accuracy(rows: Sequence[Row]) -> Figure:
+    """Top-1, mean ± deviation, against parameters and, where they were measured, against the time of a step."""
+    costs = {"parameters (k)": [None if row.parameters is None else row.parameters / 1e3 for row in rows]}
+    if any(row.own_step is not None for row in rows):
+        costs["training step (ms)"] = [None if row.own_step is None else 1e3 * row.own_step for row in rows]
+    with looks():
+        figure = new_figure(3.1 * len(costs) + 2.0, 3.2)
+        axes = figure.subplots(1, len(costs), squeeze=False, sharey=True)[0]
+        for panel, (title, values) in zip(axes, costs.items(), strict=True):
+            for index, (row, value) in enumerate(zip(rows, values, strict=True)):
+                if value is None or row.top1 is None:
+                    continue
+                panel.errorbar(
+                    value,
+                    row.top1.mean,
+                    yerr=row.top1.deviation or 0.0,
+                    color=COLOURS[index % len(COLOURS)],
+                    marker=MARKERS[index // len(COLOURS) % len(MARKERS)],
+                    markersize=4.5,
+                    capsize=2,
+                    linestyle="none",
+                    label=row.name if panel is axes[0] else None,
+                )
+            finish(panel, "", title, "top-1 (%)" if panel is axes[0] else "")
+        figure.legend(loc="outside right upper", fontsize=7)
+    return figure
+
+
+def draw_differences(rows: Sequence[Row], baseline: str) -> Figure:
+    """Each row's top-1 minus the baseline's: thick, ± its standard error; thin, ± the deviation of single runs; the
+    shade is ± the baseline's deviation."""
+    others = [row for row in rows if row.difference is not None]
+    deviation = next((row.top1.deviation for row in rows if row.name == baseline and row.top1 is not None), None)
+    with looks():
+        figure = new_figure(6.0, 0.3 * len(others) + 1.0)
+        panel = figure.subplots()
+        if deviation is not None:
+            panel.axvspan(-deviation, deviation, color=COLOURS[-1], alpha=0.18, linewidth=0)
+        panel.axvline(0.0, color=COLOURS[-1], linewidth=0.8)
+        for place, row in enumerate(others):
+            gap = row.difference
+            if gap is None or row.top1 is None:
+                continue
+            at = {"color": COLOURS[0], "fmt": "none"}
+            panel.errorbar(gap.difference, place, xerr=row.top1.deviation or 0.0, elinewidth=0.8, capsize=2, **at)
+            panel.errorbar(gap.difference, place, xerr=gap.standard_error or 0.0, elinewidth=2.4, **at)
+            panel.plot(gap.difference, place, "o", color=COLOURS[0], markersize=4.5)
+        panel.set_yticks(range(len(others)), [row.name for row in others])
+        panel.set_ylim(len(others) - 0.5, -0.5)
+        finish(panel, "", f"top-1 minus {baseline}'s (points)")
+    return figure

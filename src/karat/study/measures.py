@@ -1,0 +1,144 @@
+"""What is measured of each trained model besides its accuracy: how sharp its minimum is, how good its maps are.
+
+The same images for every run of a study, weights of the last epoch, float32; kept in RUN/analysis/measures.json.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.sparse.linalg import ArpackNoConvergence
+from torch import Tensor, nn
+
+from karat.analyze.attention import attention_of
+from karat.analyze.deletion import faithfulness, last_maps
+from karat.analyze.directions import random_directions
+from karat.analyze.hessian import Hessian, loss_closure, top_eigenvalues, twice_differentiable
+from karat.analyze.landscape import evaluate, moved
+from karat.analyze.loading import open_run
+from karat.analyze.quality import measures as map_measures
+from karat.analyze.studies_loss import FOLDER
+from karat.train import runs
+from karat.train.checkpoint import MODEL
+from karat.train.files import read_json, write_json
+
+MEASURES = "measures.json"
+# The numbers that the table shows, with their headings there; all of them are in study.json.
+HEADINGS = {
+    "largest_eigenvalue": "curvature",
+    "loss_rise": "loss rise",
+    "map_faithfulness": "map faithfulness",
+    "map_entropy": "map entropy",
+}
+Numbers = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much is looked at: images for each number, and for the loss rise the radius, in lengths of the filters, and
+    how many random planes."""
+
+    hessian_images: int = 32
+    loss_images: int = 256
+    map_images: int = 64
+    radius: float = 0.1
+    planes: int = 2
+
+
+def measure_run(folder: Path, amounts: Amounts | None = None) -> Numbers:
+    """The numbers of a finished run, from its folder where they are known for these weights; None where one has none.
+
+    largest_eigenvalue: of the Hessian of the training loss (cross-entropy), largest in magnitude. loss_rise: by how
+    much that loss rises, on average, at `radius` along filter-normalised random directions, both ways. map_*: on
+    evaluation images: faithfulness of the last block's maps (`karat.analyze.deletion`); entropy, negative mass and
+    diversity of heads of σ, means over blocks and heads (`karat.analyze.quality`).
+    """
+    amounts = amounts or Amounts()
+    known = read_measures(folder, amounts)
+    if known is not None:
+        return known
+    run = open_run(folder)
+    model = run.model("last")
+    images = run.samples(amounts.loss_images, "train")
+    shown = run.samples(amounts.map_images, "eval")
+    few = slice(amounts.hessian_images)
+    found: Numbers = {
+        "largest_eigenvalue": largest_eigenvalue(model, images.images[few], images.labels[few]),
+        "loss_rise": loss_rise(model, images.images, images.labels, radius=amounts.radius, planes=amounts.planes),
+        **_map_numbers(model, shown.images),
+    }
+    found = {name: value if value is None or math.isfinite(value) else None for name, value in found.items()}
+    (folder / FOLDER).mkdir(exist_ok=True)
+    write_json(folder / FOLDER / MEASURES, {"key": _key(folder, amounts), "numbers": found})
+    return found
+
+
+def read_measures(folder: Path, amounts: Amounts | None = None) -> Numbers | None:
+    """The numbers that a run's folder holds of its present weights and these amounts; None where it doesn't."""
+    path = folder / FOLDER / MEASURES
+    if not path.is_file() or not (folder / runs.DIGESTS).is_file():
+        return None
+    kept = read_json(path)
+    return kept["numbers"] if kept["key"] == _key(folder, amounts or Amounts()) else None
+
+
+def _key(folder: Path, amounts: Amounts) -> dict[str, Any]:
+    """What the numbers depend on."""
+    return {"weights": read_json(folder / runs.DIGESTS)[MODEL][0], **asdict(amounts)}
+
+
+def largest_eigenvalue(model: nn.Module, images: Tensor, labels: Tensor) -> float | None:
+    """The eigenvalue of largest magnitude of the loss's Hessian by all trained parameters, in evaluation mode.
+
+    None where Lanczos' iteration doesn't settle.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    training = model.training
+    try:
+        model.eval()
+        with twice_differentiable(model):
+            return float(top_eigenvalues(Hessian(loss_closure(model, images, labels), parameters), 1, tolerance=1e-2))
+    except ArpackNoConvergence:
+        return None
+    finally:
+        model.train(training)
+
+
+def loss_rise(model: nn.Module, images: Tensor, labels: Tensor, *, radius: float = 0.1, planes: int = 2) -> float:
+    """The mean of L(θ ± radius·d) - L(θ) over filter-normalised random directions d, two a plane (Li et al. 2018)."""
+    base = evaluate(model, images, labels)[0]
+    rises = []
+    for seed in range(planes):
+        for direction in random_directions(model, seed=seed):
+            with moved(model, [direction]) as put:
+                for sign in (radius, -radius):
+                    put([sign])
+                    rises.append(evaluate(model, images, labels)[0] - base)
+    return statistics.fmean(rises)
+
+
+def _map_numbers(model: nn.Module, images: Tensor) -> Numbers:
+    """Numbers of the maps; None for those that a model without patches, class maps or attention doesn't have."""
+    found: Numbers = {
+        "map_faithfulness": _if_any(lambda: float(faithfulness(model, images, last_maps(model, images)).mean()))
+    }
+    try:
+        blocks = [map_measures(block.sigma) for block in attention_of(model, images)]
+    except ValueError:
+        blocks = []
+    for name in ("entropy", "negative_mass", "head_diversity"):
+        values = [float(block[name].mean()) for block in blocks]
+        found[f"map_{name}"] = statistics.fmean(values) if values else None
+    return found
+
+
+def _if_any(number: Callable[[], float]) -> float | None:
+    try:
+        return number()
+    except ValueError:  # maps need a ViT's patches
+        return None

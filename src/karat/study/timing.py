@@ -1,0 +1,117 @@
+"""The time of a training step of each variant, side by side in one process, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from karat.bench.step import step_of
+from karat.bench.timing import alternate, environment
+from karat.study.plan import Plan, Variant, with_epochs
+from karat.train import files, randomness, runs
+from karat.train.build import build_model, input_size
+from karat.train.settings import Settings
+
+TIMES = "times.json"
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Times = dict[str, dict[str, float]]
+
+
+def measure_times(plan: Plan, *, rounds: int = 9) -> Times:
+    """Time a step of each variant, alternating, in float32 and in its own precision; kept in the study's times.json.
+
+    A step is forward, loss, backward and AdamW's update on a fixed random batch of the variant's size; loading and
+    augmenting images are left out. Variants that take the same step are timed once. Seconds, medians.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds}: give 1 or more")
+    device = "cuda" if torch.cuda.is_available() and plan.variants[0].settings.device == "auto" else "cpu"
+    num_classes, in_chans = _sizes(plan)
+    steps: dict[str, Callable[[], object]] = {}
+    names: dict[tuple[str, str], str] = {}
+    for variant in plan.variants:
+        for kind in dict.fromkeys(("float32", variant.settings.amp_dtype)):
+            key = repr((_model_key(variant.settings), kind))
+            names[variant.name, kind] = key
+            if key not in steps:
+                steps[key] = _step(variant.settings, num_classes, in_chans, device, DTYPES[kind])
+    found = alternate(steps, rounds)
+    times: Times = {variant.name: {} for variant in plan.variants}
+    spread: dict[str, Any] = {variant.name: {} for variant in plan.variants}
+    for (name, kind), key in names.items():
+        times[name][kind] = found[key].median
+        spread[name][kind] = vars(found[key])
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(
+        plan.folder / TIMES,
+        {"environment": environment(), "device": device, "rounds": rounds, "seconds": spread},
+    )
+    return times
+
+
+def read_times(folder: Path) -> Times:
+    """The medians that the study's folder holds; none where it was not timed."""
+    path = folder / TIMES
+    if not path.is_file():
+        return {}
+    seconds = files.read_json(path)["seconds"]
+    return {name: {kind: float(value["median"]) for kind, value in kinds.items()} for name, kinds in seconds.items()}
+
+
+def settle(plan: Plan, times: Times) -> Plan:
+    """The plan with the epochs of rows that train as long as another worked out, where both were timed."""
+    return replace(plan, variants=tuple(_settled(plan, variant, times) for variant in plan.variants))
+
+
+def _settled(plan: Plan, variant: Variant, times: Times) -> Variant:
+    if not variant.waits or variant.equal_time_to is None:
+        return variant
+    other = plan.variant(variant.equal_time_to)
+    if other.waits:
+        raise ValueError(f"variant {variant.name!r}: equal_time_to {other.name!r}, which has no epochs of its own")
+    ours, theirs = _epoch_seconds(variant, times), _epoch_seconds(other, times)
+    if ours is None or theirs is None:
+        return variant
+    return with_epochs(variant, max(1, round(other.settings.recipe.epochs * theirs / ours)))
+
+
+def _epoch_seconds(variant: Variant, times: Times) -> float | None:
+    """An epoch's time in steps' time, up to a factor that all variants share."""
+    s = variant.settings
+    step = times.get(variant.name, {}).get(s.amp_dtype)
+    return None if step is None else step * s.data_fraction / s.recipe.batch_size
+
+
+def _sizes(plan: Plan) -> tuple[int, int]:
+    """Classes and channels of the data, as a run has them; 10 and 3 before there is one."""
+    for job in plan.jobs():
+        if runs.is_run(job.folder):
+            _, facts = runs.read_config(job.folder)
+            return int(facts["num_classes"]), int(facts["in_chans"])
+    return plan.variants[0].settings.num_classes or 10, 3
+
+
+def _model_key(settings: Settings) -> tuple[Any, ...]:
+    recipe = settings.recipe
+    return (
+        settings.model,
+        settings.attention,
+        settings.teacher,
+        tuple(settings.model_kwargs().items()),
+        recipe.batch_size,
+        recipe.drop,
+        recipe.drop_path,
+    )
+
+
+def _step(
+    settings: Settings, num_classes: int, in_chans: int, device: str, amp: torch.dtype | None
+) -> Callable[[], float]:
+    with randomness.aside(0):
+        model = build_model(settings, num_classes, in_chans)
+    side = settings.img_size or input_size(settings.model)
+    return step_of(model, settings.recipe.batch_size, device=device, amp=amp, side=side, channels=in_chans)
