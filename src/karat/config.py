@@ -104,6 +104,11 @@ class KArAtConfig:
         return self.basis == "softmax"
 
     @property
+    def leaves_attention(self) -> bool:
+        """Whether a model's own attention stays as it is: softmax, without anything added."""
+        return self.is_softmax and self.position_bias is None
+
+    @property
     def is_static(self) -> bool:
         """Whether σ is a learned matrix, blind to the scores."""
         return self.basis == STATIC
@@ -172,6 +177,11 @@ class KArAtConfig:
                 raise ValueError(f"can't read the option {option!r} of {spec!r}; known options: {', '.join(known)}")
             settings[key] = _value(text)
         return cls(**settings)  # type: ignore[arg-type]
+
+    @classmethod
+    def explicit(cls, spec: str) -> str:
+        """A spec as it was written, but for a name of ALIASES: what that means is written out, since it may change."""
+        return str(cls.parse(spec)) if _split(spec)[0] in ALIASES else spec
 
     def __str__(self) -> str:
         fourier = re.fullmatch(r"fourier\(grid=(\d+)\)", self.basis)
