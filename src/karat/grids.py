@@ -61,7 +61,7 @@ def _view(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> KArAtOperator:
         own.inputs, own.outputs = sizes.get(shape[0], layer.inputs), sizes.get(shape[1], layer.outputs)
         layers.append(own)
     view._modules["layers"] = layers
-    view._parameters.update(resampled_maps(op, old, new))  # type: ignore[arg-type]
+    view._parameters.update(resampled_maps(op, old, new))
     return view.train(op.training)
 
 

@@ -91,9 +91,12 @@ def _hidden_power(op: KArAtOperator) -> Tensor:
         C = op.C.double()
         return C.transpose(-2, -1) @ C / op.num_tokens
     mean, power = _moments(op.edge_layers[0], _inputs(op))
-    normalise = op.config.normalise and NORMALISATIONS[op.config.normalise]
-    project = simplex_projection if op.config.simplex == "rank" else None
-    for step in filter(None, (normalise, project)):
+    steps: list[Callable[[Tensor], Tensor]] = []
+    if op.config.normalise is not None:
+        steps.append(NORMALISATIONS[op.config.normalise])
+    if op.config.simplex == "rank":
+        steps.append(simplex_projection)
+    for step in steps:
         mean, power = _moments_after(step, mean, power)
     return power
 

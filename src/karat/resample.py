@@ -1,4 +1,4 @@
-"""Models carried to another token grid: operators, position embeddings and biases, windows (SPEC §9; `karat.token_grid`)."""
+"""Models on another token grid: operators, position embeddings and biases, windows (SPEC §9; `karat.token_grid`)."""
 
 from __future__ import annotations
 

@@ -94,8 +94,8 @@ def resample_operator(
     """Carry one operator to another token grid, in place (SPEC §9).
 
     Token axes are, by order: WPhi Φ's keys and W's N; full rank Φ's keys and outputs; PhiW W's N and Φ's outputs;
-    PhiPhi Φ₁'s keys and Φ₂'s outputs; and of C, where there is one, its queries. The same grid and prefix leave the operator untouched, bit for bit; otherwise
-    its parameters are new objects: build the optimiser afterwards.
+    PhiPhi Φ₁'s keys and Φ₂'s outputs; and of C, where there is one, its queries. The same grid and prefix leave the
+    operator untouched, bit for bit; otherwise its parameters are new objects: build the optimiser afterwards.
 
     Args:
         op: the operator.
@@ -152,7 +152,8 @@ def resampled_layer(layer: EdgeLayer, shape: str, old: TokenGrid, new: TokenGrid
 
 def resampled_maps(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> Tensors:
     """W and C on another grid, as differentiable functions of the operator's; None where it has none."""
-    W, C = op.W, op.C
+    W: Tensor | None = op.W
+    C: Tensor | None = op.C
     if W is not None:
         assert op.order.projector_shape is not None
         W = _resample(W, op.order.projector_shape, old, new, amplitude=True)

@@ -48,8 +48,8 @@ class GridAttention(nn.Module):
         super().__init__()
         if getattr(attn, "position_bias", None) is not None:
             raise ValueError(
-                "position_bias='relative' belongs to a classifier's grid; a detector has relative positions of its own: "
-                "leave the option out and give --rel-pos"
+                "position_bias='relative' belongs to a classifier's grid; a detector has relative positions of its "
+                "own: leave the option out and give --rel-pos"
             )
         self.num_heads: int = attn.num_heads
         self.scale: float = attn.scale
