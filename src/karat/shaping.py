@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch  # noqa: F401  for the example below
+import torch
 from torch import Tensor
 
 EPSILON = 1e-6  # under the root: a query that sees no key has sums of zero and keeps them
@@ -16,7 +16,8 @@ def root_mean_square(hidden: Tensor) -> Tensor:
     >>> root_mean_square(torch.tensor([3.0, 4.0])).square().mean()
     tensor(1.0000)
     """
-    return hidden * (hidden.square().mean(-1, keepdim=True) + EPSILON).rsqrt()
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # squares overflow float16 early
+    return (wide * (wide.square().mean(-1, keepdim=True) + EPSILON).rsqrt()).to(hidden.dtype)
 
 
 # normalise=...

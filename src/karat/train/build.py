@@ -42,8 +42,8 @@ def create_accelerator(settings: RunSettings) -> Accelerator:
     AcceleratorState._reset_state()
     config = KArAtConfig.parse(settings.attention)
     # DDP has to be told that parameters may stay unused: the published s_b gets no gradient while b = 0 (SPEC §2),
-    # and static mixing never looks at queries and keys, whatever norms they have
-    unused = config.edge_scales == "published" or config.is_static
+    # and the norms of queries and keys none where nothing that is learned looks at them through the scores
+    unused = config.edge_scales == "published" or config.is_static or config.score_gradient == 0
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=unused)]
     leave_at_exit()
     accelerator = Accelerator(
