@@ -1,4 +1,4 @@
-"""Relative position biases: their matrix, beside softmax and learnable attention, on other grids, saved and recorded."""
+"""Relative position biases: their matrix, beside softmax and learnable attention, other grids, saved and recorded."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_what_has_no_place_for_it_says_so() -> None:
         small_model("swin", BIASED[0])
     with pytest.raises(ValueError, match="needs a grid of tokens"):
         karat.SequenceAttention(24, 3, 9, BIASED[1])
-    with pytest.raises(ValueError, match="blocks.0.attn is an attention of karat's"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn is an attention of karat's"):
         karat.karatize(small_model("vit", BIASED[0]), "g3b")
     with pytest.raises(ValueError, match="--rel-pos"):
         create_trunk("vit_tiny_patch16_224", BIASED[1], img_size=64, window=2, depth=4, embed_dim=24, num_heads=3)

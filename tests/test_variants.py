@@ -19,7 +19,9 @@ OF_HIDDEN = [f"normalise={n}" for n in NORMALISATIONS if n] + [f"position={p}" f
 OF_HIDDEN += [f"normalise=rms,position={p}" for p in POSITIONS if p]
 SHAPED = [f"{basis}-b,rank=3,{setting}" for basis in BASES for setting in OF_HIDDEN]
 PROBABILITIES = [f"{basis}-b,{form},input=probabilities" for basis in BASES for form in FORMS]
-POINTWISE = [f"{basis}-b,rank=None,order=Pointwise" for basis in (*BASES, "silu+fourier(grid=1)", "shannon(window=key)")]
+POINTWISE = [
+    f"{basis}-b,rank=None,order=Pointwise" for basis in (*BASES, "silu+fourier(grid=1)", "shannon(window=key)")
+]
 STATIC = ["static-b,rank=3", "static-b,rank=None"]
 KINDS = ["g2b,rank=3,position=query", "g2b,rank=None,order=Pointwise", *STATIC]
 COMBINED = [

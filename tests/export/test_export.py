@@ -37,6 +37,11 @@ ORDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "PhiW, simplex": ("vit", "g2b,order=PhiW,simplex=row", TINY),
     "Full, residual": ("vit", "g2b,rank=None,residual=softmax,softmax_heads=1", TINY),
     "dog, PhiPhi, row": ("vit", "dog-u,order=PhiPhi,simplex=row", TINY),
+    "softmax with positions": ("vit", "softmax,position_bias=relative", TINY),
+    "position, rms, half a gradient": ("vit", "g2b,normalise=rms,position=gain,score_gradient=0.5", TINY),
+    "probabilities": ("vit", "g2b,rank=3,input=probabilities,residual=softmax,gate=0.5", TINY),
+    "pointwise": ("vit", "g2b,rank=None,order=Pointwise,position_bias=relative", TINY),
+    "static": ("vit", "static-b,rank=3,residual=softmax,gate=block", TINY),
     "grkan": ("vit", "g2b", {**TINY, "mlp": "grkan(groups=4)"}),
     "kan": ("vit", "softmax", {**TINY, "mlp": "kan(grid=2)"}),
 }
