@@ -100,7 +100,7 @@ class Static(StaticFull):
 def _for_each_image(op: KArAtOperator, like: Tensor) -> Tensor:
     """C in the precision of `like` (B,...), the same for each image: (B,H,N,·)."""
     assert op.C is not None
-    return op.C.to(like.dtype).expand(len(like), *op.C.shape)
+    return op.C.to(like.dtype).expand(like.shape[0], *op.C.shape)
 
 
 LOW_RANK: dict[str, Order] = {**ORDERS, STATIC: Static()}
