@@ -8,7 +8,23 @@ from hypothesis import strategies as st
 
 from karat import KArAtConfig
 from karat.basis import BASES
-from karat.config import BASES_OF_SCORES, EDGE_SCALES, INITS, ORDERS, RESIDUALS, SHARINGS
+from karat.config import ALIASES
+from karat.config_checks import (
+    BASES_OF_SCORES,
+    BLOCKS,
+    CHOICES,
+    EDGE_SCALES,
+    GATES,
+    INITS,
+    INPUTS,
+    NORMALISATIONS,
+    POSITION_BIASES,
+    POSITIONS,
+    RESIDUALS,
+    SHARINGS,
+    SIMPLEX,
+)
+from karat.train.settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -24,6 +40,19 @@ from karat.config import BASES_OF_SCORES, EDGE_SCALES, INITS, ORDERS, RESIDUALS,
         ("g3b,edge_scales=published", {"edge_scales": "published"}),
         ("g3b, edge_scales = True", {"edge_scales": True}),
         ("softmax", {"basis": "softmax"}),
+        (
+            "softmax,position_bias=relative,blocks=first",
+            {"basis": "softmax", "position_bias": "relative", "blocks": "first"},
+        ),
+        ("static-u", {"basis": "static", "sharing": "universal"}),
+        ("static-b,rank=None,residual=softmax", {"basis": "static", "rank": None, "residual": "softmax"}),
+        ("g3b,residual=softmax,gate=1,init_scale=0", {"residual": "softmax", "gate": 1.0, "init_scale": 0.0}),
+        ("g6b,rank=None,order=Pointwise", {"basis": "fourier(grid=6)", "rank": None, "order": "Pointwise"}),
+        (
+            "g3b,normalise=rms,position=gain,input=probabilities",
+            {"normalise": "rms", "position": "gain", "input": "probabilities"},
+        ),
+        ("g3b,rank=2,rank=4", {"rank": 4}),
     ],
 )
 def test_names_mean_settings(name: str, settings: dict) -> None:
@@ -45,7 +74,7 @@ def test_short_names_stay_short() -> None:
 @given(
     basis=st.sampled_from([*BASES, "fourier(grid=7)", "morlet(omega=2.5)"]),
     rank=st.integers(1, 99),
-    order=st.sampled_from(ORDERS),
+    order=st.sampled_from(["WPhi", "PhiW", "PhiPhi"]),
     sharing=st.sampled_from(SHARINGS),
     base=st.sampled_from(BASES_OF_SCORES),
     edge_scales=st.sampled_from(EDGE_SCALES),
@@ -59,9 +88,86 @@ def test_every_configuration_parses_back(**settings: object) -> None:
     assert KArAtConfig.parse(str(config)) == config
 
 
+numbers = st.floats(0, 4, allow_nan=False).filter(lambda x: x == 0 or x > 1e-300)
+anywhere = {
+    "softmax_heads": st.one_of(st.integers(0, 5), st.lists(st.integers(0, 9), unique=True).map(tuple)),
+    "blocks": st.one_of(st.none(), st.sampled_from(BLOCKS), st.lists(st.integers(0, 9), unique=True).map(tuple)),
+    "position_bias": st.sampled_from(POSITION_BIASES),
+}
+operators = {
+    **anywhere,
+    "sharing": st.sampled_from(SHARINGS),
+    "gate": st.one_of(st.sampled_from(GATES), numbers),
+    "init": st.sampled_from(INITS),
+    "init_scale": numbers,
+}
+edges = {
+    **operators,
+    "basis": st.sampled_from([*BASES, "morlet(omega=2.5)"]),
+    "input": st.sampled_from(INPUTS),
+    "score_gradient": numbers,
+}
+FAMILIES = {
+    "softmax": anywhere | {"basis": st.just("softmax")},
+    "static": operators | {"basis": st.just("static"), "rank": st.one_of(st.none(), st.integers(1, 99))},
+    "low rank": edges
+    | {"rank": st.integers(1, 99), "normalise": st.sampled_from(NORMALISATIONS), "position": st.sampled_from(POSITIONS)}
+    | {"simplex": st.sampled_from([choice for choice in SIMPLEX if choice != "row"])},
+    "other orders": edges | {"order": st.sampled_from(["PhiW", "PhiPhi"])},
+    "pointwise": edges | {"order": st.just("Pointwise"), "rank": st.none()},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(data=st.data())
+def test_every_variant_parses_back(family: str, data: st.DataObject) -> None:
+    settings = data.draw(st.fixed_dictionaries(FAMILIES[family]))
+    config = KArAtConfig(**settings, residual="softmax" if "gate" in settings else None)
+    assert KArAtConfig.parse(str(config)) == config
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_a_recommendation_is_written_out(name: str) -> None:
+    config = KArAtConfig.parse(name)
+    assert str(config) == str(KArAtConfig.parse(ALIASES[name]))
+    assert KArAtConfig.explicit(name) == str(config)
+    assert KArAtConfig.explicit("g3b, rank = 4") == "g3b, rank = 4"
+    assert KArAtConfig.parse(f"{name},rank=5") == KArAtConfig.parse(f"{ALIASES[name]},rank=5")
+    assert Settings.make(attention=name).attention == str(config)
+
+
+@pytest.mark.parametrize("setting", CHOICES)
+def test_unknown_values_are_named(setting: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown {setting} 'nothing'; choose one of .*{CHOICES[setting][-1]}"):
+        KArAtConfig(**{setting: "nothing"})
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
+        ("g3", "or recommended; then options"),
+        ("g3b,gate=block", "gate=block belongs beside softmax: add residual='softmax'"),
+        ("g3b,residual=softmax,gate=row", "unknown gate 'row'; choose head, block, or a number"),
+        ("g3b,residual=softmax,gate=nan", "unknown gate 'nan'"),
+        ("g3b,residual=softmax,gate=True", "unknown gate True"),
+        ("g3b,blocks=middle", "unknown blocks 'middle'; choose first, last, alternate, or indices"),
+        ("g3b,init_scale=-1", "init_scale must be a number >= 0, got -1.0"),
+        ("g3b,init_scale=big", "init_scale must be a number >= 0, got 'big'"),
+        ("g3b,init_scale=2,simplex=row", "gives rows of sum one whatever their size"),
+        ("g3b,init_scale=0,rank=None,base=silu", "edge_scales=True makes its size learnable"),
+        ("silu+dog-b,init_scale=2,order=PhiW", "edge_scales=True makes its size learnable"),
+        ("g3b,score_gradient=1e999", "score_gradient must be a number >= 0, got inf"),
+        ("g3b,order=Pointwise", "no rank: write rank=None, not 12"),
+        ("g3b,order=Pointwise,rank=None,position=query", "position=query acts on the R sums before W"),
+        ("g3b,order=PhiW,normalise=rms", "normalise=rms acts on the R sums before W"),
+        ("g3b,rank=None,normalise=rms", "it needs order='WPhi' and a rank"),
+        ("static", "can't read the attention 'static'"),
+        ("static-b,rank=0", "rank must be a whole number >= 1"),
+        ("static-b,base=silu", "base=silu is about edge functions of the scores; static mixing has none"),
+        ("static-b,order=Pointwise,rank=None", "order=Pointwise is about edge functions"),
+        ("static-b,score_gradient=0", "score_gradient=0.0 is about edge functions"),
+        ("static-b,simplex=rank", "static mixing is blind to them: use 'row'"),
+        ("softmax,position=query", "position=query shapes an operator, and softmax has none"),
         ("g3", "can't read the attention 'g3'"),
         ("g0b", "grid must be a whole number >= 1, got 0"),
         ("sofmax", "can't read the attention"),
@@ -87,6 +193,12 @@ def test_bad_names_say_what_to_do(name: str, says: str) -> None:
     with pytest.raises(ValueError) as error:
         KArAtConfig.parse(name)
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["softmax", "static-b"])
+def test_no_edges_no_basis(name: str) -> None:
+    with pytest.raises(ValueError, match="has no basis; name one"):
+        _ = KArAtConfig.parse(name).edge_basis
 
 
 def test_bad_sharing() -> None:

@@ -332,3 +332,47 @@ def test_swin_tiny_from_224_to_384() -> None:
     assert {op.num_tokens for op in karat.karat_operators(model).values()} == {144}
     with torch.no_grad():
         assert torch.isfinite(model(torch.randn(1, 3, 384, 384))).all()
+
+
+NEW_FORMS = ("static-b,rank=3", "static-b,rank=None", "g2b,rank=3,position=query", "g2b,rank=3,position=gain")
+NEW_FORMS += ("g2b,rank=None,order=Pointwise", "dog-b,rank=None,order=Pointwise,base=silu")
+
+
+@pytest.mark.parametrize("spec", NEW_FORMS)
+def test_places_of_queries_are_carried_unscaled(spec: str) -> None:
+    """Operators constant over positions, the query's place included: their row sums survive, and so does C."""
+    op = KArAtOperator(2, math.prod(OLD), spec).double()
+    with torch.no_grad():
+        for parameter in op.parameters():
+            nn.init.normal_(parameter)
+        for layer, shape in zip(op.layers, op.order.layer_shapes, strict=True):
+            for parameter in layer.parameters():
+                flatten(parameter, shape)
+        for matrix, shape in ((op.W, op.order.projector_shape), (op.C, op.position_shape)):
+            if matrix is not None:
+                flatten(matrix, shape)
+    scores = torch.tensor([-1.3, 0.2, 0.9], dtype=torch.float64)[:1, None]
+    expected = op(scores.expand(1, 2, math.prod(OLD), math.prod(OLD))).sum(-1)[..., :1]
+    C = None if op.C is None or op.W is None else op.C[:, :1].clone()
+    grid = OLD
+    for new in NEW:
+        karat.resample_operator(op, grid, new)
+        grid, n = new, math.prod(new)
+        torch.testing.assert_close(op(scores.expand(1, 2, n, n)).sum(-1), expected.expand(1, 2, n))
+        if C is not None:
+            torch.testing.assert_close(op.C, C.expand(-1, n, -1))
+
+
+@pytest.mark.parametrize("spec", NEW_FORMS)
+def test_the_new_forms_keep_prefix_tokens_and_the_same_grid(spec: str) -> None:
+    op = KArAtOperator(2, 1 + math.prod(OLD), spec)
+    for parameter in op.parameters():
+        nn.init.normal_(parameter)
+    values = {name: value.clone() for name, value in op.state_dict().items()}
+    karat.resample_operator(op, OLD, OLD, old_prefix=1)
+    assert all(torch.equal(value, values[name]) for name, value in op.state_dict().items())
+    karat.resample_operator(op, OLD, (3, 7), old_prefix=1, new_prefix=2)
+    fresh = KArAtOperator(2, 23, spec).state_dict()
+    assert {name: value.shape for name, value in op.state_dict().items()} == {n: v.shape for n, v in fresh.items()}
+    if op.C is not None:
+        assert torch.equal(op.C[:, 0, : 1 if op.W is None else None], values["C"][:, 0, : 1 if op.W is None else None])

@@ -1,4 +1,5 @@
-"""Attention modules around a learnable operator, one for each kind of attention that timm's backbones have.
+"""Attention modules around a learnable operator, one for each kind of attention that timm's backbones have, and one
+around softmax with a relative position bias.
 
 They take over the very submodules of the attention they replace (qkv, projection, norms, dropouts, position tables),
 so that names in the state dict stay the same; the operator is injected. ADAPTERS says which kinds are served.
@@ -18,7 +19,9 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from karat.grids import GridWatch
+from karat.masks import softmax_attention
 from karat.operator import KArAtOperator
+from karat.relative_bias import RelativeBias
 
 # An additive mask entry this low means "masked": timm's Swin writes -100, others -inf or the smallest number.
 MASKED = -100.0
@@ -57,7 +60,7 @@ def split_mask(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def token_inputs(attn: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> AttentionInputs:
-    """The inputs of timm's `Attention`, ConViT's `MHSA` or `KArAtAttention` for tokens x (B,N,C)."""
+    """The inputs of timm's `Attention`, ConViT's `MHSA` or the modules in their place, for tokens x (B,N,C)."""
     B, N, _ = x.shape
     qkv = attn.qkv(x).reshape(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)  # (B,H,N,D) each
@@ -67,6 +70,10 @@ def token_inputs(attn: Any, x: Tensor, attn_mask: Tensor | None = None, is_causa
     if is_causal:
         past = torch.ones(N, N, dtype=torch.bool, device=x.device).tril()
         mask = past if mask is None else mask & past
+    positions: RelativeBias | None = getattr(attn, "position_bias", None)
+    if positions is not None:
+        relative = positions(None if attn.watch is None else attn.watch.grid_of(N, positions.prefix))
+        bias = relative if bias is None else relative + bias
     return AttentionInputs(q, k, v, attn.scale, bias, mask)
 
 
@@ -85,31 +92,45 @@ def window_inputs(attn: Any, x: Tensor, mask: Tensor | None = None) -> Attention
     return AttentionInputs(q, k, v, attn.scale, bias, mask)
 
 
-class _AroundOperator(nn.Module):
-    """What the modules below share: parts taken over from `attn`, and an operator, their own or shared.
-
-    An operator shared between blocks is registered once, on the model; here it's a plain attribute, so that
-    state_dict and parameters() hold it once. copy.deepcopy and pickle keep the sharing; moving the model moves it.
-    """
+class _TakenOver(nn.Module):
+    """What all modules below share: the parts taken over from `attn`."""
 
     qkv: nn.Module
     attn_drop: nn.Module
     proj: nn.Module
     proj_drop: nn.Module
-    operator: KArAtOperator
 
-    def __init__(self, attn: Any, operator: KArAtOperator, shared: bool = False) -> None:
+    def __init__(self, attn: Any) -> None:
         super().__init__()
         self.num_heads: int = attn.num_heads
         self.scale: float = attn.scale
         for name in ("qkv", "attn_drop", "proj", "proj_drop"):
             setattr(self, name, getattr(attn, name))
+        self.watch: GridWatch | None = None  # with dynamic_img_size, set by karatize
+        self.position_bias: RelativeBias | None = None  # where the configuration asks for one, set by karatize
+        self.train(attn.training)
+
+    @property
+    def _dropout(self) -> float:
+        """The probability of dropping an entry of σ now."""
+        return self.attn_drop.p if isinstance(self.attn_drop, nn.Dropout) and self.training else 0.0
+
+
+class _AroundOperator(_TakenOver):
+    """Modules with an operator, their own or shared.
+
+    An operator shared between blocks is registered once, on the model; here it's a plain attribute, so that
+    state_dict and parameters() hold it once. copy.deepcopy and pickle keep the sharing; moving the model moves it.
+    """
+
+    operator: KArAtOperator
+
+    def __init__(self, attn: Any, operator: KArAtOperator, shared: bool = False) -> None:
+        super().__init__(attn)
         if shared:
             self.__dict__["operator"] = operator  # past nn.Module's registration, see above
         else:
             self.operator = operator
-        self.watch: GridWatch | None = None  # with dynamic_img_size, set by karatize
-        self.train(attn.training)
 
     def present_operator(self, num_tokens: int) -> KArAtOperator:
         """The operator on the grid of images of so many tokens: another one than `operator` with dynamic_img_size."""
@@ -117,34 +138,25 @@ class _AroundOperator(nn.Module):
 
     def _attend(self, inputs: AttentionInputs) -> Tensor:
         """(B,H,N,D) heads' inputs -> (B,N,H·D)."""
-        drop = self.attn_drop
-        out = self.present_operator(inputs.k.shape[2]).attend(
-            inputs.q,
-            inputs.k,
-            inputs.v,
-            scale=inputs.scale,
-            bias=inputs.bias,
-            mask=inputs.mask,
-            dropout_p=drop.p if isinstance(drop, nn.Dropout) and self.training else 0.0,
-        )
+        q, k, v, scale, bias, mask = inputs
+        operator = self.present_operator(k.shape[2])
+        out = operator.attend(q, k, v, scale=scale, bias=bias, mask=mask, dropout_p=self._dropout)
         return out.transpose(1, 2).flatten(2)
 
 
-class KArAtAttention(_AroundOperator):
-    """timm's ViT `Attention`, or ConViT's `MHSA`, with a learnable operator instead of softmax.
+class _Tokens(_TakenOver):
+    """What timm's `Attention` and `MHSA` may have beside the projections: norms and a gate."""
 
-    x (B,N,C) -> proj(gate · norm(concat_h σ_h(scale·q_h k_hᵀ) v_h)); query and key norms, inner norm and gate are
-    there where the replaced module has them.
-
-    Raises ValueError for a number of tokens that isn't the operator's.
-    """
-
-    def __init__(self, attn: Any, operator: KArAtOperator, shared: bool = False) -> None:
-        super().__init__(attn, operator, shared)
+    def __init__(self, attn: Any) -> None:
+        super().__init__(attn)
         self.q_norm = getattr(attn, "q_norm", nn.Identity())
         self.k_norm = getattr(attn, "k_norm", nn.Identity())
         self.norm = getattr(attn, "norm", nn.Identity())
         self.gate: nn.Module | None = getattr(attn, "gate", None)
+
+    def _attend(self, inputs: AttentionInputs) -> Tensor:
+        """(B,H,N,D) heads' inputs -> (B,N,H·D)."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x (B,N,C); attn_mask boolean (True = takes part) or additive, broadcastable to (B,H,N,N)."""
@@ -152,6 +164,28 @@ class KArAtAttention(_AroundOperator):
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
+
+
+class KArAtAttention(_AroundOperator, _Tokens):
+    """timm's ViT `Attention`, or ConViT's `MHSA`, with a learnable operator instead of softmax.
+
+    x (B,N,C) -> proj(gate · norm(concat_h σ_h(scale·q_h k_hᵀ + positions) v_h)); query and key norms, inner norm and
+    gate are there where the replaced module has them, positions where `position_bias` is a `RelativeBias`.
+
+    Raises ValueError for a number of tokens that isn't the operator's.
+    """
+
+
+class BiasedAttention(_Tokens):
+    """timm's ViT `Attention`, or ConViT's `MHSA`: softmax of scores with a relative position bias.
+
+    x (B,N,C) -> proj(gate · norm(concat_h softmax(scale·q_h k_hᵀ + positions_h) v_h)), names as in `KArAtAttention`.
+    """
+
+    def _attend(self, inputs: AttentionInputs) -> Tensor:
+        q, k, v, scale, bias, mask = inputs
+        bias, mask = (x if x is None else x[(None,) * (4 - x.dim())] for x in (bias, mask))
+        return softmax_attention(q, k, v, scale, bias, mask, self._dropout).transpose(1, 2).flatten(2)
 
 
 class KArAtWindowAttention(_AroundOperator):
@@ -194,6 +228,7 @@ ADAPTERS: dict[type[nn.Module], Callable[[nn.Module, KArAtOperator, bool], KArAt
 KEPT: tuple[type[nn.Module], ...] = (GPSA,)
 
 CONVERTED = (KArAtAttention, KArAtWindowAttention)
+OURS = (*CONVERTED, BiasedAttention)
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -202,7 +237,7 @@ def refusal(module: nn.Module) -> str | None:
     if kind in ADAPTERS:
         return _pruned(module)
     looks_like_attention = hasattr(module, "attn_drop") or re.search("attention|attn", kind.__name__, re.IGNORECASE)
-    if isinstance(module, (*KEPT, *CONVERTED)) or not looks_like_attention or "Pool" in kind.__name__:
+    if isinstance(module, (*KEPT, *OURS)) or not looks_like_attention or "Pool" in kind.__name__:
         return None
     if getattr(module, "rope", None) is not None or "rope" in signature(kind.forward).parameters:
         return "it rotates queries and keys by position (rotary embeddings), which the operator is not made for"

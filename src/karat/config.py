@@ -8,18 +8,14 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from karat.basis import ACTIVATIONS, Basis, parse_basis, with_base
-from karat.ops import IMPLS
-
-ORDERS = ("WPhi", "PhiW", "PhiPhi")
-SHARINGS = ("blockwise", "universal")
-BASES_OF_SCORES = ("zero", *ACTIVATIONS)
-EDGE_SCALES = (False, True, "published")
-SIMPLEX = (None, "row", "rank")
-RESIDUALS = (None, "softmax")
-INITS = ("default", "paper")
+from karat.basis import Basis, parse_basis, with_base
+from karat.config_checks import check
 
 _LETTERS = {"blockwise": "b", "universal": "u"}
+STATIC = "static"  # in the place of a basis: no edge functions, σ is a learned matrix
+
+# Names for what a configuration is recommended for; `str` gives the explicit form.
+ALIASES = {"recommended": "g3b,residual=softmax"}
 
 
 @dataclass(frozen=True)
@@ -27,22 +23,38 @@ class KArAtConfig:
     """What a Kolmogorov-Arnold attention is made of (SPEC §1, §2).
 
     Args:
-        basis: the edge functions, e.g. "fourier(grid=3)"; "softmax" means ordinary attention.
+        basis: the edge functions, e.g. "fourier(grid=3)"; "softmax" means ordinary attention, "static" a learned
+            matrix of the given rank in each head, σ_kn = Σ_p W_np C_kp, blind to the scores.
         rank: R of the low-rank operator; None is the full N×N operator (order WPhi only, no W).
-        order: "WPhi" (W∘Φ), "PhiW" (Φ∘W) or "PhiPhi" (Φ₂∘Φ₁).
+        order: "WPhi" (W∘Φ), "PhiW" (Φ∘W), "PhiPhi" (Φ₂∘Φ₁), or "Pointwise": σ_kn = φ(A_kn), one function a head
+            that all keys share, no W, rank=None.
         sharing: "blockwise", each block its own operator, or "universal", one for all blocks.
         base: base activation b: "zero", "identity", "silu" or "gelu".
         edge_scales: learnable s_f (and s_b where b isn't zero) per edge; "published" registers s_b always, as
             the paper's parameter counts do.
         simplex: None, "row" (σ's rows projected onto the simplex) or "rank" (Φ̂'s, before W).
         softmax_heads: indices of the heads that keep softmax; an int n means the last n.
-        blocks: indices of the blocks to convert; None means all.
-        residual: None, or "softmax": σ = softmax + gate · operator, one gate a head, zero at the start (SPEC §10).
+        blocks: indices of the blocks to convert, or "first" or "last" (half of those that can be converted; the
+            middle one of an odd number belongs to both halves) or "alternate" (every second one, from the first);
+            None means all.
+        residual: None, or "softmax": σ = softmax + gate · operator (SPEC §10).
+        gate: beside softmax: "head", a learnable gate for each head, "block", one for all heads of an operator,
+            both zero at the start, or a number, a fixed gate without a parameter.
+        input: what the edge functions see: "scores", or "probabilities", softmax's times the number of keys that
+            the row may see, so that uniform attention is 1; these are N×N numbers and are kept.
+        normalise: None, or "rms": each query's R sums Φ̂(A)_k are divided by their root mean square.
+        position: None, "query", Φ̂(A)_k,p + C_k,p, or "gain", Φ̂(A)_k,p · (1 + C_k,p), with learnable C (H,N,R) for
+            the query's place, zero at the start; after `normalise`. Self-attention only.
+        score_gradient: factor of the gradient that the operator sends to q, k and bias through the scores; 0.0: it
+            reads the scores without shaping them. Softmax's own gradient stays whole.
+        position_bias: None, or "relative": a learnable bias for each head and offset of two tokens, added to the
+            scores by `karat.karatize`; also with "softmax".
         init: "default" (the output starts with the variance of V) or "paper".
+        init_scale: factor of the operator's initial output; with 0.0 its last map starts at zero.
         impl: the implementation of basis attention, see `karat.basis_attention`.
 
     Raises:
-        ValueError: a value that isn't one of these.
+        ValueError: a value that isn't one of these, or two that don't go together.
 
     >>> KArAtConfig.parse("g3b,rank=4")
     KArAtConfig(basis='fourier(grid=3)', rank=4, ...)
@@ -58,13 +70,20 @@ class KArAtConfig:
     edge_scales: bool | str = False
     simplex: str | None = None
     softmax_heads: tuple[int, ...] | int = ()
-    blocks: tuple[int, ...] | None = None
+    blocks: tuple[int, ...] | str | None = None
     residual: str | None = None
+    gate: str | float = "head"
+    input: str = "scores"
+    normalise: str | None = None
+    position: str | None = None
+    score_gradient: float = 1.0
+    position_bias: str | None = None
     init: str = "default"
+    init_scale: float = 1.0
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.basis != "softmax":
+        if self.has_edges:
             object.__setattr__(self, "basis", str(parse_basis(self.basis)))
             if "+" in self.basis and self.base != "zero":
                 raise ValueError(
@@ -74,39 +93,37 @@ class KArAtConfig:
         for name in ("softmax_heads", "blocks"):
             if isinstance(value := getattr(self, name), list | range):
                 object.__setattr__(self, name, tuple(value))
-        for name, known in (
-            ("order", ORDERS),
-            ("sharing", SHARINGS),
-            ("base", BASES_OF_SCORES),
-            ("edge_scales", EDGE_SCALES),
-            ("simplex", SIMPLEX),
-            ("residual", RESIDUALS),
-            ("init", INITS),
-            ("impl", IMPLS),
-        ):
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(str, known))}")
-        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            raise ValueError(f"rank must be a whole number >= 1, or None for the full operator; got {self.rank!r}")
-        if self.rank is None and self.order != "WPhi":
-            raise ValueError(f"rank=None, the full operator, has no W: use order='WPhi', not {self.order!r}")
-        if self.rank is None and self.simplex == "rank":
-            raise ValueError("simplex='rank' acts on the R numbers before W; the full operator has none: use 'row'")
-        if self.simplex == "rank" and self.order != "WPhi":
-            raise ValueError(f"simplex='rank' acts before W in order WPhi; order {self.order!r} takes simplex='row'")
-        _check_indices("softmax_heads", self.softmax_heads, count_allowed=True)
-        _check_indices("blocks", self.blocks, count_allowed=False)
+        for name in ("gate", "score_gradient", "init_scale"):
+            if type(value := getattr(self, name)) is int:
+                object.__setattr__(self, name, float(value))
+        check(self)
 
     @property
     def is_softmax(self) -> bool:
         """Whether this is ordinary attention."""
         return self.basis == "softmax"
 
+    @property
+    def leaves_attention(self) -> bool:
+        """Whether a model's own attention stays as it is: softmax, without anything added."""
+        return self.is_softmax and self.position_bias is None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether σ is a learned matrix, blind to the scores."""
+        return self.basis == STATIC
+
+    @property
+    def has_edges(self) -> bool:
+        """Whether there are edge functions of the scores."""
+        return not (self.is_softmax or self.is_static)
+
     @cached_property
     def edge_basis(self) -> Basis:
         """The family of edge functions, base activation included."""
-        if self.is_softmax:
-            raise ValueError("softmax attention has no basis; name one, e.g. attention='g3b'")
+        if not self.has_edges:
+            kind = "static mixing" if self.is_static else "softmax attention"
+            raise ValueError(f"{kind} has no basis; name one, e.g. attention='g3b'")
         return with_base(parse_basis(self.basis), self.base)
 
     def softmax_head_indices(self, num_heads: int) -> tuple[int, ...]:
@@ -126,13 +143,17 @@ class KArAtConfig:
         """The configuration that a short name means; `str(config)` is the inverse.
 
         "softmax", "g3b" (Fourier, grid 3, blockwise), "g1u" (universal), or any basis with "-b" or "-u", e.g.
-        "dog-b", "bspline(grid=10,order=3)-u"; then options, "g3b,rank=4,order=PhiW,residual=softmax".
+        "dog-b", "bspline(grid=10,order=3)-u", "static-b"; or one of ALIASES, "recommended"; then options,
+        "g3b,rank=4,order=PhiW,residual=softmax". Of an option that is given twice the last counts.
 
         Raises ValueError for a name or option that can't be read.
         """
         if isinstance(spec, KArAtConfig):
             return spec
         name, *options = _split(spec)
+        if name in ALIASES:
+            name, *usual = _split(ALIASES[name])
+            options = usual + options
         settings: dict[str, object] = {}
         short = re.fullmatch(r"g(\d+)([bu])", name)
         long = re.fullmatch(r"(.+)-([bu])", name)
@@ -143,7 +164,7 @@ class KArAtConfig:
         elif name != "softmax":
             raise ValueError(
                 f"can't read the attention {spec!r}; write softmax, g3b, g1u, or a basis with -b (blockwise) or -u "
-                "(universal) such as dog-b, then options such as ,rank=4"
+                f"(universal) such as dog-b, or {', '.join(ALIASES)}; then options such as ,rank=4"
             )
         else:
             settings["basis"] = "softmax"
@@ -157,6 +178,11 @@ class KArAtConfig:
             settings[key] = _value(text)
         return cls(**settings)  # type: ignore[arg-type]
 
+    @classmethod
+    def explicit(cls, spec: str) -> str:
+        """A spec as it was written, but for a name of ALIASES: what that means is written out, since it may change."""
+        return str(cls.parse(spec)) if _split(spec)[0] in ALIASES else spec
+
     def __str__(self) -> str:
         fourier = re.fullmatch(r"fourier\(grid=(\d+)\)", self.basis)
         letter = _LETTERS[self.sharing]
@@ -167,19 +193,6 @@ class KArAtConfig:
             if field.name not in ("basis", "sharing") and (value := getattr(self, field.name)) != field.default
         ]
         return name + "".join(options)
-
-
-def _check_indices(name: str, value: object, *, count_allowed: bool) -> None:
-    if value is None and not count_allowed:
-        return
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0 and count_allowed:
-        return
-    indices = value if isinstance(value, tuple) else None
-    if indices is None or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices):
-        counts = " or how many" if count_allowed else ""
-        raise ValueError(f"{name} must be indices such as (0, 2){counts}, none of them negative; got {value!r}")
-    if len(set(indices)) != len(indices):
-        raise ValueError(f"{name} names an index twice: {value!r}")
 
 
 def _split(spec: str) -> list[str]:

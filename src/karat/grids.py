@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from karat.operator import KArAtOperator
-from karat.token_grid import TokenGrid, resampled_layer, resampled_projector
+from karat.token_grid import TokenGrid, resampled_layer, resampled_maps
 
 MOST_GRIDS = 16  # kept for each operator; the one used longest ago goes first
 
@@ -61,7 +61,7 @@ def _view(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> KArAtOperator:
         own.inputs, own.outputs = sizes.get(shape[0], layer.inputs), sizes.get(shape[1], layer.outputs)
         layers.append(own)
     view._modules["layers"] = layers
-    view._parameters["W"] = resampled_projector(op, old, new)
+    view._parameters.update(resampled_maps(op, old, new))
     return view.train(op.training)
 
 
@@ -100,5 +100,9 @@ class GridWatch:
         """`op` on the grid of the images that have so many tokens, prefix tokens included."""
         old = tuple(self.model.patch_embed.grid_size)
         prefix = op.num_tokens - old[0] * old[1]
-        new = self.grids.get(num_tokens - prefix)
+        new = self.grid_of(num_tokens, prefix)
         return op if new is None else on_grid(op, TokenGrid(prefix, *old), TokenGrid(prefix, *new))
+
+    def grid_of(self, num_tokens: int, prefix: int) -> tuple[int, int] | None:
+        """(height, width) of the images that have so many tokens, `prefix` of them no cells; None if none had."""
+        return self.grids.get(num_tokens - prefix)

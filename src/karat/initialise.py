@@ -8,6 +8,7 @@ scores for the numbers drawn: the moments of every edge function are integrated,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 
 from karat.basis import LinearBasis
 from karat.edges import EdgeLayer
-from karat.orders import FULL
+from karat.inputs import relative_probabilities
+from karat.shaping import NORMALISATIONS
 from karat.simplex import simplex_projection
 
 if TYPE_CHECKING:
     from karat.operator import KArAtOperator
+
+Inputs = Callable[[Tensor], Tensor]
 
 NODES, REACH = (
     129,
@@ -37,37 +41,83 @@ def initialise(op: KArAtOperator) -> None:
         return
     if op.gate is not None:
         nn.init.zeros_(op.gate)
-    layers: list[EdgeLayer] = op.edge_layers
-    for layer in layers:
+    for layer in op.edge_layers:
         _draw(layer, op.config.init)
+    if op.C is not None:  # beside edges it starts as absent; alone it's what mixes
+        nn.init.zeros_(op.C) if op.edge_layers else nn.init.normal_(op.C)
     if op.config.init == "paper":
         if op.W is not None:
             bound = op.W.shape[-1] ** -0.5
             nn.init.uniform_(op.W, -bound, bound)
-        return
-    if op.W is not None:
-        for head in op.W:
-            _semi_orthogonal(head)
-    if op.order.layer_shapes[0] == "NR":  # Φ̂ first: each of its R numbers starts with unit power
-        _scale(layers[0], _moments(layers[0])[1].diagonal(dim1=-2, dim2=-1).rsqrt().unsqueeze(1))
-    if op.order.projector_shape == "NR":  # W last
-        mean, power = _moments(layers[0])
-        if op.config.simplex == "rank":
-            power = _power_on_simplex(mean, power)
-        assert op.W is not None
-        out = torch.einsum("hnp,hpr,hnr->h", op.W.to(power), power, op.W.to(power))
-        op.W.mul_(out.rsqrt().to(op.W)[:, None, None])
-        return
-    last = layers[-1]
-    if op.order is not FULL and (op.num_tokens <= FEW_TOKENS or last.inputs > op.num_tokens):
-        out = _sampled_power(op)
-    elif len(layers) == 2:  # Φ₂ sees what Φ̂ is: a sum over many keys, near normal, with a mean of its own
-        mean, power = _moments(layers[0])
-        spread = (power.diagonal(dim1=-2, dim2=-1) - mean.square()).clamp(min=0).sqrt()
-        out = _moments(last, mean, spread, diagonal=True)[1].sum(-1)
     else:
-        out = _moments(last, diagonal=True)[1].sum(-1)
-    _scale(last, out.rsqrt()[:, None, None])
+        if op.W is not None:
+            for head in op.W:
+                _semi_orthogonal(head)
+        if op.order.layer_shapes[:1] == ("NR",):  # Φ̂ first: each of its R numbers starts with unit power
+            layer = op.edge_layers[0]
+            _scale(layer, _moments(layer, _inputs(op))[1].diagonal(dim1=-2, dim2=-1).rsqrt().unsqueeze(1))
+        _scale_last(op, _output_power(op).rsqrt())
+    if op.config.init_scale != 1.0:
+        _scale_last(op, torch.full((len(op.karat_heads),), op.config.init_scale))
+
+
+def _output_power(op: KArAtOperator) -> Tensor:
+    """E Σ_n σ_kn² (H,) for the numbers drawn, scores of unit variance."""
+    if op.order.projector_shape == "NR":  # W last
+        assert op.W is not None
+        W = op.W.double()
+        return torch.einsum("hnp,hpr,hnr->h", W, _hidden_power(op), W)
+    if not op.edge_layers:
+        assert op.C is not None
+        return op.C.double().square().sum(-1).mean(-1)
+    last = op.edge_layers[-1]
+    if op.order.gives_sigma:  # a layer of edges alone, each output the sum of all that one row of scores gives
+        outputs = _moments(last, _inputs(op), diagonal=True)[1].sum(-1)
+        return outputs * (op.num_tokens / last.outputs)
+    sees_few = op.num_tokens <= FEW_TOKENS or last.inputs > op.num_tokens
+    if sees_few or op.config.input != "scores":
+        return _sampled_power(op)
+    if len(op.edge_layers) == 2:  # Φ₂ sees what Φ̂ is: a sum over many keys, near normal, with a mean of its own
+        mean, power = _moments(op.edge_layers[0])
+        spread = (power.diagonal(dim1=-2, dim2=-1) - mean.square()).clamp(min=0).sqrt()
+        return _moments(last, lambda z: mean + spread * z, diagonal=True)[1].sum(-1)
+    return _moments(last, diagonal=True)[1].sum(-1)
+
+
+def _hidden_power(op: KArAtOperator) -> Tensor:
+    """E[h hᵀ] (H,R,R) of what W is given."""
+    if not op.edge_layers:
+        assert op.C is not None
+        C = op.C.double()
+        return C.transpose(-2, -1) @ C / op.num_tokens
+    mean, power = _moments(op.edge_layers[0], _inputs(op))
+    steps: list[Callable[[Tensor], Tensor]] = []
+    if op.config.normalise is not None:
+        steps.append(NORMALISATIONS[op.config.normalise])
+    if op.config.simplex == "rank":
+        steps.append(simplex_projection)
+    for step in steps:
+        mean, power = _moments_after(step, mean, power)
+    return power
+
+
+def _inputs(op: KArAtOperator) -> Inputs:
+    """What the edges see where a score is standard normal, z."""
+    if op.config.input == "scores":
+        return lambda z: z
+    return lambda z: (z - 0.5).exp()  # N e^z / Σ e^z with many keys: the sum is N E e^z = N √e
+
+
+def _scale_last(op: KArAtOperator, factor: Tensor) -> None:
+    """Multiply σ by factor (H,) through its last map: W, the last layer's amplitudes, or σ itself if it's static."""
+    if op.order.projector_shape == "NR":
+        assert op.W is not None
+        op.W.mul_(factor.to(op.W)[:, None, None])
+    elif op.edge_layers:
+        _scale(op.edge_layers[-1], factor[:, None, None])
+    else:
+        assert op.C is not None
+        op.C.mul_(factor.to(op.C)[:, None, None])
 
 
 def _draw(layer: EdgeLayer, init: str) -> None:
@@ -101,27 +151,26 @@ def _scale(layer: EdgeLayer, factor: Tensor) -> None:
         parameter.mul_((factor.unsqueeze(1) if parameter.dim() == 4 else factor).to(parameter))
 
 
-def _moments(
-    layer: EdgeLayer, mean: Tensor | None = None, std: Tensor | None = None, *, diagonal: bool = False
-) -> tuple[Tensor, Tensor]:
+def _moments(layer: EdgeLayer, inputs: Inputs | None = None, *, diagonal: bool = False) -> tuple[Tensor, Tensor]:
     """E[y_p] (H,P) and E[y_p y_r] (H,P,P), or its diagonal (H,P), for y_p = Σ_q φ_pq(x_q).
 
-    The x_q are independent, N(mean, std²) with mean and std (H,Q); standard normal if not given.
+    The x_q are independent, functions of standard normal z: (nodes,1,1) -> (nodes,1,1) or (nodes,H,Q); z itself if
+    not given.
     """
     u = layer.packed().double().transpose(0, 1)  # (F,H,Q,P)
     z = torch.linspace(-REACH, REACH, NODES, dtype=u.dtype, device=u.device)
     weights = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi) * (2 * REACH / (NODES - 1))
-    x = z[:, None, None].expand(NODES, u.shape[1], u.shape[2])
+    x = z[:, None, None] if inputs is None else inputs(z[:, None, None])
     product = "hp" if diagonal else "hpr"
     second_axis = "p" if diagonal else "r"
-    if mean is not None and std is not None:
-        x = mean + std * x
-    elif isinstance(layer.basis, LinearBasis):  # moments of the features suffice, whatever the number of edges
-        psi = torch.stack(layer.basis.feature_list(z))  # (F,nodes)
+    if x.numel() == NODES and isinstance(layer.basis, LinearBasis):
+        # Moments of the features suffice, whatever the number of edges.
+        psi = torch.stack(layer.basis.feature_list(x.flatten()))  # (F,nodes)
         first = torch.einsum("f,fhqp->hqp", psi @ weights, u)
         mixed = torch.einsum("fg,fhqp->ghqp", psi * weights @ psi.t(), u)
         second = torch.einsum(f"fhqp,fhq{second_axis}->{product}", mixed, u)
         return _with_means(first, second, diagonal)
+    x = x.expand(NODES, u.shape[1], u.shape[2])
     nodes = max(1, CHUNK_NUMBERS // u[0].numel())
     first, second = u.new_zeros(u.shape[1:]), u.new_zeros(())
     for some, weight in zip(x.split(nodes), weights.split(nodes), strict=True):
@@ -140,19 +189,20 @@ def _with_means(first: Tensor, second: Tensor, diagonal: bool) -> tuple[Tensor, 
     return total, second - within + total.unsqueeze(-1) * total.unsqueeze(-2)
 
 
-def _power_on_simplex(mean: Tensor, power: Tensor) -> Tensor:
-    """E[s sᵀ] (H,R,R) for s the simplex projection of a normal y with this mean (H,R) and E[y yᵀ]; sampled."""
+def _moments_after(step: Callable[[Tensor], Tensor], mean: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
+    """E[s] (H,R) and E[s sᵀ] (H,R,R) of s = step(y), y normal with this mean and E[y yᵀ]; sampled."""
     covariance = power - mean.unsqueeze(-1) * mean.unsqueeze(-2)
     values, vectors = torch.linalg.eigh(covariance)
     root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
     noise = torch.randn(len(mean), SAMPLES, mean.shape[-1], dtype=mean.dtype, device=mean.device)
-    s = simplex_projection(mean.unsqueeze(1) + noise @ root.transpose(-2, -1))
-    return s.transpose(-2, -1) @ s / SAMPLES
+    s = step(mean.unsqueeze(1) + noise @ root.transpose(-2, -1))
+    return s.mean(1), s.transpose(-2, -1) @ s / SAMPLES
 
 
 def _sampled_power(op: KArAtOperator) -> Tensor:
     """E Σ_n σ_n² (H,) over standard normal scores."""
     weight = op.edge_layers[0].packed()
     scores = torch.randn(1, weight.shape[0], SAMPLES, op.num_tokens, dtype=weight.dtype, device=weight.device)
-    sigma = op.order.sigma(op, op.order.hidden_of_scores(op, scores, None))
+    seen = relative_probabilities(scores, None) if op.config.input == "probabilities" else scores
+    sigma = op.order.sigma(op, op.order.hidden_of_scores(op, seen, None))
     return sigma.double().square().sum(-1).mean((0, 2))

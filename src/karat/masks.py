@@ -53,6 +53,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p:
     if width < q.shape[-1]:
         v = F.pad(v, (0, q.shape[-1] - width))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale)
+    if torch.compiler.is_exporting():  # a translator may lay the result out in another order than was traced
+        out = out.clone(memory_format=torch.contiguous_format)
     return out[..., :width]
 
 

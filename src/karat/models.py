@@ -77,7 +77,7 @@ def create_model(
         near = difflib.get_close_matches(bare, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists the names"
         raise ValueError(f"unknown model {name!r}; {hint}")
-    if bare == DEEP_KAN and (config is None or config.is_softmax):
+    if bare == DEEP_KAN and (config is None or config.leaves_attention):
         config = None  # it has no attention to convert
     if bare.startswith(PREFIX):
         chosen = {} if config is None else {"attention": config}

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from karat.config import KArAtConfig
+from karat.controls import order_of
 from karat.edges import EdgeLayer
 from karat.initialise import initialise
+from karat.inputs import Seen, probabilities_as_products, relative_probabilities, scale_gradient
 from karat.masks import row_patterns, safe_softmax, softmax_attention
-from karat.orders import FULL, ORDERS
 from karat.simplex import simplex_projection
 
 
@@ -27,8 +28,9 @@ class KArAtOperator(nn.Module):
         num_tokens: N, the number of keys. The number of queries is free.
         config: the settings, or their short name.
 
-    Parameters: `layers[i]` (an EdgeLayer each), `W` (H',N,R) or (H',R,N) or None, `gate` (H',) with
-    residual="softmax"; H' counts the heads that learn.
+    Parameters: `layers[i]` (an EdgeLayer each), `W` (H',N,R) or (H',R,N) or None, `C` (H',N,R) with a term of the
+    query's position (static mixing: C (H',N,R), at full rank (H',N,N)) or None, `gate` (H',), or (1,) for the whole
+    block, with residual="softmax" and no fixed gate; H' counts the heads that learn.
 
     >>> op = KArAtOperator(num_heads=3, num_tokens=17, config="g3b")
     >>> q, k, v = torch.randn(3, 2, 3, 17, 8).unbind()
@@ -45,16 +47,20 @@ class KArAtOperator(nn.Module):
         self.num_heads, self.num_tokens = num_heads, num_tokens
         self.softmax_heads = config.softmax_head_indices(num_heads)
         self.karat_heads = tuple(head for head in range(num_heads) if head not in self.softmax_heads)
-        self.order = FULL if config.rank is None else ORDERS[config.order]
-        sizes = {"N": num_tokens, "R": config.rank or 0}
+        self.order = order_of(config)
+        sizes = {"N": num_tokens, "R": config.rank or 0, "A": 1, "1": 1}
         learning = len(self.karat_heads)
         self.layers = nn.ModuleList(
             EdgeLayer(learning, sizes[shape[0]], sizes[shape[1]], config.edge_basis, config.edge_scales)
             for shape in self.order.layer_shapes
         )
-        shape = self.order.projector_shape
-        self.W = nn.Parameter(torch.empty(learning, sizes[shape[0]], sizes[shape[1]])) if shape else None
-        self.gate = nn.Parameter(torch.empty(learning)) if config.residual else None
+        self.W, self.C = (
+            nn.Parameter(torch.empty(learning, sizes[shape[0]], sizes[shape[1]])) if shape else None
+            for shape in (self.order.projector_shape, self.position_shape)
+        )
+        gates = {"head": learning, "block": 1}
+        learned = config.residual is not None and config.gate in gates
+        self.gate = nn.Parameter(torch.empty(gates[str(config.gate)])) if learned else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -65,6 +71,11 @@ class KArAtOperator(nn.Module):
     def edge_layers(self) -> list[EdgeLayer]:
         """`layers`, by their type."""
         return list(self.layers)  # type: ignore[arg-type]
+
+    @property
+    def position_shape(self) -> str | None:
+        """The axes of C after the heads, queries first, in letters; None where there is no C."""
+        return "NR" if self.config.position is not None else self.order.position_shape
 
     @property
     def projector(self) -> Tensor | None:
@@ -82,6 +93,8 @@ class KArAtOperator(nn.Module):
         By the definition and independent of the fast path: the way to read, plot and check what was learned.
         `layer` is 0, or 1 for Φ₂ in order PhiPhi.
         """
+        if not self.layers:
+            raise ValueError("static mixing is blind to the scores: it has no edge functions")
         if not 0 <= layer < len(self.layers):
             raise ValueError(f"layer must be 0 to {len(self.layers) - 1} in order {self.config.order}, got {layer}")
         return self.edge_layers[layer].edges(x)
@@ -92,9 +105,10 @@ class KArAtOperator(nn.Module):
         `mask` is boolean, broadcastable to (B,H,M,N), True = may attend: a pair that may not adds exactly zero to
         the operator's sums and has exactly zero weight in σ.
 
-        Raises ValueError for a number of heads or keys that isn't the operator's.
+        Raises ValueError for a number of heads or keys, or of queries where they have places of their own, that isn't
+        the operator's.
         """
-        self._check(scores.shape[1], scores.shape[-1])
+        self._check(*scores.shape[1:])
         mask = _four_axes(mask)
         dtype = torch.promote_types(scores.dtype, torch.float32)
         values = scores.to(dtype)
@@ -119,8 +133,8 @@ class KArAtOperator(nn.Module):
 
         Nothing of size M·N is kept wherever SPEC §8 allows it. σ is formed, and kept for the backward pass, with
         `dropout_p` > 0, with simplex="row", with a mask of pairs (unless its rows are of at most four kinds and
-        N > 128; always under torch.compile), and, for bases that aren't linear in their parameters, in every order
-        but W∘Φ.
+        N > 128; always under torch.compile), for bases that aren't linear in their parameters in every order but
+        W∘Φ, and in order Pointwise below 1024 keys. With input="probabilities" these are formed and kept as well.
 
         Args:
             scale: factor of q·k; None means 1/√D.
@@ -129,9 +143,10 @@ class KArAtOperator(nn.Module):
             dropout_p: probability of dropping an entry of σ.
 
         Raises:
-            ValueError: a number of heads or keys that isn't the operator's.
+            ValueError: a number of heads or keys, or of queries where they have places of their own, that isn't the
+                operator's.
         """
-        self._check(q.shape[1], k.shape[2])
+        self._check(q.shape[1], q.shape[2], k.shape[2])
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         bias, mask = _four_axes(bias), _four_axes(mask)
         if not self.softmax_heads:
@@ -153,13 +168,14 @@ class KArAtOperator(nn.Module):
         dropout_p: float,
     ) -> Tensor:
         if dropout_p > 0:
-            sigma = self._finished(self.order.sigma(self, self.order.hidden(self, q, k, scale, bias, mask)), mask)
-            if self.gate is not None:
+            seen = self._seen(q, k, scale, bias, mask)
+            sigma = self._finished(self.order.sigma(self, self.order.hidden(self, *seen, mask)), mask)
+            if self.config.residual:
                 scores = q @ k.transpose(-2, -1) * scale
                 sigma = safe_softmax(scores if bias is None else scores + bias, mask) + self._gated(sigma)
             return F.dropout(sigma, dropout_p) @ v
         out = self._operator_attend(q, k, v, scale, bias, mask)
-        if self.gate is None:
+        if not self.config.residual:
             return out
         return softmax_attention(q, k, v, scale, bias, mask) + self._gated(out)
 
@@ -168,11 +184,12 @@ class KArAtOperator(nn.Module):
     ) -> Tensor:
         """The operator's part, without softmax and gate."""
         order = self.order
+        q, k, scale, bias = self._seen(q, k, scale, bias, mask)
         if self.config.simplex != "row" and (mask is None or mask.shape[2] == 1):  # a mask of keys
             kept = v if mask is None else torch.where(mask.transpose(-2, -1), v, 0)
             return order.attend(self, q, k, kept, scale, bias, mask)
         hidden = order.hidden(self, q, k, scale, bias, mask)
-        if self.config.simplex != "row" and order is not FULL and mask is not None:
+        if self.config.simplex != "row" and not order.gives_sigma and mask is not None:
             patterns = row_patterns(mask)
             if patterns is not None:  # O_k = hidden_k · (what v becomes under k's kind of mask), kind by kind
                 rows = [
@@ -183,8 +200,18 @@ class KArAtOperator(nn.Module):
         return self._finished(order.sigma(self, hidden), mask) @ v
 
     def _sigma_of_scores(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        sigma = self._finished(self.order.sigma(self, self.order.hidden_of_scores(self, scores, mask)), mask)
-        return sigma if self.gate is None else safe_softmax(scores, mask) + self._gated(sigma)
+        seen = scale_gradient(scores, self.config.score_gradient)
+        if self.config.input == "probabilities":
+            seen = relative_probabilities(seen, mask)
+        sigma = self._finished(self.order.sigma(self, self.order.hidden_of_scores(self, seen, mask)), mask)
+        return safe_softmax(scores, mask) + self._gated(sigma) if self.config.residual else sigma
+
+    def _seen(self, q: Tensor, k: Tensor, scale: float, bias: Tensor | None, mask: Tensor | None) -> Seen:
+        """What the edge functions see, by the settings `input` and `score_gradient`."""
+        q, k = (scale_gradient(x, self.config.score_gradient) for x in (q, k))
+        bias = None if bias is None else scale_gradient(bias, self.config.score_gradient)
+        seen = Seen(q, k, scale, bias)
+        return probabilities_as_products(seen, mask) if self.config.input == "probabilities" else seen
 
     def _finished(self, sigma: Tensor, mask: Tensor | None) -> Tensor:
         if self.config.simplex == "row":
@@ -192,7 +219,8 @@ class KArAtOperator(nn.Module):
         return sigma if mask is None else torch.where(mask, sigma, 0)
 
     def _gated(self, x: Tensor) -> Tensor:
-        assert self.gate is not None
+        if self.gate is None:
+            return float(self.config.gate) * x
         return self.gate.to(x.dtype)[:, None, None] * x
 
     def _in_order(self, learned: Tensor, fixed: Tensor) -> Tensor:
@@ -200,7 +228,7 @@ class KArAtOperator(nn.Module):
         places = [*self.karat_heads, *self.softmax_heads]
         return torch.cat([learned, fixed.to(learned.dtype)], dim=1)[:, [places.index(h) for h in range(self.num_heads)]]
 
-    def _check(self, heads: int, keys: int) -> None:
+    def _check(self, heads: int, queries: int, keys: int) -> None:
         if heads != self.num_heads:
             raise ValueError(
                 f"the operator has {self.num_heads} heads, the input {heads}; build it with num_heads={heads}"
@@ -210,6 +238,12 @@ class KArAtOperator(nn.Module):
                 f"the operator was made for {self.num_tokens} tokens and got {keys}; carry the model to the new "
                 "token grid with karat.resample_tokens(model, img_size=...), or build the operator with "
                 f"num_tokens={keys}"
+            )
+        if self.C is not None and queries != keys:
+            setting = "static mixing" if self.config.is_static else f"position={self.config.position!r}"
+            raise ValueError(
+                f"{setting} learns the place of each query among {keys} tokens and got {queries} queries: it serves "
+                "self-attention over all tokens alone"
             )
 
     def extra_repr(self) -> str:

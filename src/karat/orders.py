@@ -16,6 +16,7 @@ from karat.basis import LinearBasis
 from karat.edges import EdgeLayer
 from karat.ops import basis_attention, basis_contraction
 from karat.products import product_for_tokens, shared_product
+from karat.shaping import shaped
 from karat.simplex import simplex_projection
 
 if TYPE_CHECKING:
@@ -28,8 +29,11 @@ CHUNK_NUMBERS = 1 << 25
 class Order(ABC):
     """How Φ and W make σ out of the scores."""
 
-    layer_shapes: ClassVar[tuple[str, ...]]  # (inputs, outputs) of each edge layer, in letters
+    # (inputs, outputs) of each edge layer, in letters: N and R, A for one of all keys, 1 for one
+    layer_shapes: ClassVar[tuple[str, ...]]
     projector_shape: ClassVar[str | None]  # W's, in letters
+    position_shape: ClassVar[str | None] = None  # C's where the order itself has one: (queries, outputs), in letters
+    gives_sigma: ClassVar[bool] = False  # whether the hidden values are σ itself
 
     @abstractmethod
     def hidden(
@@ -102,12 +106,14 @@ class WPhi(Order):
     projector_shape: ClassVar[str | None] = "NR"
 
     def hidden(self, op, q, k, scale, bias, mask):  # type: ignore[no-untyped-def]
-        return self._projected(op, _stream(op, q, k, scale, bias, mask))
+        return self._shaped(op, _stream(op, q, k, scale, bias, mask))
 
     def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
-        return self._projected(op, _sum_of_edges(op.edge_layers[0], scores, mask))
+        return self._shaped(op, _sum_of_edges(op.edge_layers[0], scores, mask))
 
-    def _projected(self, op: KArAtOperator, hidden: Tensor) -> Tensor:
+    def _shaped(self, op: KArAtOperator, hidden: Tensor) -> Tensor:
+        """All that happens between the sums over the keys (B,H,M,R) and W: normalise, position, simplex="rank"."""
+        hidden = shaped(hidden, op.config.normalise, op.config.position, op.C)
         return simplex_projection(hidden) if op.config.simplex == "rank" else hidden
 
     def sigma(self, op: KArAtOperator, hidden: Tensor) -> Tensor:
@@ -123,6 +129,7 @@ class Full(Order):
 
     layer_shapes: ClassVar[tuple[str, ...]] = ("NN",)
     projector_shape: ClassVar[str | None] = None
+    gives_sigma: ClassVar[bool] = True
 
     def hidden(self, op, q, k, scale, bias, mask):  # type: ignore[no-untyped-def]
         return _stream(op, q, k, scale, bias, mask)

@@ -12,7 +12,14 @@ from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from karat.attention import AttentionInputs, KArAtAttention, KArAtWindowAttention, token_inputs, window_inputs
+from karat.attention import (
+    AttentionInputs,
+    BiasedAttention,
+    KArAtAttention,
+    KArAtWindowAttention,
+    token_inputs,
+    window_inputs,
+)
 from karat.masks import safe_softmax
 
 
@@ -66,6 +73,7 @@ READERS: dict[type[nn.Module], Callable[..., Intermediate]] = {
     MHSA: _softmax(token_inputs),
     WindowAttention: _softmax(window_inputs),
     GPSA: _gated_positional,
+    BiasedAttention: _softmax(token_inputs),
     KArAtAttention: _learnable(token_inputs),
     KArAtWindowAttention: _learnable(window_inputs),
 }

@@ -1,4 +1,4 @@
-"""Models carried to another token grid: operators, position embeddings, windows (SPEC §9; `karat.token_grid`)."""
+"""Models on another token grid: operators, position embeddings and biases, windows (SPEC §9; `karat.token_grid`)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import nn
 
 from karat.attention import CONVERTED
 from karat.operator import karat_operators
+from karat.relative_bias import relative_biases
 from karat.token_grid import like, resample_operator
 
 
@@ -90,6 +91,8 @@ def follow_input_size(model: Any, *args: Any, **kwargs: Any) -> None:
     change(model, *args, **kwargs)
     for op in karat_operators(model).values():
         resample_operator(op, old, tuple(model.patch_embed.grid_size), prefix)
+    for bias in relative_biases(model).values():
+        bias.resample(tuple(model.patch_embed.grid_size), prefix)
 
 
 class SetInputSize:
@@ -125,6 +128,8 @@ def _resample_vit(model: Any, img_size: tuple[int, int] | None, num_prefix: int 
         _check_prefix(model, prefix)
     for op in karat_operators(model).values():  # first: it checks the number of tokens before anything else changes
         resample_operator(op, old_grid, grid, old_prefix, prefix)
+    for bias in relative_biases(model).values():
+        bias.resample(grid, prefix)
     if img_size is not None and tuple(model.patch_embed.img_size) != img_size:
         type(model).set_input_size(model, img_size=img_size)
     if prefix != old_prefix:
@@ -177,6 +182,8 @@ def _resample_convit(model: Any, img_size: tuple[int, int] | None, num_prefix: i
         )
     for op in karat_operators(model).values():
         resample_operator(op, old_grid, grid, prefix, prefix)
+    for bias in relative_biases(model).values():
+        bias.resample((grid[0], grid[1]), bias.prefix)
     if img_size is None or tuple(model.patch_embed.img_size) == img_size:
         return
     model.patch_embed.set_input_size(img_size=img_size)

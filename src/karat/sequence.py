@@ -114,6 +114,8 @@ def _operator(dim: int, num_heads: int, num_tokens: int, attention: KArAtConfig 
     config = KArAtConfig.parse(attention)
     if config.is_softmax:
         raise ValueError("attention='softmax' has no operator; use torch.nn.MultiheadAttention, or name one, e.g. g3b")
+    if config.position_bias is not None:
+        raise ValueError(f"position_bias={config.position_bias!r} needs a grid of tokens, which a sequence isn't")
     return KArAtOperator(num_heads, num_tokens, config)
 
 

@@ -7,6 +7,9 @@ keep their size; shapes (τ, s, denominators) are interpolated as they are. Of a
 Prefix tokens (class, registers) keep their own values, unscaled. Dropping keeps the first ones. An added one starts
 as an absent term: amplitudes 0, so that it neither adds to the operator's sums nor receives weight in σ, and shapes
 of the grid's mean; it learns from there.
+
+The axis of queries of a term of their position, and of a static matrix, is interpolated unscaled: it isn't summed over.
+A function that all keys share (order Pointwise) has no such axis; its amplitude is scaled as a whole.
 """
 
 from __future__ import annotations
@@ -91,8 +94,8 @@ def resample_operator(
     """Carry one operator to another token grid, in place (SPEC §9).
 
     Token axes are, by order: WPhi Φ's keys and W's N; full rank Φ's keys and outputs; PhiW W's N and Φ's outputs;
-    PhiPhi Φ₁'s keys and Φ₂'s outputs. The same grid and prefix leave the operator untouched, bit for bit; otherwise
-    its parameters are new objects: build the optimiser afterwards.
+    PhiPhi Φ₁'s keys and Φ₂'s outputs; and of C, where there is one, its queries. The same grid and prefix leave the
+    operator untouched, bit for bit; otherwise its parameters are new objects: build the optimiser afterwards.
 
     Args:
         op: the operator.
@@ -124,8 +127,9 @@ def resample_operator(
             setattr(layer, name, buffer)
         sizes = {"N": new.num_tokens}
         layer.inputs, layer.outputs = sizes.get(shape[0], layer.inputs), sizes.get(shape[1], layer.outputs)
-    if op.W is not None:
-        op.W = like(op.W, resampled_projector(op, old, new))
+    for name, value in resampled_maps(op, old, new).items():
+        if value is not None:
+            setattr(op, name, like(getattr(op, name), value))
     op.num_tokens = new.num_tokens
     return op
 
@@ -146,19 +150,27 @@ def resampled_layer(layer: EdgeLayer, shape: str, old: TokenGrid, new: TokenGrid
     return parameters, buffers
 
 
-def resampled_projector(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> Tensor | None:
-    """W on another grid, as a differentiable function of the operator's; None where it has none."""
-    if op.W is None:
-        return None
-    assert op.order.projector_shape is not None
-    return _resample(op.W, op.order.projector_shape, old, new, amplitude=True)
+def resampled_maps(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> Tensors:
+    """W and C on another grid, as differentiable functions of the operator's; None where it has none."""
+    W: Tensor | None = op.W
+    C: Tensor | None = op.C
+    if W is not None:
+        assert op.order.projector_shape is not None
+        W = _resample(W, op.order.projector_shape, old, new, amplitude=True)
+    if C is not None:
+        assert op.position_shape is not None
+        C = resample_axis(C, -2, old, new, amplitude=False)
+        C = _resample(C, "1" + op.position_shape[1], old, new, amplitude=True)
+    return {"W": W, "C": C}
 
 
 def _resample(x: Tensor, shape: str, old: TokenGrid, new: TokenGrid, *, amplitude: bool) -> Tensor:
-    """`x` (..., a, b) with the axes that `shape`, two letters, calls N carried over."""
+    """`x` (..., a, b) with the axes that `shape`, two letters, calls N carried over, and A, all of N, rescaled."""
     for dim, letter in zip((-2, -1), shape, strict=True):
         if letter == "N":
             x = resample_axis(x, dim, old, new, amplitude=amplitude)
+        elif letter == "A" and amplitude:
+            x = x * (old.cells / new.cells)
     return x
 
 

@@ -14,9 +14,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import karat
+from conftest import make_run
 from karat.analyze.explore import Explorer
 from karat.analyze.figures import encode
 from karat.analyze.loading import open_run
+from karat.cli import main
 
 
 @pytest.fixture
@@ -24,6 +26,11 @@ def image(tmp_path: Path) -> Path:
     array = np.random.default_rng(0).integers(0, 255, (12, 12), np.uint8)
     Image.fromarray(array).save(tmp_path / "image.png")
     return tmp_path / "image.png"
+
+
+@pytest.fixture(scope="module")
+def static_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("static") / "run", "static-b,rank=2,residual=softmax", epochs=1)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +73,17 @@ def test_a_softmax_run_has_no_edge_functions(softmax_run: Path, image: Path) -> 
     assert "keeps softmax" in view.note
     own, fixed = view.numbers["entropy"]
     assert own == pytest.approx(fixed, abs=1e-5)
+
+
+def test_a_run_of_static_mixing_has_none_either(
+    static_run: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    view = Explorer(open_run(static_run)).view(image, 0, 0)
+    assert view.functions is None
+    assert "learned matrix, blind to the scores" in view.note
+    options = f"--images 2 --output {tmp_path / 'figures'}".split()
+    assert main(["analyze", "functions", str(static_run), *options]) == 0
+    assert "mixes tokens by a learned matrix and has no edge functions" in capsys.readouterr().out
 
 
 def test_what_is_not_there_is_said(explorer: Explorer, image: Path, tmp_path: Path) -> None:

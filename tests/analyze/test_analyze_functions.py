@@ -57,6 +57,18 @@ def test_heads_and_blocks_that_are_not_there() -> None:
         operators_of(karat.create_model("vit_tiny_patch16_224", attention="softmax", **small))
 
 
+def test_operators_without_edges_and_with_one() -> None:
+    with pytest.raises(ValueError, match="no edge functions"):
+        curves(karat.KArAtOperator(3, 5, "static-b,rank=2"), 0, torch.zeros(1))
+    assert {group.name for group in coefficients(karat.KArAtOperator(3, 5, "static-b,rank=2"))} == {"W", "C"}
+    op = karat.KArAtOperator(3, 5, "g1b,rank=None,order=Pointwise")
+    found = curves(op, 2, torch.linspace(-1, 1, 4), edges=7)
+    assert torch.equal(found.values[0], op.edges(found.x)[:, 2, 0, 0].detach())
+    assert len(found.values) == 1
+    placed = coefficients(karat.KArAtOperator(3, 5, "g1b,rank=2,position=query"))
+    assert {group.name for group in placed} == {"coefficients", "W", "C"}
+
+
 def test_distributions_count_every_number() -> None:
     op = karat.KArAtOperator(3, 7, "g2b,rank=4,edge_scales=True")
     found = coefficients(op, bins=10)

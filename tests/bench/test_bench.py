@@ -28,7 +28,14 @@ def test_the_papers_way_refuses_what_it_does_not_have() -> None:
     q = torch.randn(1, 3, 9, 8)
     with pytest.raises(ValueError, match="order WPhi alone"):
         paper_way.attend(KArAtOperator(3, 9, "g1b,order=PhiW"), q, q, q)
-    for option in ("simplex=row", "simplex=rank", "residual=softmax", "softmax_heads=1"):
+    for option in (
+        "simplex=row",
+        "simplex=rank",
+        "residual=softmax",
+        "softmax_heads=1",
+        "normalise=rms",
+        "input=probabilities",
+    ):
         with pytest.raises(ValueError, match=f"can't do {option.split('=')[0]}"):
             paper_way.attend(KArAtOperator(3, 9, f"g1b,{option}"), q, q, q)
     for name, value in (("mask", torch.ones(9, 9, dtype=torch.bool)), ("bias", torch.zeros(9, 9)), ("dropout_p", 0.1)):
@@ -53,6 +60,11 @@ def test_ratios_are_against_the_faster_softmax() -> None:
 def test_ways_of_attention_named_by_implementation() -> None:
     ways = attention.ways(attention.Shape(1, 2, 9, 8), "g1b", "cpu", torch.float32)
     assert {"softmax eager", "softmax SDPA", "paper's way", "karat tiled"} <= set(ways)
+    assert set(attention.ways(attention.Shape(1, 2, 9, 8), "static-b", "cpu", torch.float32)) == {
+        "softmax eager",
+        "softmax SDPA",
+        "karat",
+    }
 
 
 COMMANDS = {

@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 import karat
+from karat import KArAtOperator
 from karat.distill import DistillOptions, FitOptions, distill, fit_operators, gauge, measure_blocks
+from karat.distill.closed_form import fit_operator
+from karat.train.convert_run import Convert
 from small_models import SMALL, small_model
 
 BACKBONES = ("vit", "vit_registers", "deit_distilled", "convit", "swin")
@@ -53,6 +56,17 @@ def test_every_setting_can_be_fitted(attention: str) -> None:
     after = measure_blocks(student, teacher, images[4:])
     assert sum(b.explained for b in after) > sum(b.explained for b in before)
     assert len(after) == (1 if "blocks" in attention else 2)
+
+
+@pytest.mark.parametrize(
+    "attention", ["static-b", "g2b,rank=None,order=Pointwise", "g2b,normalise=rms", "g2b,input=probabilities"]
+)
+def test_what_has_no_closed_form_says_so(attention: str) -> None:
+    with pytest.raises(ValueError, match="can't be fitted to softmax in closed form; use another attention, or resid"):
+        Convert(teacher="run", attention=attention)
+    with pytest.raises(ValueError, match="can't be fitted"):
+        fit_operator(KArAtOperator(1, 4, attention), lambda: iter(()))
+    assert Convert(teacher="run", attention=f"{attention},residual=softmax").attention.startswith(attention)
 
 
 def test_residual_softmax_is_its_teacher() -> None:

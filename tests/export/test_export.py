@@ -29,6 +29,7 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "convit": ("convit", "g3u", {"img_size": 8, "depth": 2, "local_up_to_layer": 1}),
     "swin": ("swin", "g3b", {"img_size": 16, "depths": (2,), "num_heads": (2,)}),  # the second block is shifted
     "shannon over keys": ("vit", "shannon(window=key)-b", TINY),
+    "softmax with positions": ("vit", "softmax,position_bias=relative", TINY),
 }
 SHORT = {"bspline": "bspline(grid=2,order=2)"}
 ONNX = {basis: ("vit", f"{SHORT.get(basis, basis)}-b", TINY) for basis in BASES} | OTHERS
@@ -37,6 +38,10 @@ ORDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "PhiW, simplex": ("vit", "g2b,order=PhiW,simplex=row", TINY),
     "Full, residual": ("vit", "g2b,rank=None,residual=softmax,softmax_heads=1", TINY),
     "dog, PhiPhi, row": ("vit", "dog-u,order=PhiPhi,simplex=row", TINY),
+    "position, rms, half a gradient": ("vit", "g2b,normalise=rms,position=gain,score_gradient=0.5", TINY),
+    "probabilities": ("vit", "g2b,rank=3,input=probabilities,residual=softmax,gate=0.5", TINY),
+    "pointwise": ("vit", "g2b,rank=None,order=Pointwise,position_bias=relative", TINY),
+    "static": ("vit", "static-b,rank=3,residual=softmax,gate=block", TINY),
     "grkan": ("vit", "g2b", {**TINY, "mlp": "grkan(groups=4)"}),
     "kan": ("vit", "softmax", {**TINY, "mlp": "kan(grid=2)"}),
 }

@@ -52,6 +52,13 @@ class View:
     note: str
 
 
+# What is said of a head without edge functions, by whether it learns.
+NO_EDGES = {
+    False: "This head keeps softmax: it has no edge functions.",
+    True: "This head mixes tokens by a learned matrix, blind to the scores: it has no edge functions.",
+}
+
+
 class Explorer:
     """A run's model and what it does to an image; without the browser, so that it can be scripted."""
 
@@ -73,18 +80,19 @@ class Explorer:
         check_head(head, chosen.sigma.shape[1])
         scores, sigma = chosen.scores[:1, head : head + 1], chosen.sigma[:1, head : head + 1]
         learned = operator_of_block(self.model, block)
-        has_edges = learned is not None and head in learned.karat_heads
+        learns = learned is not None and head in learned.karat_heads
+        has_edges = learned is not None and learns and learned.config.has_edges
         softmax = scores.softmax(-1)
-        shown = {"σ(A)": sigma[0, 0]} | ({"softmax(A)": softmax[0, 0]} if has_edges else {})
+        shown = {"σ(A)": sigma[0, 0]} | ({"softmax(A)": softmax[0, 0]} if learns else {})
         own, fixed = measures(sigma), measures(softmax)
         names = [name for name in own if name != "head_diversity"]
-        drawn, note = self._maps(samples, blocks, sigma, softmax if has_edges else None, signed)
+        drawn, note = self._maps(samples, blocks, sigma, softmax if learns else None, signed)
         return View(
             maps=drawn,
             matrices=figures.draw_matrices(scores[0, 0], shown),
             functions=self._functions(learned, block, head, scores) if has_edges else None,
             numbers={name: (float(own[name][0]), float(fixed[name][0])) for name in names},
-            note=note if has_edges else f"{note} This head keeps softmax: it has no edge functions.".strip(),
+            note=note if has_edges else f"{note} {NO_EDGES[learns]}".strip(),
         )
 
     def _record(self, path: Path, stamp: tuple[int, int]) -> tuple[Samples, list[BlockAttention]]:

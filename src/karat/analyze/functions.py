@@ -109,7 +109,7 @@ class Distribution:
 
 
 def coefficients(op: KArAtOperator, *, bins: int = 50) -> list[Distribution]:
-    """Distributions of every learned group of numbers (coefficients, scales, W), per head that learns.
+    """Distributions of every learned group of numbers (coefficients, scales, W, C), per head that learns.
 
     Groups of layer Φ₂ in order PhiPhi are named "2/..."; the heads of one group share their bins.
     """
@@ -117,8 +117,7 @@ def coefficients(op: KArAtOperator, *, bins: int = 50) -> list[Distribution]:
     for index, layer in enumerate(op.layers):
         prefix = f"{index + 1}/" if len(op.layers) > 1 else ""
         groups |= {f"{prefix}{name}": parameter for name, parameter in layer.named_parameters()}
-    if op.W is not None:
-        groups["W"] = op.W
+    groups |= {name: matrix for name, matrix in (("W", op.W), ("C", op.C)) if matrix is not None}
     found = []
     for name, parameter in groups.items():
         values = parameter.detach().float().cpu()
@@ -150,6 +149,8 @@ def score_range(scores: Tensor, deviations: float = 3.0) -> tuple[float, float]:
 
 
 def _layer(op: KArAtOperator, layer: int) -> EdgeLayer:
+    if not op.layers:
+        raise ValueError("static mixing is blind to the scores: it has no edge functions")
     if not 0 <= layer < len(op.layers):
         raise ValueError(f"layer must be 0 to {len(op.layers) - 1} in order {op.config.order}, got {layer}")
     chosen: EdgeLayer = op.layers[layer]  # type: ignore[assignment]

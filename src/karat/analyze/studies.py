@@ -191,6 +191,9 @@ def study_functions(subjects: Sequence[Subject]) -> Study:
         if op is None:
             study.notes.append(f"{s.label}: block {index} keeps softmax and has no edge functions")
             continue
+        if not op.config.has_edges:
+            study.notes.append(f"{s.label}: block {index} mixes tokens by a learned matrix and has no edge functions")
+            continue
         x = torch.linspace(*score_range(s.attention[index].scores), CURVE_POINTS)
         heads = op.karat_heads if s.options.head is None else (s.options.head,)
         drawn: dict[str, Curves] = {}

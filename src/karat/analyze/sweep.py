@@ -95,7 +95,7 @@ def sweep(results: Sequence[tuple[str, float]], setting: str | None = None) -> S
 
 
 def _is_softmax(contender: str) -> bool:
-    return contender.partition("/")[0] == "softmax"
+    return contender.partition("/")[0].partition(",")[0] == "softmax"
 
 
 def _key(value: Any) -> str:

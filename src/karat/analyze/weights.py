@@ -14,8 +14,10 @@ from karat.train.files import read_tensors
 # Which kind of weight a parameter is, by a piece of its name; the first that fits.
 KINDS = {
     "operator W": ("operator.W",),
+    "operator C": ("operator.C",),
     "operator gates": ("operator.gate",),
     "operator coefficients": ("operator.layers.",),
+    "position bias": (".position_bias.",),
     "attention qkv": (".qkv.", ".qk.", ".q.", ".k.", ".v."),
     "embedding": ("pos_embed", "patch_embed", "cls_token", "reg_token"),
     "attention projection": (".proj.",),

@@ -57,6 +57,9 @@ def ways(
         if impl == "triton" and device == "cpu":  # it may be served there, by an interpreter
             continue
         op = KArAtOperator(shape.H, shape.N, KArAtConfig.parse(f"{attention},impl={impl}")).to(device, dtype)
+        if not config.has_edges:  # nothing to choose an implementation for
+            candidates["karat"] = op.attend
+            break
         u = op.layers[0].packed()  # type: ignore[operator]
         if load(impl).unsupported(probe, u, config.edge_basis) is None:
             candidates[f"karat {impl}"] = op.attend

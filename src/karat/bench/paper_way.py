@@ -16,8 +16,11 @@ from karat.ops import basis_contraction
 
 def missing(config: KArAtConfig) -> list[str]:
     """What a configuration asks for and this baseline doesn't have; empty if it can compute it."""
-    found = [name for name in ("simplex", "residual", "softmax_heads") if getattr(config, name)]
-    return found if config.order == "WPhi" else [f"order={config.order}", *found]
+    absent = ("simplex", "residual", "softmax_heads", "normalise", "position")
+    found = [name for name in absent if getattr(config, name)]
+    others = {"order": "WPhi", "input": "scores", "score_gradient": 1.0}
+    found += [f"{name}={value}" for name, usual in others.items() if (value := getattr(config, name)) != usual]
+    return found if config.has_edges else [config.basis, *found]
 
 
 def attend(
@@ -32,7 +35,7 @@ def attend(
     if asked:
         raise ValueError(
             f"the materialising baseline can't do {', '.join(asked)}: it knows order WPhi alone, without masks, bias, "
-            "dropout, simplex, residual, softmax heads"
+            "dropout, simplex, residual, softmax heads, or any other change of what the edges see or give"
         )
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     scores = q @ k.transpose(-2, -1) * factor

@@ -31,6 +31,8 @@ class GridAttention(nn.Module):
         grid: (height, width) of the tokens.
         base: the grid that a shared operator lives on, where it isn't `grid`.
         relative: whether to add relative positions.
+
+    Raises ValueError for an attention with a `position_bias`.
     """
 
     qkv: nn.Linear
@@ -44,6 +46,11 @@ class GridAttention(nn.Module):
 
     def __init__(self, attn: Any, grid: tuple[int, int], base: tuple[int, int], relative: bool = False) -> None:
         super().__init__()
+        if getattr(attn, "position_bias", None) is not None:
+            raise ValueError(
+                "position_bias='relative' belongs to a classifier's grid; a detector has relative positions of its "
+                "own: leave the option out and give --rel-pos"
+            )
         self.num_heads: int = attn.num_heads
         self.scale: float = attn.scale
         self.grid = grid

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from karat.config import KArAtConfig
 from karat.distill.features import Shape, features, fixed_base, has_fixed_base, reach, shapes, write
 from karat.distill.least_squares import Moments, least_squares, reduced_rank
 from karat.edges import EdgeLayer
@@ -38,6 +39,20 @@ class Rows(NamedTuple):
 Source = Callable[[], Iterator[Rows]]
 
 
+def check_fits(config: KArAtConfig) -> None:
+    """Raise ValueError for an operator that has no closed form here; with residual="softmax" none is needed."""
+    usual = {"order": "WPhi", "input": "scores", "normalise": None}
+    changed = [f"{name}={value}" for name, plain in usual.items() if (value := getattr(config, name)) != plain]
+    unserved = [text for text in changed if text not in ("order=PhiW", "order=PhiPhi")]
+    if config.is_static:
+        unserved.append("static mixing")
+    if unserved and not config.residual:
+        raise ValueError(
+            f"{unserved[0]} can't be fitted to softmax in closed form; use another attention, or residual=softmax, "
+            "which starts as the softmax model"
+        )
+
+
 @torch.no_grad()
 def fit_operator(op: KArAtOperator, rows: Source, ridge: float = 1e-4) -> Tensor:
     """Give `op` the parameters that imitate the rows best; returns the share explained of each head's output (H',).
@@ -49,8 +64,10 @@ def fit_operator(op: KArAtOperator, rows: Source, ridge: float = 1e-4) -> Tensor
         rows: gives the rows anew each time it's called (twice for orders with two maps).
         ridge: λ of the regression as a share of the mean feature's power.
 
-    Raises ValueError where there are no rows.
+    Raises ValueError where there are no rows, and for an operator of which no part that is linear in its parameters
+    sees the scores themselves.
     """
+    check_fits(op.config)
     if op.order is FULL:
         return _fit_outputs(op, rows, ridge, hidden=False)
     if op.config.order == "WPhi":

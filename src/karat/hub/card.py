@@ -56,13 +56,16 @@ _METRICS = {"top1": "top-1", "top5": "top-5"}
 def attention_name(config: ModelConfig) -> str:
     """The attention in words."""
     attention = KArAtConfig.parse(config.attention)
-    return "softmax attention" if attention.is_softmax else f"learnable attention {attention}"
+    return "softmax attention" if attention.leaves_attention else f"learnable attention {attention}"
 
 
 def _summary(config: ModelConfig) -> str:
     attention = KArAtConfig.parse(config.attention)
     if attention.is_softmax:
-        what = "An image classifier with ordinary softmax attention."
+        positions = "" if attention.position_bias is None else " and a learned relative position bias"
+        what = f"An image classifier with ordinary softmax attention{positions}."
+    elif attention.residual or not attention.has_edges or attention.order == "Pointwise":
+        what = f"An image classifier whose attention is learnable: `{attention}` in karat's notation."
     else:
         rank = "full rank" if attention.rank is None else f"rank {attention.rank}"
         what = (

@@ -21,7 +21,7 @@ from transformers.models.vit.modeling_vit import ViTAttention
 
 from karat.attention import split_mask
 from karat.config import KArAtConfig
-from karat.convert import SHARED_NAME, NoWeightDecay
+from karat.convert import SHARED_NAME, NoWeightDecay, chosen_blocks
 from karat.masks import safe_softmax, softmax_attention
 from karat.operator import KArAtOperator
 
@@ -88,12 +88,11 @@ def karatize_hf(model: Model, config: KArAtConfig | str) -> Model:
         )
     if any(hasattr(place, "operator") for place in places):
         raise ValueError(f"this {type(model).__name__} has learnable attention already; build a new model")
+    if config.position_bias is not None:
+        raise ValueError(f"position_bias={config.position_bias!r} is for timm's models: transformers' ViT takes none")
     if config.is_softmax:
         return model
-    chosen = range(len(places)) if config.blocks is None else config.blocks
-    absent = [index for index in chosen if index >= len(places)]
-    if absent:
-        raise ValueError(f"blocks={config.blocks}: there is no block {absent[0]}; the model has 0 to {len(places) - 1}")
+    chosen = chosen_blocks(config, range(len(places)), len(places))
     tokens = _tokens(model)
     operators: list[KArAtOperator] = []
     shared = config.sharing == "universal"

@@ -40,9 +40,11 @@ def create_accelerator(settings: RunSettings) -> Accelerator:
     """
     # A second run in the same process may ask for another precision; the process group stays.
     AcceleratorState._reset_state()
-    published = KArAtConfig.parse(settings.attention).edge_scales == "published"
-    # the published s_b gets no gradient while b = 0 (SPEC §2): DDP has to be told that parameters may stay unused
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=published)]
+    config = KArAtConfig.parse(settings.attention)
+    # DDP has to be told that parameters may stay unused: the published s_b gets no gradient while b = 0 (SPEC §2),
+    # and the norms of queries and keys none where nothing that is learned looks at them through the scores
+    unused = config.edge_scales == "published" or config.is_static or config.score_gradient == 0
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=unused)]
     leave_at_exit()
     accelerator = Accelerator(
         mixed_precision=PRECISION[settings.amp_dtype],

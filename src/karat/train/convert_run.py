@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from karat.config import KArAtConfig
 from karat.convert import karatize
 from karat.distill import DistillOptions, FitOptions, distill, fit_operators, measure_blocks
+from karat.distill.closed_form import check_fits
 from karat.options import parse
 from karat.train import checkpoint, files, memory, runs
 from karat.train.build import build_model, create_accelerator, input_size
@@ -88,6 +89,7 @@ class Convert:
             raise ValueError(f"eval_images={self.eval_images} must be at least 1")
         if KArAtConfig.parse(self.attention).is_softmax:
             raise ValueError("attention='softmax' is what the teacher has: name a learnable one, e.g. g3b")
+        check_fits(KArAtConfig.parse(self.attention))
 
 
 def convert_run(options: Convert, console: Console | None = None) -> dict[str, Any]:

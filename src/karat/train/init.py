@@ -104,7 +104,8 @@ def _read_run(folder: Path, settings: RunSettings) -> tuple[nn.Module, bool]:
 def same_operators(mine: str, other: str) -> bool:
     """Whether the operators of two attentions mean the same, so that one's weights may become the other's."""
     ours, theirs = KArAtConfig.parse(mine), KArAtConfig.parse(other)
-    return all(getattr(ours, name) == getattr(theirs, name) for name in ("basis", "order", "base", "sharing"))
+    meaning = ("basis", "order", "base", "sharing", "input", "normalise", "position")
+    return all(getattr(ours, name) == getattr(theirs, name) for name in meaning)
 
 
 def _side(model: nn.Module) -> int | None:

@@ -1,6 +1,6 @@
 """Optimiser and schedule, from timm's factories, with the operator's parameters in groups of their own.
 
-The rule for KArAt's parameters (basis coefficients, W, edge scales, gates): no weight decay unless
+The rule for KArAt's parameters (basis coefficients, W and C, edge scales, gates): no weight decay unless
 `coefficient_weight_decay` asks for it, because decay pulls every edge function towards zero, and with it the whole
 attention; and the learning rate of the rest unless `coefficient_lr` gives another one. The ratio of the two rates is
 kept by the schedule. Biases, norms and what a model lists in `no_weight_decay()` are not decayed either.

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import tyro
 
+from karat.config import KArAtConfig
 from karat.train.optimisation import Optimisation
 
 AUTO = "auto"
@@ -82,6 +83,8 @@ class RunSettings:
         for name, least in counts.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        # A run says what it is, whatever is recommended when it's read again.
+        object.__setattr__(self, "attention", KArAtConfig.explicit(self.attention))
 
     @property
     def label(self) -> str:

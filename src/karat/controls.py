@@ -1,0 +1,112 @@
+"""Operators that lack one of the two things that the others have: keys told apart, or eyes for the scores.
+
+They say where a gain comes from. `Pointwise` learns a function of the scores and knows no position; `Static` mixes
+positions and is blind to the scores. Beside softmax or in place of heads they take all the settings that make sense
+for them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from karat.basis import LinearBasis
+from karat.config import STATIC, KArAtConfig
+from karat.ops import basis_attention
+from karat.orders import FULL, ORDERS, Order
+from karat.products import shared_product
+
+if TYPE_CHECKING:
+    from karat.operator import KArAtOperator
+
+# From this many keys on a linear pointwise operator is streamed. The identity costs F times the multiply-adds of one
+# product with v; below, σ is small and is formed.
+STREAMED_FROM = 1024
+
+
+class Pointwise(Order):
+    """σ_kn = φ(A_kn), one learned function a head for every pair: no W, no rank."""
+
+    layer_shapes: ClassVar[tuple[str, ...]] = ("A1",)
+    projector_shape: ClassVar[str | None] = None
+    gives_sigma: ClassVar[bool] = True
+
+    def hidden(self, op, q, k, scale, bias, mask):  # type: ignore[no-untyped-def]
+        scores = q @ k.transpose(-2, -1) * scale
+        return self.hidden_of_scores(op, scores if bias is None else scores + bias, mask)
+
+    def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
+        """φ of every score: to basis attention each is a query of width one beside a single key, 1."""
+        layer = op.edge_layers[0]
+        pairs = scores.flatten(2).unsqueeze(-1)  # (B,H,M·N,1)
+        one = pairs.new_ones(*pairs.shape[:2], 1, 1)
+        sigma = basis_attention(pairs, one, layer.packed(), layer.basis, scale=1.0, impl=op.config.impl)
+        sigma = sigma.view(scores.shape).to(scores.dtype)
+        return sigma if mask is None else torch.where(mask, sigma, 0)
+
+    def sigma(self, op: KArAtOperator, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def apply(self, op: KArAtOperator, hidden: Tensor, v: Tensor) -> Tensor:
+        return hidden @ v
+
+    def attend(self, op, q, k, v, scale, bias, mask):  # type: ignore[no-untyped-def]
+        layer = op.edge_layers[0]
+        if not isinstance(layer.basis, LinearBasis) or k.shape[2] < STREAMED_FROM:
+            return super().attend(op, q, k, v, scale, bias, mask)
+        u = layer.packed().to(v.dtype) * v.unsqueeze(2)  # U_f,n = c_f v_n: (H,F,1,1), (B,H,1,N,D) -> (B,H,F,N,D)
+        return basis_attention(q, k, u, layer.basis, scale=scale, bias=bias, mask=mask, impl=op.config.impl)
+
+
+class StaticFull(Order):
+    """σ = C, a learned N×N matrix for each head."""
+
+    layer_shapes: ClassVar[tuple[str, ...]] = ()
+    projector_shape: ClassVar[str | None] = None
+    position_shape: ClassVar[str | None] = "NN"
+    gives_sigma: ClassVar[bool] = True
+
+    def hidden(self, op, q, k, scale, bias, mask):  # type: ignore[no-untyped-def]
+        return _for_each_image(op, q)
+
+    def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
+        return _for_each_image(op, scores)
+
+    def sigma(self, op: KArAtOperator, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def apply(self, op: KArAtOperator, hidden: Tensor, v: Tensor) -> Tensor:
+        assert op.C is not None
+        return shared_product(op.C.to(v.dtype), v)
+
+
+class Static(StaticFull):
+    """σ = C Wᵀ with C and W (N,R): what is left of order WPhi with position="query" when the edges are zero."""
+
+    projector_shape: ClassVar[str | None] = "NR"
+    position_shape: ClassVar[str | None] = "NR"
+    gives_sigma: ClassVar[bool] = False
+
+    def sigma(self, op: KArAtOperator, hidden: Tensor) -> Tensor:
+        return ORDERS["WPhi"].sigma(op, hidden)
+
+    def apply(self, op: KArAtOperator, hidden: Tensor, v: Tensor) -> Tensor:
+        assert op.C is not None
+        return shared_product(op.C.to(v.dtype), shared_product(op.projector_as(v).transpose(-2, -1), v))
+
+
+def _for_each_image(op: KArAtOperator, like: Tensor) -> Tensor:
+    """C in the precision of `like` (B,...), the same for each image: (B,H,N,·)."""
+    assert op.C is not None
+    return op.C.to(like.dtype).expand(like.shape[0], *op.C.shape)
+
+
+LOW_RANK: dict[str, Order] = {**ORDERS, STATIC: Static()}
+FULL_RANK: dict[str, Order] = {"WPhi": FULL, "Pointwise": Pointwise(), STATIC: StaticFull()}
+
+
+def order_of(config: KArAtConfig) -> Order:
+    """How the operator of a configuration makes σ out of the scores."""
+    return (FULL_RANK if config.rank is None else LOW_RANK)[STATIC if config.is_static else config.order]
