@@ -42,7 +42,7 @@ def checked(
         raise ValueError(f"unknown impl {impl!r}; choose one of {', '.join(IMPLS)}")
     _check(q, k, u, basis)
     if v is not None:
-        _check_values(k, v)
+        _check_values(k, v, u)
     bias = None if bias is None else _four_axes(bias, "bias", q, k)
     mask = None if mask is None else _four_axes(mask, "mask", q, k)
     if mask is not None and mask.dtype != torch.bool:
@@ -83,8 +83,12 @@ def _four_axes(x: Tensor, name: str, q: Tensor, k: Tensor) -> Tensor:
     return x.reshape(shape)
 
 
-def _check_values(k: Tensor, v: Tensor) -> None:
+def _check_values(k: Tensor, v: Tensor, u: Tensor) -> None:
     if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v must be (B,H,N,Dv) with the B, H, N of k, {tuple(k.shape)}; got {tuple(v.shape)}")
     if v.dtype != k.dtype or v.device != k.device:
         raise ValueError(f"v must have k's dtype and device, {k.dtype} on {k.device}; got {v.dtype} on {v.device}")
+    if 0 in (k.shape[3], v.shape[3], u.shape[-1]):
+        raise ValueError(
+            f"joint attention needs widths D, Dv and E of at least 1, got {k.shape[3]}, {v.shape[3]}, {u.shape[-1]}"
+        )

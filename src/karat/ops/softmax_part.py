@@ -24,6 +24,14 @@ class SoftmaxPart:
     dv: Tensor | None = None  # (B,H,N,Dv) contiguous; None where not wanted
     score_gradient: float = 1.0
 
+    def see_nothing(self) -> None:
+        """Write the results where there is no query or no key."""
+        if self.grad is None:
+            self.attended.zero_()
+            self.logsumexp.fill_(float("inf"))
+        elif self.dv is not None:
+            self.dv.zero_()
+
     def finish(self, rows: tuple[slice | int, ...], sums: Tensor, total: Tensor, top: Tensor) -> None:
         """Write rows of results: sums (...,Dv) and total (...,1) of exp(S - top), top (...,1), for `rows` of (B,H,M)."""
         empty = total == 0

@@ -18,8 +18,7 @@ class RunningSoftmax:
     def __init__(self, part: SoftmaxPart) -> None:
         self.part = part
         self.v = part.v.transpose(0, 1).to(part.logsumexp.dtype)
-        part.attended.zero_()  # there may be no tile at all
-        part.logsumexp.fill_(float("inf"))
+        part.see_nothing()  # there may be no tile at all
 
     def add(self, tile: Tile, scores: Tensor, drop: Tensor | None) -> None:
         """Take the scores of one tile in."""
