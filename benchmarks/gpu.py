@@ -231,7 +231,7 @@ class Gpu:
         q, k, v, grad = torch.randn(4, *shape, device=self.device, dtype=torch.bfloat16).unbind()
         for x in (q, k, v):
             x.requires_grad_()
-        table = triton_launch.TILES["half"]
+        table = triton_call.TILES["half"]
         for name, kernel in product(ATTENTION, ("fwd", "dq", "dkdu")):
             attend = KArAtOperator(shape[1], shape[2], f"{name},impl=triton").to(self.device, torch.bfloat16).attend
             usual = table[kernel]

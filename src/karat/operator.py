@@ -10,7 +10,8 @@ from karat.config import KArAtConfig
 from karat.edges import EdgeLayer
 from karat.initialise import initialise
 from karat.masks import row_patterns, safe_softmax, softmax_attention
-from karat.orders import FULL, ORDERS
+from karat.orders import FULL, ORDERS, BesideSoftmax, SumsOverKeys
+from karat.ops import basis_attention
 from karat.simplex import simplex_projection
 
 
@@ -158,20 +159,31 @@ class KArAtOperator(nn.Module):
                 scores = q @ k.transpose(-2, -1) * scale
                 sigma = safe_softmax(scores if bias is None else scores + bias, mask) + self._gated(sigma)
             return F.dropout(sigma, dropout_p) @ v
-        out = self._operator_attend(q, k, v, scale, bias, mask)
         if self.gate is None:
-            return out
-        return softmax_attention(q, k, v, scale, bias, mask) + self._gated(out)
+            return self._operator_attend(q, k, v, scale, bias, mask)
+        if not self.order.streams_scores or self.config.simplex == "row":
+            out = self._operator_attend(q, k, v, scale, bias, mask)
+            return softmax_attention(q, k, v, scale, bias, mask) + self._gated(out)
+        both = BesideSoftmax(v)  # one pass over the scores for both parts (SPEC §10)
+        out = self._operator_attend(q, k, v, scale, bias, mask, both)
+        return both.attended + self._gated(out)
 
     def _operator_attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, mask: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        sums: SumsOverKeys = basis_attention,
     ) -> Tensor:
-        """The operator's part, without softmax and gate."""
+        """The operator's part, without softmax and gate; its first layer sums by `sums`."""
         order = self.order
         if self.config.simplex != "row" and (mask is None or mask.shape[2] == 1):  # a mask of keys
             kept = v if mask is None else torch.where(mask.transpose(-2, -1), v, 0)
-            return order.attend(self, q, k, kept, scale, bias, mask)
-        hidden = order.hidden(self, q, k, scale, bias, mask)
+            return order.attend(self, q, k, kept, scale, bias, mask, sums)
+        hidden = order.hidden(self, q, k, scale, bias, mask, sums)
         if self.config.simplex != "row" and order is not FULL and mask is not None:
             patterns = row_patterns(mask)
             if patterns is not None:  # O_k = hidden_k · (what v becomes under k's kind of mask), kind by kind

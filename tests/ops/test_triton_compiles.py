@@ -36,7 +36,7 @@ class Hopper:
 driver.set_active(Hopper())
 
 from karat.basis import parse_basis
-from karat.ops import triton_launch
+from karat.ops import triton_call, triton_launch
 from karat.ops.triton_attention import split_base
 
 
@@ -61,7 +61,7 @@ with torch.device("meta"):
     bias, mask = torch.empty(1, H, N, N), torch.empty(B, 1, N, N, dtype=torch.bool)
 if more == "plain":
     bias = mask = None
-call = triton_launch.Call(q, q, u, *split_base(basis), 0.125, bias, mask)
+call = triton_call.Call(q, q, u, *split_base(basis), 0.125, bias, mask)
 triton_launch.forward(call)
 triton_launch.backward(call, grad, (True, True, True, bias is not None))
 """
