@@ -71,7 +71,8 @@ def backward(
         return dq, dk, du, dbias
     grad = grad.to(call.q.dtype)
     parts = [_backward(part, grad[..., columns], needs) for columns, part in call.slices()]
-    dq, dk, dbias = (_sum([part[i] for part in parts]) for i in (0, 1, 3))
+    factor = 1.0 if call.softmax is None else call.softmax.score_gradient  # which the first part has taken in itself
+    dq, dk, dbias = (_sum([part[i] for part in parts], factor) for i in (0, 1, 3))
     du = torch.cat([part[2] for part in parts if part[2] is not None], -1) if needs[2] else None
     gradients = (dq, dk, du, dbias)
     dq, dk, du, dbias = (
@@ -81,11 +82,12 @@ def backward(
     return dq, dk, du, dbias
 
 
-def _sum(parts: list[Tensor | None]) -> Tensor | None:
+def _sum(parts: list[Tensor | None], factor: float) -> Tensor | None:
+    """The first part and `factor` times the others."""
     total = parts[0]
     for part in parts[1:]:
         if total is not None and part is not None:
-            total = total.to(torch.float32) + part
+            total = total.to(torch.float32).add(part, alpha=factor)
     return total
 
 
