@@ -101,8 +101,9 @@ class KArAtOperator(nn.Module):
         values = scores.to(dtype)
         if not self.softmax_heads:
             return self._sigma_of_scores(values, mask).to(scores.dtype)
-        learned = self._sigma_of_scores(values[:, self.karat_heads], _heads(mask, self.karat_heads))
-        fixed = safe_softmax(values[:, self.softmax_heads], _heads(mask, self.softmax_heads))
+        learned, fixed = (_places(heads) for heads in (self.karat_heads, self.softmax_heads))
+        learned = self._sigma_of_scores(values[:, learned], _heads(mask, learned))
+        fixed = safe_softmax(values[:, fixed], _heads(mask, fixed))
         return self._in_order(learned, fixed).to(scores.dtype)
 
     def attend(
@@ -139,9 +140,11 @@ class KArAtOperator(nn.Module):
             return self._attend(q, k, v, factor, bias, mask, dropout_p)
         parts = []
         for heads, attend in ((self.karat_heads, self._attend), (self.softmax_heads, softmax_attention)):
-            some = _heads(bias, heads), _heads(mask, heads)
-            parts.append(attend(q[:, heads], k[:, heads], v[:, heads], factor, *some, dropout_p))
-        return self._in_order(*parts)
+            places = _places(heads)
+            some = _heads(bias, places), _heads(mask, places)
+            out = attend(q[:, places], k[:, places], v[:, places], factor, *some, dropout_p)
+            parts.append(out.transpose(1, 2))  # (B,M,·,D): as the model joins its heads
+        return self._in_order(*parts, dim=2).transpose(1, 2)
 
     def _attend(
         self,
@@ -207,10 +210,15 @@ class KArAtOperator(nn.Module):
         assert self.gate is not None
         return self.gate.to(x.dtype)[:, None, None] * x
 
-    def _in_order(self, learned: Tensor, fixed: Tensor) -> Tensor:
-        """Heads that learn and heads that don't, (B,·,M,·) each, back in the order of the model's heads."""
-        places = [*self.karat_heads, *self.softmax_heads]
-        return torch.cat([learned, fixed.to(learned.dtype)], dim=1)[:, [places.index(h) for h in range(self.num_heads)]]
+    def _in_order(self, learned: Tensor, fixed: Tensor, dim: int = 1) -> Tensor:
+        """Heads that learn and heads that don't, each along axis `dim`, back in the order of the model's heads."""
+        parts = [(self.karat_heads, learned), (self.softmax_heads, fixed.to(learned.dtype))]
+        parts.sort(key=lambda part: part[0])
+        places = [head for heads, _ in parts for head in heads]
+        joined = torch.cat([part for _, part in parts], dim)
+        if places == sorted(places):
+            return joined
+        return joined[(slice(None),) * dim + ([places.index(head) for head in range(self.num_heads)],)]
 
     def _check(self, heads: int, keys: int) -> None:
         if heads != self.num_heads:
@@ -237,5 +245,10 @@ def _four_axes(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.dim() == 4 else x.reshape((1,) * (4 - x.dim()) + x.shape)
 
 
-def _heads(x: Tensor | None, heads: tuple[int, ...]) -> Tensor | None:
+def _places(heads: tuple[int, ...]) -> slice | tuple[int, ...]:
+    """An index of these heads: a slice, which copies nothing, if they are neighbours."""
+    return slice(heads[0], heads[-1] + 1) if heads and heads[-1] - heads[0] == len(heads) - 1 else heads
+
+
+def _heads(x: Tensor | None, heads: slice | tuple[int, ...]) -> Tensor | None:
     return x if x is None or x.shape[1] == 1 else x[:, heads]

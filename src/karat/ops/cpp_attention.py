@@ -1,6 +1,7 @@
 """Basis attention and joint attention on the CPU in C++: the kernel of csrc/, built on first use (`cpp_build`), in float32.
 
-Serves the Fourier and the B-spline bases, with or without a base activation. Half-precision inputs are converted.
+Serves the Fourier and the B-spline bases, with or without a base activation. bfloat16 is read and written as it is,
+float16 is converted.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class _Call(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("B", "H", "M", "N", "D", "F", "E")),
-        *((name, ctypes.c_int64) for name in ("threads", "parts", "tile_queries", "tile_keys", "shared_u")),
+        *((name, ctypes.c_int64) for name in ("threads", "parts", "tile_queries", "tile_keys", "shared_u", "half")),
         ("basis", _Basis),
         *((name, ctypes.c_float) for name in ("scale", "score_gradient")),
         *((name, ctypes.c_void_p) for name in ("q", "k", "u", "bias", "grad", "mask")),
@@ -91,6 +92,11 @@ def unsupported(q: Tensor, u: Tensor, basis: Basis, v: Tensor | None = None) -> 
     return cpp_build.library().problem
 
 
+def _stored(q: Tensor) -> torch.dtype:
+    """The precision in which the kernel finds queries and the like, and leaves results."""
+    return torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+
+
 class _Prepared(NamedTuple):
     call: _Call
     alive: list[Tensor]  # what the call's pointers point to
@@ -114,7 +120,9 @@ def _prepare(
 ) -> _Prepared:
     B, H, M, D = q.shape
     F, N, E = u.shape[-3:]
+    stored = _stored(q)
     call = _Call(B, H, M, N, D, F, E, scale=scale, basis=_basis_of(basis), shared_u=u.dim() == 4)
+    call.half = stored == torch.bfloat16
     alive = []
     inputs = [("q", q), ("k", k), ("u", u), ("bias", bias), ("mask", mask), ("grad", grad)]
     if softmax is not None:
@@ -124,7 +132,8 @@ def _prepare(
     for name, x in inputs:
         if x is None:
             continue
-        x = x if x.dtype in (torch.float32, torch.bool) else x.float()
+        if x.dtype != torch.bool:
+            x = x.to(torch.float32 if name in ("u", "bias") else stored)
         alive.append(x)
         setattr(call, name, x.data_ptr())
         kind = _Five if name == "u" else _Four
@@ -141,8 +150,8 @@ def _prepare(
 
 
 def _name_attended(call: _Call, softmax: SoftmaxPart) -> Tensor:
-    """Softmax's output in float32, whose place the call is told."""
-    attended = softmax.attended.float()  # the same tensor where it is float32
+    """Softmax's output as the kernel stores it, whose place the call is told: the very tensor where that fits."""
+    attended = softmax.attended.to(_stored(softmax.attended))
     call.attended, call.attended_strides = attended.data_ptr(), _Four(*attended.stride())
     return attended
 
@@ -158,7 +167,7 @@ def forward(
     softmax: SoftmaxPart | None = None,
 ) -> Tensor:
     """out (B,H,M,E) in q's precision; see `karat.basis_attention`."""
-    out = torch.empty((*q.shape[:3], u.shape[-1]), dtype=torch.float32)
+    out = torch.empty((*q.shape[:3], u.shape[-1]), dtype=_stored(q))
     if 0 in (out.numel(), q.numel(), k.numel()):
         if softmax is not None:
             softmax.see_nothing()
@@ -199,7 +208,7 @@ def backward(
     if softmax is not None:
         alive.append(_name_attended(call, softmax))
         dv = None if softmax.dv is None else torch.empty((call.parts, *softmax.dv.shape), dtype=torch.float32)
-    dq = torch.empty(q.shape, dtype=torch.float32) if needs[0] else None
+    dq = torch.empty(q.shape, dtype=_stored(q)) if needs[0] else None
     dk = torch.empty((call.parts, *k.shape), dtype=torch.float32) if needs[1] else None
     du = torch.empty(u.shape, dtype=torch.float32) if needs[2] else None
     dbias = None

@@ -13,11 +13,12 @@
 
 namespace karat {
 
+template <typename T>
 static void forward_range(const Call& c, int64_t first_task, int64_t last_task) {
   const int64_t ld_keys = row_length(c.N), ld_out = padded(c.E), ld_v = c.v ? padded(c.Dv) : 0;
   arena.reserve(Arena::rounded(c.N * ld_v) + Arena::rounded(c.tile_queries * ld_v) +
-                2 * Arena::rounded(c.tile_queries) + tile_floats(c) + Arena::rounded(c.D * ld_keys) + Arena::rounded(c.F * c.N * ld_out) +
-                Arena::rounded(c.tile_queries * c.D) + Arena::rounded(c.tile_queries * ld_out));
+                2 * Arena::rounded(c.tile_queries) + tile_floats(c) + Arena::rounded(c.D * ld_keys) +
+                Arena::rounded(c.F * c.N * ld_out) + Arena::rounded(c.tile_queries * c.D) + Arena::rounded(c.tile_queries * ld_out));
   const Tile tile = take_tile(c);
   float *keys = arena.take(c.D * ld_keys), *weights = arena.take(c.F * c.N * ld_out);
   float *queries = arena.take(c.tile_queries * c.D), *out = arena.take(c.tile_queries * ld_out);
@@ -27,12 +28,11 @@ static void forward_range(const Call& c, int64_t first_task, int64_t last_task) 
   int64_t group = -1;
   for (int64_t index = first_task; index < last_task; ++index) {
     const Task t = task_of(c, index);
-    const float* q = c.q + t.b * c.q_strides[0] + t.h * c.q_strides[1];
-    const float* k = c.k + t.b * c.k_strides[0] + t.h * c.k_strides[1];
+    const T* q = place<const T>(c.q, c.q_strides, t.b, t.h);
+    const T* k = place<const T>(c.k, c.k_strides, t.b, t.h);
     pack_transposed(k, c.k_strides[2], c.k_strides[3], c.N, c.D, keys, ld_keys);
     if (c.v)
-      pack(c.v + t.b * c.v_strides[0] + t.h * c.v_strides[1], c.v_strides[2], c.v_strides[3], c.N, c.Dv, 1.0f, values,
-           ld_v);
+      pack(place<const T>(c.v, c.v_strides, t.b, t.h), c.v_strides[2], c.v_strides[3], c.N, c.Dv, 1.0f, values, ld_v);
     if (t.group != group) {
       const float* u = c.u + t.b * c.u_strides[0] + t.h * c.u_strides[1];
       for (int64_t f = 0; f < c.F; ++f)
@@ -55,9 +55,8 @@ static void forward_range(const Call& c, int64_t first_task, int64_t last_task) 
           multiply(i1 - i0, ld_out / LANES, j1 - j0, tile.psi + f * tile.ld, c.F * tile.ld, 1,
                    weights + (f * c.N + j0) * ld_out, ld_out, out, ld_out, f > 0 || j0 > 0);
       }
-      if (c.v) write_attended(c, t, running, i0, i1 - i0);
-      float* to = c.out + ((t.b * c.H + t.h) * c.M + i0) * c.E;
-      for (int64_t i = 0; i < i1 - i0; ++i) std::memcpy(to + i * c.E, out + i * ld_out, sizeof(float) * c.E);
+      if (c.v) write_attended<T>(c, t, running, i0, i1 - i0);
+      pack(out, ld_out, 1, i1 - i0, c.E, 1.0f, static_cast<T*>(c.out) + ((t.b * c.H + t.h) * c.M + i0) * c.E, c.E);
     }
   }
   arena.release_if_large();
@@ -83,6 +82,7 @@ static void write_du(const Call& c, int64_t group, const float* sums, bool add, 
       }
 }
 
+template <typename T>
 static void backward_range(const Call& c, int64_t first_task, int64_t last_task, int64_t thread,
                            Unfinished* unfinished) {
   const int64_t ld_keys = row_length(c.N), ld_d = padded(c.D), rows = c.tile_queries;
@@ -105,12 +105,12 @@ static void backward_range(const Call& c, int64_t first_task, int64_t last_task,
   bool first_of_group = false;
   for (int64_t index = first_task; index < last_task; ++index) {
     const Task t = task_of(c, index);
-    const float* q = c.q + t.b * c.q_strides[0] + t.h * c.q_strides[1];
-    const float* k = c.k + t.b * c.k_strides[0] + t.h * c.k_strides[1];
+    const T* q = place<const T>(c.q, c.q_strides, t.b, t.h);
+    const T* k = place<const T>(c.k, c.k_strides, t.b, t.h);
     pack_transposed(k, c.k_strides[2], c.k_strides[3], c.N, c.D, keys_t, ld_keys);
     if (c.v)
-      pack_transposed(c.v + t.b * c.v_strides[0] + t.h * c.v_strides[1], c.v_strides[2], c.v_strides[3], c.N, c.Dv,
-                      values_t, ld_keys);
+      pack_transposed(place<const T>(c.v, c.v_strides, t.b, t.h), c.v_strides[2], c.v_strides[3], c.N, c.Dv, values_t,
+                      ld_keys);
     if (c.dq) pack(k, c.k_strides[2], c.k_strides[3], c.N, c.D, 1.0f, keys, ld_d);
     if (t.group != group) {
       const float* u = c.u + t.b * c.u_strides[0] + t.h * c.u_strides[1];
@@ -124,13 +124,14 @@ static void backward_range(const Call& c, int64_t first_task, int64_t last_task,
     for (int64_t i0 = t.first_query; i0 < t.last_query; i0 += rows) {
       const int64_t i1 = std::min(i0 + rows, t.last_query), m = i1 - i0;
       pack(q + i0 * c.q_strides[2], c.q_strides[2], c.q_strides[3], m, c.D, c.scale, queries, ld_d);
-      pack(c.grad + t.b * c.grad_strides[0] + t.h * c.grad_strides[1] + i0 * c.grad_strides[2], c.grad_strides[2],
-           c.grad_strides[3], m, c.E, 1.0f, grad, c.E);
+      pack(place<const T>(c.grad, c.grad_strides, t.b, t.h, i0), c.grad_strides[2], c.grad_strides[3], m, c.E, 1.0f,
+           grad, c.E);
       if (c.v) {
-        const int64_t *s = c.grad_attended_strides, *o = c.attended_strides;
-        pack(c.grad_attended + t.b * s[0] + t.h * s[1] + i0 * s[2], s[2], s[3], m, c.Dv, 1.0f, grad_v, ld_v);
+        const int64_t* s = c.grad_attended_strides;
+        pack(place<const T>(c.grad_attended, s, t.b, t.h, i0), s[2], s[3], m, c.Dv, 1.0f, grad_v, ld_v);
+        const T* attended = place<const T>(c.attended, c.attended_strides, t.b, t.h, i0);
         for (int64_t i = 0; i < m; ++i)
-          delta[i] = delta_of(c.attended + t.b * o[0] + t.h * o[1] + (i0 + i) * o[2], grad_v + i * ld_v, c.Dv);
+          delta[i] = delta_of(attended + i * c.attended_strides[2], grad_v + i * ld_v, c.Dv);
       }
       for (int64_t j0 = 0; j0 < c.N; j0 += c.tile_keys) {
         const int64_t j1 = std::min(j0 + c.tile_keys, c.N), n = j1 - j0, vectors = vectors_of(n);
@@ -172,8 +173,7 @@ static void backward_range(const Call& c, int64_t first_task, int64_t last_task,
                    i0 > t.first_query);
       }
       if (c.dq)
-        for (int64_t i = 0; i < m; ++i)
-          pack(dq + i * ld_d, 0, 1, 1, c.D, c.scale, c.dq + ((t.b * c.H + t.h) * c.M + i0 + i) * c.D, c.D);
+        pack(dq, ld_d, 1, m, c.D, c.scale, static_cast<T*>(c.dq) + ((t.b * c.H + t.h) * c.M + i0) * c.D, c.D);
     }
     if (c.dv) pack(dv, ld_v, 1, c.N, c.Dv, 1.0f, c.dv + ((t.part * c.B + t.b) * c.H + t.h) * c.N * c.Dv, c.Dv);
     if (c.dk) pack(dk, ld_d, 1, c.N, c.D, 1.0f, c.dk + ((t.part * c.B + t.b) * c.H + t.h) * c.N * c.D, c.D);
@@ -202,7 +202,8 @@ using namespace karat;
 extern "C" void karat_forward(const Call* c) {
   const int64_t tasks = c->B * c->H * c->parts, threads = c->threads;
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
-  for (int64_t t = 0; t < threads; ++t) forward_range(*c, tasks * t / threads, tasks * (t + 1) / threads);
+  for (int64_t t = 0; t < threads; ++t)
+    (c->half ? forward_range<bf16> : forward_range<float>)(*c, tasks * t / threads, tasks * (t + 1) / threads);
 }
 
 extern "C" void karat_backward(const Call* c) {
@@ -210,7 +211,8 @@ extern "C" void karat_backward(const Call* c) {
   std::vector<Unfinished> unfinished(static_cast<size_t>(2 * threads));
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
   for (int64_t t = 0; t < threads; ++t)
-    backward_range(*c, tasks * t / threads, tasks * (t + 1) / threads, t, &unfinished[2 * t]);
+    (c->half ? backward_range<bf16> : backward_range<float>)(*c, tasks * t / threads, tasks * (t + 1) / threads, t,
+                                                             &unfinished[2 * t]);
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
   for (int64_t f = 0; f < c->F; ++f) {
     int64_t last = -1;

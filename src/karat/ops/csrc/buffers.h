@@ -45,25 +45,33 @@ class Arena {
 inline thread_local Arena arena;
 
 // rows x columns of x (any strides), times factor, into rows of length ld, filled up with zeros.
-inline void pack(const float* x, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,
-                 float factor, float* to, int64_t ld) {
+template <typename From, typename To>
+void pack(const From* x, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, float factor, To* to,
+          int64_t ld) {
   for (int64_t i = 0; i < rows; ++i, x += row_stride, to += ld) {
     int64_t j = 0;
     if (column_stride == 1) {
       for (; j + LANES <= columns; j += LANES) store(to + j, load(x + j) * factor);
     }
-    for (; j < columns; ++j) to[j] = x[j * column_stride] * factor;
-    for (; j < ld; ++j) to[j] = 0.0f;
+    for (; j < columns; ++j) assign(to[j], value_of(x[j * column_stride]) * factor);
+    for (; j < ld; ++j) assign(to[j], 0.0f);
   }
 }
 
 // The transpose: to[column, row]. Blocks of rows, so that both sides stay in the first-level cache.
-inline void pack_transposed(const float* x, int64_t row_stride, int64_t column_stride, int64_t rows,
-                            int64_t columns, float* to, int64_t ld) {
+template <typename From>
+void pack_transposed(const From* x, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, float* to,
+                     int64_t ld) {
   for (int64_t first = 0; first < ld; first += LANES)
     for (int64_t j = 0; j < columns; ++j)
       for (int64_t i = first; i < std::min<int64_t>(first + LANES, ld); ++i)
-        to[j * ld + i] = i < rows ? x[i * row_stride + j * column_stride] : 0.0f;
+        to[j * ld + i] = i < rows ? value_of(x[i * row_stride + j * column_stride]) : 0.0f;
+}
+
+// The matrix of image b and head h, from query or key `row` on.
+template <typename T, typename Pointer>
+T* place(Pointer* x, const int64_t* strides, int64_t b, int64_t h, int64_t row = 0) {
+  return static_cast<T*>(x) + b * strides[0] + h * strides[1] + row * strides[2];
 }
 
 }  // namespace karat

@@ -65,8 +65,9 @@ inline void weigh(const Tile& tile, const Running& running, int64_t rows, int64_
 }
 
 // The sums of queries [i0, i0 + rows) as results.
-inline void write_attended(const Call& c, const Task& t, const Running& running, int64_t i0, int64_t rows) {
-  float* to = c.attended + t.b * c.attended_strides[0] + t.h * c.attended_strides[1] + i0 * c.attended_strides[2];
+template <typename T>
+void write_attended(const Call& c, const Task& t, const Running& running, int64_t i0, int64_t rows) {
+  T* to = place<T>(c.attended, c.attended_strides, t.b, t.h, i0);
   float* logsumexp = c.logsumexp + (t.b * c.H + t.h) * c.M + i0;
   for (int64_t i = 0; i < rows; ++i, to += c.attended_strides[2]) {
     const bool empty = running.total[i] == 0.0f;
@@ -95,12 +96,13 @@ inline void add_softmax(const Tile& tile, int64_t row, int64_t vectors, const fl
 }
 
 // delta of a row: the product of its output and that output's gradient.
-inline float delta_of(const float* attended, const float* grad, int64_t n) {
+template <typename T>
+float delta_of(const T* attended, const float* grad, int64_t n) {
   vf sum = vf{};
   int64_t at = 0;
   for (; at + LANES <= n; at += LANES) sum += load(attended + at) * load(grad + at);
   float rest = sum_of(sum);
-  for (; at < n; ++at) rest += attended[at] * grad[at];
+  for (; at < n; ++at) rest += value_of(attended[at]) * grad[at];
   return rest;
 }
 

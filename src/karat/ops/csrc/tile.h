@@ -6,23 +6,27 @@
 
 namespace karat {
 
-struct Call {  // mirrored by cpp_attention.py; strides count elements
+// Mirrored by cpp_attention.py; strides count elements. What is void is float, or bfloat16 where `half` says so.
+struct Call {
   int64_t B, H, M, N, D, F, E;
-  int64_t threads, parts, tile_queries, tile_keys, shared_u;
+  int64_t threads, parts, tile_queries, tile_keys, shared_u, half;
   Basis basis;
   float scale, score_gradient;
-  const float *q, *k, *u, *bias, *grad;
+  const void *q, *k;
+  const float *u, *bias;
+  const void* grad;
   const uint8_t* mask;
   int64_t q_strides[4], k_strides[4], u_strides[5], bias_strides[4], mask_strides[4], grad_strides[4];
-  float *out;              // (B,H,M,E)
-  float *dq, *dk, *du;     // (B,H,M,D), (parts,B,H,N,D), like u; contiguous, null where not wanted
+  void *out, *dq;          // (B,H,M,E), (B,H,M,D); results are contiguous, gradients null where not wanted
+  float *dk, *du;          // (parts,B,H,N,D), like u
   float *dbias;            // (threads or 1, ...): the bias's shape, zeros
   int64_t dbias_strides[4], dbias_thread_stride;
   // Softmax over the same scores; v is null without it.
   int64_t Dv;
-  const float *v, *grad_attended;
-  float *attended, *logsumexp;  // written by the forward pass, read by the other; last stride 1, and (B,H,M) contiguous
-  float* dv;                    // (parts,B,H,N,Dv)
+  const void *v, *grad_attended;
+  void* attended;    // written by the forward pass, read by the other; last stride 1
+  float* logsumexp;  // likewise; (B,H,M) contiguous
+  float* dv;         // (parts,B,H,N,Dv)
   int64_t v_strides[4], attended_strides[4], grad_attended_strides[4];
 };
 
