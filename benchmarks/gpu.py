@@ -224,14 +224,13 @@ class Gpu:
         if self.dry:
             yield check("tile sizes", None, None, "Triton's tiles aren't used on the CPU")
             return
-        from karat.ops import triton_launch
-        from karat.ops.triton_launch import Tiles
+        from karat.ops.triton_call import TILES, Tiles
 
         shape = (self.sizes.batch, self.sizes.heads, self.sizes.tokens, self.sizes.head)
         q, k, v, grad = torch.randn(4, *shape, device=self.device, dtype=torch.bfloat16).unbind()
         for x in (q, k, v):
             x.requires_grad_()
-        table = triton_launch.TILES["half"]
+        table = TILES["half"]
         for name, kernel in product(ATTENTION, ("fwd", "dq", "dkdu")):
             attend = KArAtOperator(shape[1], shape[2], f"{name},impl=triton").to(self.device, torch.bfloat16).attend
             usual = table[kernel]

@@ -29,11 +29,12 @@ STREAMED_FROM = 1024
 class Pointwise(Order):
     """σ_kn = φ(A_kn), one learned function a head for every pair: no W, no rank."""
 
+    streams_scores: ClassVar[bool] = False  # some sizes form them
     layer_shapes: ClassVar[tuple[str, ...]] = ("A1",)
     projector_shape: ClassVar[str | None] = None
     gives_sigma: ClassVar[bool] = True
 
-    def hidden(self, op, q, k, scale, bias, mask):  # type: ignore[no-untyped-def]
+    def hidden(self, op, q, k, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
         scores = q @ k.transpose(-2, -1) * scale
         return self.hidden_of_scores(op, scores if bias is None else scores + bias, mask)
 
@@ -52,10 +53,10 @@ class Pointwise(Order):
     def apply(self, op: KArAtOperator, hidden: Tensor, v: Tensor) -> Tensor:
         return hidden @ v
 
-    def attend(self, op, q, k, v, scale, bias, mask):  # type: ignore[no-untyped-def]
+    def attend(self, op, q, k, v, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
         layer = op.edge_layers[0]
         if not isinstance(layer.basis, LinearBasis) or k.shape[2] < STREAMED_FROM:
-            return super().attend(op, q, k, v, scale, bias, mask)
+            return super().attend(op, q, k, v, scale, bias, mask, sums)
         u = layer.packed().to(v.dtype) * v.unsqueeze(2)  # U_f,n = c_f v_n: (H,F,1,1), (B,H,1,N,D) -> (B,H,F,N,D)
         return basis_attention(q, k, u, layer.basis, scale=scale, bias=bias, mask=mask, impl=op.config.impl)
 
@@ -63,12 +64,13 @@ class Pointwise(Order):
 class StaticFull(Order):
     """σ = C, a learned N×N matrix for each head."""
 
+    streams_scores: ClassVar[bool] = False
     layer_shapes: ClassVar[tuple[str, ...]] = ()
     projector_shape: ClassVar[str | None] = None
     position_shape: ClassVar[str | None] = "NN"
     gives_sigma: ClassVar[bool] = True
 
-    def hidden(self, op, q, k, scale, bias, mask):  # type: ignore[no-untyped-def]
+    def hidden(self, op, q, k, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
         return _for_each_image(op, q)
 
     def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -48,7 +48,16 @@ def softmax_attention(
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float, scale: float) -> Tensor:
-    """PyTorch's fused attention, which keeps nothing of size M·N only where v is as wide as q and k."""
+    """PyTorch's fused attention, which keeps nothing of size M·N only where v is as wide as q and k.
+
+    On a CPU it is slower in half precision than in float32, many times so with few keys: float32 there.
+    """
+    if q.device.type == "cpu" and q.element_size() == 2 and not torch.compiler.is_exporting():
+        wide = None if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.float()
+        with torch.autocast("cpu", enabled=False):
+            return _fused(q.float(), k.float(), v.float(), attn_mask if wide is None else wide, dropout_p, scale).to(
+                q.dtype
+            )
     width = v.shape[-1]
     if width < q.shape[-1]:
         v = F.pad(v, (0, q.shape[-1] - width))

@@ -12,6 +12,8 @@ from karat.edges import EdgeLayer
 from karat.initialise import initialise
 from karat.inputs import Seen, probabilities_as_products, relative_probabilities, scale_gradient
 from karat.masks import row_patterns, safe_softmax, softmax_attention
+from karat.ops import basis_attention
+from karat.orders import BesideSoftmax, SumsOverKeys
 from karat.simplex import simplex_projection
 
 
@@ -114,8 +116,9 @@ class KArAtOperator(nn.Module):
         values = scores.to(dtype)
         if not self.softmax_heads:
             return self._sigma_of_scores(values, mask).to(scores.dtype)
-        learned = self._sigma_of_scores(values[:, self.karat_heads], _heads(mask, self.karat_heads))
-        fixed = safe_softmax(values[:, self.softmax_heads], _heads(mask, self.softmax_heads))
+        learned, fixed = (_places(heads) for heads in (self.karat_heads, self.softmax_heads))
+        learned = self._sigma_of_scores(values[:, learned], _heads(mask, learned))
+        fixed = safe_softmax(values[:, fixed], _heads(mask, fixed))
         return self._in_order(learned, fixed).to(scores.dtype)
 
     def attend(
@@ -153,9 +156,11 @@ class KArAtOperator(nn.Module):
             return self._attend(q, k, v, factor, bias, mask, dropout_p)
         parts = []
         for heads, attend in ((self.karat_heads, self._attend), (self.softmax_heads, softmax_attention)):
-            some = _heads(bias, heads), _heads(mask, heads)
-            parts.append(attend(q[:, heads], k[:, heads], v[:, heads], factor, *some, dropout_p))
-        return self._in_order(*parts)
+            places = _places(heads)
+            some = _heads(bias, places), _heads(mask, places)
+            out = attend(q[:, places], k[:, places], v[:, places], factor, *some, dropout_p)
+            parts.append(out.transpose(1, 2))  # (B,M,·,D): as the model joins its heads
+        return self._in_order(*parts, dim=2).transpose(1, 2)
 
     def _attend(
         self,
@@ -174,21 +179,33 @@ class KArAtOperator(nn.Module):
                 scores = q @ k.transpose(-2, -1) * scale
                 sigma = safe_softmax(scores if bias is None else scores + bias, mask) + self._gated(sigma)
             return F.dropout(sigma, dropout_p) @ v
-        out = self._operator_attend(q, k, v, scale, bias, mask)
         if not self.config.residual:
-            return out
-        return softmax_attention(q, k, v, scale, bias, mask) + self._gated(out)
+            return self._operator_attend(q, k, v, scale, bias, mask)
+        if not self._shares_scores:
+            out = self._operator_attend(q, k, v, scale, bias, mask)
+            return softmax_attention(q, k, v, scale, bias, mask) + self._gated(out)
+        both = BesideSoftmax(v, self.config.score_gradient)  # one pass over the scores for both parts (SPEC §10)
+        out = self._operator_attend(q, k, v, scale, bias, mask, both)
+        return both.attended + self._gated(out)
 
     def _operator_attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, mask: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        sums: SumsOverKeys = basis_attention,
     ) -> Tensor:
-        """The operator's part, without softmax and gate."""
+        """The operator's part, without softmax and gate; its first layer sums by `sums`."""
         order = self.order
-        q, k, scale, bias = self._seen(q, k, scale, bias, mask)
+        if not isinstance(sums, BesideSoftmax):  # which sees the scores as they are and scales their gradient itself
+            q, k, scale, bias = self._seen(q, k, scale, bias, mask)
         if self.config.simplex != "row" and (mask is None or mask.shape[2] == 1):  # a mask of keys
             kept = v if mask is None else torch.where(mask.transpose(-2, -1), v, 0)
-            return order.attend(self, q, k, kept, scale, bias, mask)
-        hidden = order.hidden(self, q, k, scale, bias, mask)
+            return order.attend(self, q, k, kept, scale, bias, mask, sums)
+        hidden = order.hidden(self, q, k, scale, bias, mask, sums)
         if self.config.simplex != "row" and not order.gives_sigma and mask is not None:
             patterns = row_patterns(mask)
             if patterns is not None:  # O_k = hidden_k · (what v becomes under k's kind of mask), kind by kind
@@ -213,6 +230,12 @@ class KArAtOperator(nn.Module):
         seen = Seen(q, k, scale, bias)
         return probabilities_as_products(seen, mask) if self.config.input == "probabilities" else seen
 
+    @property
+    def _shares_scores(self) -> bool:
+        """Whether one pass over the scores serves softmax and the operator's first layer."""
+        config = self.config
+        return self.order.streams_scores and config.input == "scores" and config.simplex != "row"
+
     def _finished(self, sigma: Tensor, mask: Tensor | None) -> Tensor:
         if self.config.simplex == "row":
             return simplex_projection(sigma, mask)
@@ -223,10 +246,15 @@ class KArAtOperator(nn.Module):
             return float(self.config.gate) * x
         return self.gate.to(x.dtype)[:, None, None] * x
 
-    def _in_order(self, learned: Tensor, fixed: Tensor) -> Tensor:
-        """Heads that learn and heads that don't, (B,·,M,·) each, back in the order of the model's heads."""
-        places = [*self.karat_heads, *self.softmax_heads]
-        return torch.cat([learned, fixed.to(learned.dtype)], dim=1)[:, [places.index(h) for h in range(self.num_heads)]]
+    def _in_order(self, learned: Tensor, fixed: Tensor, dim: int = 1) -> Tensor:
+        """Heads that learn and heads that don't, each along axis `dim`, back in the order of the model's heads."""
+        parts = [(self.karat_heads, learned), (self.softmax_heads, fixed.to(learned.dtype))]
+        parts.sort(key=lambda part: part[0])
+        places = [head for heads, _ in parts for head in heads]
+        joined = torch.cat([part for _, part in parts], dim)
+        if places == sorted(places):
+            return joined
+        return joined[(slice(None),) * dim + ([places.index(head) for head in range(self.num_heads)],)]
 
     def _check(self, heads: int, queries: int, keys: int) -> None:
         if heads != self.num_heads:
@@ -259,5 +287,10 @@ def _four_axes(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.dim() == 4 else x.reshape((1,) * (4 - x.dim()) + x.shape)
 
 
-def _heads(x: Tensor | None, heads: tuple[int, ...]) -> Tensor | None:
+def _places(heads: tuple[int, ...]) -> slice | tuple[int, ...]:
+    """An index of these heads: a slice, which copies nothing, if they are neighbours."""
+    return slice(heads[0], heads[-1] + 1) if heads and heads[-1] - heads[0] == len(heads) - 1 else heads
+
+
+def _heads(x: Tensor | None, heads: slice | tuple[int, ...]) -> Tensor | None:
     return x if x is None or x.shape[1] == 1 else x[:, heads]

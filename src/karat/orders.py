@@ -7,14 +7,14 @@ stream (`hidden`). What follows from the hidden values (B,H,M,·) is either σ i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from karat.basis import LinearBasis
+from karat.basis import Basis, LinearBasis
 from karat.edges import EdgeLayer
-from karat.ops import basis_attention, basis_contraction
+from karat.ops import basis_attention, basis_contraction, joint_attention
 from karat.products import product_for_tokens, shared_product
 from karat.shaping import shaped
 from karat.simplex import simplex_projection
@@ -26,9 +26,56 @@ if TYPE_CHECKING:
 CHUNK_NUMBERS = 1 << 25
 
 
-class Order(ABC):
-    """How Φ and W make σ out of the scores."""
+class SumsOverKeys(Protocol):
+    """`karat.basis_attention`, or what computes the same beside something else."""
 
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        u: Tensor,
+        basis: str | Basis,
+        *,
+        scale: float | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        impl: str,
+    ) -> Tensor: ...
+
+
+class BesideSoftmax:
+    """Basis attention that attends to v by softmax over the same scores, in one pass: `attended`, once called.
+
+    score_gradient: factor of the gradient that the sums, not softmax, send to the scores.
+    """
+
+    def __init__(self, v: Tensor, score_gradient: float = 1.0) -> None:
+        self.v = v
+        self.score_gradient = score_gradient
+
+    def __call__(self, q, k, u, basis, *, scale, bias, mask, impl):  # type: ignore[no-untyped-def]
+        self.attended, sums = joint_attention(
+            q,
+            k,
+            self.v,
+            u,
+            basis,
+            scale=scale,
+            bias=bias,
+            mask=mask,
+            impl=impl,
+            score_gradient=self.score_gradient,
+        )
+        return sums
+
+
+class Order(ABC):
+    """How Φ and W make σ out of the scores.
+
+    The first edge layer sums over keys; `sums` says by what (see `SumsOverKeys`).
+    """
+
+    streams_scores: ClassVar[bool] = True  # whether the first edge layer sees the scores themselves, as softmax does
     # (inputs, outputs) of each edge layer, in letters: N and R, A for one of all keys, 1 for one
     layer_shapes: ClassVar[tuple[str, ...]]
     projector_shape: ClassVar[str | None]  # W's, in letters
@@ -37,7 +84,14 @@ class Order(ABC):
 
     @abstractmethod
     def hidden(
-        self, op: KArAtOperator, q: Tensor, k: Tensor, scale: float, bias: Tensor | None, mask: Tensor | None
+        self,
+        op: KArAtOperator,
+        q: Tensor,
+        k: Tensor,
+        scale: float,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        sums: SumsOverKeys = basis_attention,
     ) -> Tensor:
         """What the scores scale·qkᵀ + bias become before the last map: (B,H,M,R), or σ itself at full rank."""
 
@@ -62,14 +116,23 @@ class Order(ABC):
         scale: float,
         bias: Tensor | None,
         mask: Tensor | None,
+        sums: SumsOverKeys = basis_attention,
     ) -> Tensor:
         """σ(scale·qkᵀ + bias) v; the mask is one of keys, already applied to v."""
-        return self.apply(op, self.hidden(op, q, k, scale, bias, mask), v)
+        return self.apply(op, self.hidden(op, q, k, scale, bias, mask, sums), v)
 
 
-def _stream(op: KArAtOperator, q: Tensor, k: Tensor, scale: float, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+def _stream(
+    op: KArAtOperator,
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    sums: SumsOverKeys,
+) -> Tensor:
     first = op.edge_layers[0]
-    return basis_attention(q, k, first.packed(), first.basis, scale=scale, bias=bias, mask=mask, impl=op.config.impl)
+    return sums(q, k, first.packed(), first.basis, scale=scale, bias=bias, mask=mask, impl=op.config.impl)
 
 
 def _sum_of_edges(layer: EdgeLayer, scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -105,8 +168,8 @@ class WPhi(Order):
     layer_shapes: ClassVar[tuple[str, ...]] = ("NR",)
     projector_shape: ClassVar[str | None] = "NR"
 
-    def hidden(self, op, q, k, scale, bias, mask):  # type: ignore[no-untyped-def]
-        return self._shaped(op, _stream(op, q, k, scale, bias, mask))
+    def hidden(self, op, q, k, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
+        return self._shaped(op, _stream(op, q, k, scale, bias, mask, sums))
 
     def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
         return self._shaped(op, _sum_of_edges(op.edge_layers[0], scores, mask))
@@ -131,8 +194,8 @@ class Full(Order):
     projector_shape: ClassVar[str | None] = None
     gives_sigma: ClassVar[bool] = True
 
-    def hidden(self, op, q, k, scale, bias, mask):  # type: ignore[no-untyped-def]
-        return _stream(op, q, k, scale, bias, mask)
+    def hidden(self, op, q, k, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
+        return _stream(op, q, k, scale, bias, mask, sums)
 
     def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
         return _sum_of_edges(op.edge_layers[0], scores, mask)
@@ -143,12 +206,12 @@ class Full(Order):
     def apply(self, op: KArAtOperator, hidden: Tensor, v: Tensor) -> Tensor:
         return hidden @ v
 
-    def attend(self, op, q, k, v, scale, bias, mask):  # type: ignore[no-untyped-def]
+    def attend(self, op, q, k, v, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
         layer = op.edge_layers[0]
         if not isinstance(layer.basis, LinearBasis):  # the identity needs linearity; σ is streamed, then multiplied
-            return super().attend(op, q, k, v, scale, bias, mask)
+            return super().attend(op, q, k, v, scale, bias, mask, sums)
         u = _values_as_parameters(layer.packed(), v)
-        return basis_attention(q, k, u, layer.basis, scale=scale, bias=bias, mask=mask, impl=op.config.impl)
+        return sums(q, k, u, layer.basis, scale=scale, bias=bias, mask=mask, impl=op.config.impl)
 
 
 class PhiW(Order):
@@ -158,10 +221,11 @@ class PhiW(Order):
     absorbed: the scores are formed then.
     """
 
+    streams_scores: ClassVar[bool] = False
     layer_shapes: ClassVar[tuple[str, ...]] = ("RN",)
     projector_shape: ClassVar[str | None] = "RN"
 
-    def hidden(self, op, q, k, scale, bias, mask):  # type: ignore[no-untyped-def]
+    def hidden(self, op, q, k, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
         pairs = mask is not None and mask.shape[2] > 1
         if pairs:
             scores = q @ k.transpose(-2, -1) * scale
@@ -189,11 +253,12 @@ class PhiW(Order):
 class PhiPhi(PhiW):
     """σ = Φ₂(Φ₁(A)): R×N edges, then N×R edges, no W."""
 
+    streams_scores: ClassVar[bool] = True
     layer_shapes: ClassVar[tuple[str, ...]] = ("NR", "RN")
     projector_shape: ClassVar[str | None] = None
 
-    def hidden(self, op, q, k, scale, bias, mask):  # type: ignore[no-untyped-def]
-        return _stream(op, q, k, scale, bias, mask)
+    def hidden(self, op, q, k, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
+        return _stream(op, q, k, scale, bias, mask, sums)
 
     def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
         return _sum_of_edges(op.edge_layers[0], scores, mask)

@@ -20,6 +20,7 @@ from karat.basis import BASES, Basis, parse_basis
 from karat.ops import triton_attention
 
 triton_launch = pytest.importorskip("karat.ops.triton_launch", reason="Triton is not installed", exc_type=ImportError)
+triton_call = pytest.importorskip("karat.ops.triton_call", reason="Triton is not installed", exc_type=ImportError)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -45,9 +46,9 @@ pytestmark = pytest.mark.skipif(
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16, and sums that are cut into several programs and launches."""
     if DEVICE == "cpu":
-        for kind, kernels in triton_launch.TILES.items():
-            small = {name: triton_launch.Tiles(16, 16, 4, 1) for name in kernels}
-            monkeypatch.setitem(triton_launch.TILES, kind, small)
+        for kind, kernels in triton_call.TILES.items():
+            small = {name: triton_call.Tiles(16, 16, 4, 1) for name in kernels}
+            monkeypatch.setitem(triton_call.TILES, kind, small)
     monkeypatch.setattr(triton_launch, "PROGRAMS_PER_MULTIPROCESSOR", 16)
 
 
@@ -148,8 +149,8 @@ def test_random_shapes(data: st.DataObject) -> None:
 
 def test_features_are_summed_in_groups_and_outputs_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launch, "DU_NUMBERS", 16 * 16 * 3)
-    for kind in triton_launch.WIDEST:
-        monkeypatch.setitem(triton_launch.WIDEST, kind, 4)
+    for kind in triton_call.WIDEST:
+        monkeypatch.setitem(triton_call.WIDEST, kind, 4)
     for spec in ("gelu+fourier(grid=3)", "silu+bspline(grid=2,order=2)", "mexican_hat"):
         basis = parse_basis(spec)
         check(random_inputs(basis, (1, 1, 5, 9, 4, 9), bias=(1, 1, 5, 9))[0], basis)
@@ -221,7 +222,7 @@ def test_a_pipeline_too_deep_for_the_chip_gets_shallower() -> None:
             if num_stages > fits:
                 raise OutOfResources(300_000, 200_000, "shared memory")
 
-    tiles = triton_launch.Tiles(64, 64, 4, 3)
+    tiles = triton_call.Tiles(64, 64, 4, 3)
     fits = 1
     triton_launch._launch(Kernel(), 1, tiles, q=torch.empty(1, device=DEVICE))
     assert tried == [3, 2, 1]

@@ -36,7 +36,8 @@ class Hopper:
 driver.set_active(Hopper())
 
 from karat.basis import parse_basis
-from karat.ops import triton_launch
+from karat.ops import triton_call, triton_launch
+from karat.ops.softmax_part import SoftmaxPart
 from karat.ops.triton_attention import split_base
 
 
@@ -59,19 +60,24 @@ with torch.device("meta"):
     grad = torch.empty(B, H, N, width, dtype=dtype)
     u = torch.empty(*([B] if width > 16 else []), H, basis.num_parameters, N, width)
     bias, mask = torch.empty(1, H, N, N), torch.empty(B, 1, N, N, dtype=torch.bool)
-if more == "plain":
+    rows = torch.empty(B, H, N)
+    part = SoftmaxPart(q, torch.empty_like(q), rows, torch.empty_like(q), torch.empty_like(q))
+if not more.startswith("mask"):
     bias = mask = None
-call = triton_launch.Call(q, q, u, *split_base(basis), 0.125, bias, mask)
+softmax = part if "softmax" in more else None
+call = triton_call.Call(q, q, u, *split_base(basis), 0.125, bias, mask, softmax)
 triton_launch.forward(call)
 triton_launch.backward(call, grad, (True, True, True, bias is not None))
 """
 
 CASES = [
     ("fourier(grid=3)", "bfloat16", 64, 12, "plain"),
-    ("fourier(grid=3)", "float32", 128, 128, "plain"),
     ("gelu+bspline(grid=10)", "float16", 32, 12, "mask and bias"),
     ("rational", "bfloat16", 64, 12, "plain"),
     ("shannon", "float32", 64, 12, "mask and bias"),
+    ("fourier(grid=3)", "bfloat16", 64, 12, "beside softmax"),
+    ("fourier(grid=3)", "float32", 128, 128, "beside softmax"),
+    ("bspline(grid=5)", "bfloat16", 128, 12, "mask and bias, beside softmax"),
 ]
 
 
@@ -84,4 +90,4 @@ def test_compiles(case: tuple[object, ...]) -> None:
     assert child.returncode == 0, child.stderr[-3000:]
     kernels = {line.split()[0].removeprefix("basis_attention_") for line in child.stdout.splitlines()}
     wanted = {"fwd_kernel", "bwd_dq_kernel", "bwd_dkdu_kernel"}
-    assert kernels == (wanted if case[-1] == "plain" else wanted | {"bwd_dbias_kernel"})
+    assert kernels == (wanted if not str(case[-1]).startswith("mask") else wanted | {"bwd_dbias_kernel"})

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from karat.basis import Basis, parse_basis
 from karat.ops import library, reference
-from karat.ops.implementations import IMPLEMENTATIONS
-
-IMPLS = ("auto", "reference", *IMPLEMENTATIONS)
+from karat.ops.checks import checked
 
 
 def basis_attention(
@@ -50,51 +48,11 @@ def basis_attention(
     >>> basis_attention(q, k, u, "fourier(grid=3)").shape
     torch.Size([2, 3, 5, 4])
     """
-    basis = parse_basis(basis) if isinstance(basis, str) else basis
-    if impl not in IMPLS:
-        raise ValueError(f"unknown impl {impl!r}; choose one of {', '.join(IMPLS)}")
-    _check(q, k, u, basis)
-    bias = None if bias is None else _four_axes(bias, "bias", q, k)
-    mask = None if mask is None else _four_axes(mask, "mask", q, k)
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"mask must be boolean (True = takes part), got {mask.dtype}; write mask > threshold")
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        # The autocast rule: scores are products, so their factors go to the low precision; sums stay in float32.
-        low = torch.get_autocast_dtype(q.device.type)
-        q, k = q.to(low), k.to(low)
+    q, k, _, basis, factor, bias, mask = checked(q, k, None, u, basis, scale, bias, mask, impl)
     if impl == "reference":
         with reference.full_precision(q):
             return reference.basis_attention(q, k, u, basis, factor, bias, mask)
     return library.basis_attention(q, k, u, bias, mask, str(basis), factor, impl)
-
-
-def _check(q: Tensor, k: Tensor, u: Tensor, basis: Basis) -> None:
-    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"q must be (B,H,M,D) and k (B,H,N,D) with equal B, H, D; got {tuple(q.shape)} and {tuple(k.shape)}"
-        )
-    B, H, N = q.shape[0], q.shape[1], k.shape[2]
-    shared = (H, basis.num_parameters, N)
-    if u.dim() not in (4, 5) or u.shape[-4:-1] != shared or (u.dim() == 5 and u.shape[0] != B):
-        raise ValueError(
-            f"u must be (H,F,N,E) or (B,H,F,N,E) with B={B}, H={H}, F={basis.num_parameters} ({basis}), N={N}; "
-            f"got {tuple(u.shape)}"
-        )
-    if not (q.is_floating_point() and q.dtype == k.dtype and u.is_floating_point()):
-        raise ValueError(
-            f"q, k and u must be floating point, q and k of one dtype; got {q.dtype}, {k.dtype}, {u.dtype}"
-        )
-    if not q.device == k.device == u.device:
-        raise ValueError(f"q, k and u must be on one device; got {q.device}, {k.device}, {u.device}")
-
-
-def _four_axes(x: Tensor, name: str, q: Tensor, k: Tensor) -> Tensor:
-    full = (*q.shape[:3], k.shape[2])
-    shape = (1,) * (4 - x.dim()) + tuple(x.shape)
-    if len(shape) != 4 or any(size not in (1, whole) for size, whole in zip(shape, full, strict=True)):
-        raise ValueError(f"{name} must be broadcastable to (B,H,M,N) = {full}, got {tuple(x.shape)}")
-    return x.reshape(shape)
 
 
 def basis_contraction(

@@ -1,4 +1,4 @@
-"""The table of implementations of basis attention, and how "auto" chooses."""
+"""The table of implementations of basis attention and joint attention, and how "auto" chooses."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from karat.basis import Basis
+from karat.ops.softmax_part import SoftmaxPart
 
 
 class Implementation(Protocol):
-    """A module with these functions; shapes as in `karat.basis_attention`."""
+    """A module with these functions; shapes as in `karat.basis_attention`.
+
+    With a `SoftmaxPart` they do joint attention: its results go to the memory that it names.
+    """
 
     def forward(
         self,
@@ -23,6 +27,7 @@ class Implementation(Protocol):
         scale: float,
         bias: Tensor | None,
         mask: Tensor | None,
+        softmax: SoftmaxPart | None = None,
     ) -> Tensor: ...
 
     def backward(
@@ -36,11 +41,12 @@ class Implementation(Protocol):
         bias: Tensor | None,
         mask: Tensor | None,
         needs: tuple[bool, bool, bool, bool],
+        softmax: SoftmaxPart | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
 
-    def unsupported(self, q: Tensor, u: Tensor, basis: Basis) -> str | None:
-        """Why this implementation can't serve such a call, or None if it can. Must not import or build anything
-        heavy for a call that it would refuse."""
+    def unsupported(self, q: Tensor, u: Tensor, basis: Basis, v: Tensor | None = None) -> str | None:
+        """Why this implementation can't serve such a call, or None if it can; v is there in joint attention. Must not
+        import or build anything heavy for a call that it would refuse."""
 
 
 # name -> module, imported when first asked for. "reference" isn't here: it's ordinary PyTorch, outside the operator.
@@ -60,16 +66,16 @@ def load(name: str) -> Implementation:
     return cast(Implementation, importlib.import_module(IMPLEMENTATIONS[name]))
 
 
-def choose(impl: str, q: Tensor, u: Tensor, basis: Basis) -> Implementation:
+def choose(impl: str, q: Tensor, u: Tensor, basis: Basis, v: Tensor | None = None) -> Implementation:
     """The implementation to use. Raises ValueError if a named one can't serve the call, saying which can."""
     if impl != "auto":
-        reason = load(impl).unsupported(q, u, basis)
+        reason = load(impl).unsupported(q, u, basis, v)
         if reason is not None:
-            able = [name for name in IMPLEMENTATIONS if load(name).unsupported(q, u, basis) is None]
+            able = [name for name in IMPLEMENTATIONS if load(name).unsupported(q, u, basis, v) is None]
             raise ValueError(
                 f"impl={impl!r} can't serve this call: {reason}; use impl='auto' or one of reference, {', '.join(able)}"
             )
         return load(impl)
     device = "hip" if torch.version.hip and q.device.type == "cuda" else q.device.type
     names = PREFERENCE.get(device, PREFERENCE_ELSEWHERE)
-    return next(module for module in map(load, names) if module.unsupported(q, u, basis) is None)
+    return next(module for module in map(load, names) if module.unsupported(q, u, basis, v) is None)

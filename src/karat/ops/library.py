@@ -83,12 +83,16 @@ def _fake_backward(
     impl: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = (q, k, u, bias)
-    dq, dk, du, dbias = (
+    dq, dk, du, dbias = empty_gradients(q, (q, k, u, bias), needs)
+    return dq, dk, du, dbias
+
+
+def empty_gradients(q: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    """Memory in the shapes of gradients: like the inputs, contiguous; without numbers where none is wanted."""
+    return [
         q.new_empty(0) if x is None or not need else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x, need in zip(inputs, needs, strict=True)
-    )
-    return dq, dk, du, dbias
+    ]
 
 
 def _keep_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -104,14 +108,15 @@ def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     return *wanted, None, None, None, None
 
 
-def _no_second_derivative(ctx, *gradients):  # type: ignore[no-untyped-def]
+def refuse_second_derivative(ctx, *gradients):  # type: ignore[no-untyped-def]
+    """Raise RuntimeError: there is none."""
     raise RuntimeError(
         "basis attention has second derivatives in its reference implementation only; use impl='reference'"
     )
 
 
 basis_attention.register_autograd(_backward, setup_context=_keep_inputs)
-basis_attention_backward.register_autograd(_no_second_derivative)
+basis_attention_backward.register_autograd(refuse_second_derivative)
 
 
 @register_flop_formula(torch.ops.karat.basis_attention)

@@ -1,4 +1,4 @@
-"""Basis attention by its definition: eager, short, differentiable any number of times (SPEC §8).
+"""Basis attention and joint attention by their definition: eager, short, differentiable any number of times (SPEC §8).
 
 Everything is materialised, features of size M·N·F included: this is what the other implementations must equal,
 and the path for second derivatives and for export.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from karat.basis import Basis, LinearBasis
+from karat.masks import safe_softmax
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
@@ -53,3 +54,25 @@ def basis_attention(
     dtype = torch.promote_types(q.dtype, torch.float32)
     values = scores(q.to(dtype), k.to(dtype), scale, None if bias is None else bias.to(dtype))
     return contract(values, u.to(dtype), basis, mask).to(q.dtype)
+
+
+def joint_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    basis: Basis,
+    scale: float,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    score_gradient: float,
+) -> tuple[Tensor, Tensor]:
+    """See `karat.ops.joint_attention`. Half precision is computed in float32."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    values = scores(q.to(dtype), k.to(dtype), scale, None if bias is None else bias.to(dtype))
+    if mask is not None:  # softmax's backward pass would carry a NaN of a masked score along
+        values = torch.where(mask, values, 0)
+    attended = safe_softmax(values, mask) @ v.to(dtype)
+    if score_gradient != 1:
+        values = values.detach() + score_gradient * (values - values.detach())
+    return attended.to(q.dtype), contract(values, u.to(dtype), basis, mask).to(q.dtype)

@@ -1,4 +1,4 @@
-"""Basis attention tile by tile, in plain PyTorch on any device.
+"""Basis attention tile by tile, in plain PyTorch on any device; with softmax over the same tiles: tiled_softmax.
 
 A tile is a range of (head, image) pairs, queries and keys. Scores and features of one tile are all that exists at a
 time, in buffers that the next tile overwrites; the backward pass recomputes them. Nothing of size N² is kept between
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from karat.basis import Basis, LinearBasis
 from karat.ops import reference
+from karat.ops.softmax_part import SoftmaxPart
+from karat.ops.tiled_softmax import RunningSoftmax, SoftmaxGradients
 from karat.ops.tiling import Tile, cache_bytes, tiles
 
 # Numbers of one tile's features: on a CPU, where a number has four bytes, eight second-level caches full (smaller ones
@@ -83,6 +85,10 @@ class _Call:
         most_keys = TILE_KEYS.get(device, TILE_KEYS_ELSEWHERE)
         return list(tiles(self.q, self.k.shape[2], self.basis.num_parameters * width, most_numbers, most_keys))
 
+    def drop(self, tile: Tile) -> Tensor | None:
+        """Where the tile's pairs take no part, (heads|1, images|1, queries|1, keys|1)."""
+        return None if self.mask is None else ~tile.of_pairs(self.mask)
+
     def sums(self, *shape: int) -> Tensor:
         """Memory for sums over tiles; the first tile of a sum overwrites it, so it's zero where there is none."""
         make = torch.zeros if 0 in (*self.q.shape[:3], self.k.shape[2]) else torch.empty
@@ -99,15 +105,25 @@ def _add(total: Tensor, part: Tensor, first: bool, factor: float = 1.0) -> None:
 
 
 def forward(
-    q: Tensor, k: Tensor, u: Tensor, basis: Basis, scale: float, bias: Tensor | None, mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    u: Tensor,
+    basis: Basis,
+    scale: float,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    softmax: SoftmaxPart | None = None,
 ) -> Tensor:
     """out (B,H,M,E) in q's precision; see `karat.basis_attention`."""
     call = _Call(q, k, u, basis, scale, bias, mask)
+    running = None if softmax is None else RunningSoftmax(softmax)
     evaluate = _linear if isinstance(basis, LinearBasis) else _nonlinear
     out = call.sums(*q.shape[:3], u.shape[-1])
     heads = out.transpose(0, 1)
     for tile in call.tiles():
-        part = evaluate(call, tile, tile.rows(call.q, tile.queries), tile.rows(call.k, tile.keys))
+        scores, part = evaluate(call, tile, tile.rows(call.q, tile.queries), tile.rows(call.k, tile.keys))
+        if running is not None:
+            running.add(tile, scores, call.drop(tile))
         _add(heads[tile.heads, tile.images, tile.queries], part, tile.keys.start == 0)
     return out.to(q.dtype)
 
@@ -122,9 +138,11 @@ def backward(
     bias: Tensor | None,
     mask: Tensor | None,
     needs: tuple[bool, bool, bool, bool],
+    softmax: SoftmaxPart | None = None,
 ) -> Gradients:
     """Gradients for q, k, u and bias (`needs` says which), given that of the output, `grad` (B,H,M,E)."""
     call = _Call(q, k, u, basis, scale, bias, mask)
+    beside = None if softmax is None else SoftmaxGradients(softmax)
     step = _linear_step if isinstance(basis, LinearBasis) else _nonlinear_step
     grad = grad.transpose(0, 1).to(call.q.dtype)
     dq = call.sums(*q.shape) if needs[0] else None
@@ -135,7 +153,9 @@ def backward(
     for tile in call.tiles():
         rows, keys = tile.rows(call.q, tile.queries), tile.rows(call.k, tile.keys)
         dout = tile.rows(grad, tile.queries)
-        dscores, du_part = step(call, tile, rows, keys, dout, needs[2])  # (batch, m, n), (batch, E, F, n)
+        scores, dscores, du_part = step(call, tile, rows, keys, dout, needs[2])  # (batch,m,n) twice, (batch,E,F,n)
+        if beside is not None:
+            dscores = beside.add(tile, scores, call.drop(tile), dscores)
         if du is not None and du_part is not None:
             parts = du_part.unflatten(0, tile.pairs)
             if images == 1 < tile.pairs[1]:
@@ -151,6 +171,8 @@ def backward(
         if dk is not None:
             part = torch.bmm(dscores.transpose(1, 2), rows)
             _add(dk.transpose(0, 1)[tile.heads, tile.images, tile.keys], part, tile.queries.start == 0, scale)
+    if beside is not None:
+        beside.finish()
     if du is not None:
         du = du.permute(1, 0, 3, 4, 2).to(u.dtype).contiguous().view(u.shape)
     return Gradients(
@@ -171,8 +193,9 @@ def _linear_features(call: _Call, tile: Tile, rows: Tensor, keys: Tensor) -> tup
     pairs = scores.view(*tile.pairs, n, m)
     if call.bias is not None:
         pairs.add_(tile.of_pairs(call.bias).transpose(-2, -1))
-    drop = None if call.mask is None else ~tile.of_pairs(call.mask).transpose(-2, -1)
+    drop = call.drop(tile)
     if drop is not None:
+        drop = drop.transpose(-2, -1)
         pairs.masked_fill_(drop, 0)
     psi = call.buffers.take("features", batch, basis.num_parameters, n * m)
     basis.write_features(scores.view(batch, n * m), psi)
@@ -181,17 +204,23 @@ def _linear_features(call: _Call, tile: Tile, rows: Tensor, keys: Tensor) -> tup
     return scores.view(batch, n * m), psi
 
 
-def _linear(call: _Call, tile: Tile, rows: Tensor, keys: Tensor) -> Tensor:
-    """Σ_f ψ_f(S) U_f of one tile, (batch, m, E)."""
+def _linear(call: _Call, tile: Tile, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """S (batch, m, n) and Σ_f ψ_f(S) U_f (batch, m, E) of one tile."""
     weights = tile.parameters(call.u).flatten(1, 2)  # (batch, F·n, E)
-    _, psi = _linear_features(call, tile, rows, keys)
-    return torch.bmm(weights.transpose(1, 2), psi.view(*weights.shape[:2], -1)).transpose(1, 2)
+    scores, psi = _linear_features(call, tile, rows, keys)
+    out = torch.bmm(weights.transpose(1, 2), psi.view(*weights.shape[:2], -1)).transpose(1, 2)
+    return _queries_first(scores, rows), out
+
+
+def _queries_first(x: Tensor, rows: Tensor) -> Tensor:
+    """(batch, n·m) as (batch, m, n), not copied."""
+    return x.unflatten(1, (-1, rows.shape[1])).transpose(1, 2)
 
 
 def _linear_step(
     call: _Call, tile: Tile, rows: Tensor, keys: Tensor, dout: Tensor, need_weights: bool
-) -> tuple[Tensor, Tensor | None]:
-    """dS = Σ_f ψ_f'(S) ∘ (dO U_fᵀ) and dU_f = ψ_f(S)ᵀ dO of one tile."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """S, dS = Σ_f ψ_f'(S) ∘ (dO U_fᵀ) and dU_f = ψ_f(S)ᵀ dO of one tile."""
     basis, weights = call.basis, tile.parameters(call.u)  # (batch, F, n, E)
     assert isinstance(basis, LinearBasis)
     F, n, m = *weights.shape[1:3], dout.shape[1]
@@ -202,10 +231,10 @@ def _linear_step(
         dweights = torch.bmm(dout, psi.view(-1, F * n, m).transpose(1, 2)).unflatten(2, (F, n))
     dpsi = call.buffers.take("gradients", *psi.shape)
     torch.bmm(weights.flatten(1, 2), dout, out=dpsi.view(-1, F * n, m))
-    dscores = basis.pull_back(scores, psi, dpsi).unflatten(1, (n, m)).transpose(1, 2)
+    dscores = _queries_first(basis.pull_back(scores, psi, dpsi), rows)
     if call.mask is not None:
-        dscores.unflatten(0, tile.pairs).masked_fill_(~tile.of_pairs(call.mask), 0)
-    return dscores, dweights
+        dscores.unflatten(0, tile.pairs).masked_fill_(call.drop(tile), 0)
+    return _queries_first(scores, rows), dscores, dweights
 
 
 def _scores_of_queries(call: _Call, tile: Tile, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -219,19 +248,20 @@ def _scores_of_queries(call: _Call, tile: Tile, rows: Tensor, keys: Tensor) -> t
     return scores.masked_fill_(~keep, 0), keep
 
 
-def _nonlinear(call: _Call, tile: Tile, rows: Tensor, keys: Tensor) -> Tensor:
-    """The definition on one tile, (batch, m, E)."""
+def _nonlinear(call: _Call, tile: Tile, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """S (batch, m, n) and the definition (batch, m, E) on one tile."""
     scores, keep = _scores_of_queries(call, tile, rows, keys)
     weights = tile.parameters(call.u).unsqueeze(1)
-    return reference.contract(
+    out = reference.contract(
         scores.unsqueeze(1), weights, call.basis, None if keep is None else keep.unsqueeze(1)
     ).squeeze(1)
+    return scores, out
 
 
 def _nonlinear_step(
     call: _Call, tile: Tile, rows: Tensor, keys: Tensor, dout: Tensor, need_weights: bool
-) -> tuple[Tensor, Tensor | None]:
-    """dS = Σ_e ∂φ/∂s ∘ dO_e and dU = Σ_i ∂φ/∂u ∘ dO of one tile, one evaluation per edge."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """S, dS = Σ_e ∂φ/∂s ∘ dO_e and dU = Σ_i ∂φ/∂u ∘ dO of one tile, one evaluation per edge."""
     scores, keep = _scores_of_queries(call, tile, rows, keys)
     dphi = dout.unsqueeze(-2)  # (batch, m, 1, E)
     if keep is not None:
@@ -239,10 +269,10 @@ def _nonlinear_step(
     packed = tile.parameters(call.u).transpose(0, 1).unsqueeze(2)  # (F, batch, 1, n, E)
     dx, du = call.basis.edge_gradients(scores.unsqueeze(-1), packed, dphi)
     if not need_weights:
-        return dx.sum(-1), None
-    return dx.sum(-1), torch.stack([part.expand_as(dx).sum(1).transpose(1, 2) for part in du], dim=2)
+        return scores, dx.sum(-1), None
+    return scores, dx.sum(-1), torch.stack([part.expand_as(dx).sum(1).transpose(1, 2) for part in du], dim=2)
 
 
-def unsupported(q: Tensor, u: Tensor, basis: Basis) -> str | None:
+def unsupported(q: Tensor, u: Tensor, basis: Basis, v: Tensor | None = None) -> str | None:
     """Serves everything."""
     return None

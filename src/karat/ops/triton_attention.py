@@ -1,4 +1,4 @@
-"""Basis attention in Triton kernels: what they serve, and the way to them.
+"""Basis attention and joint attention in Triton kernels: what they serve, and the way to them.
 
 Triton itself is imported by the first call that is served, never by looking whether a call could be.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 from karat.basis import Basis
 from karat.basis.activations import BasisWithBase, LinearBasisWithBase
 from karat.basis.bspline import BSpline
+from karat.ops.softmax_part import SoftmaxPart
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FAMILIES = ("fourier", "bspline", "rational", "mexican_hat", "morlet", "dog", "meyer", "shannon")
@@ -33,7 +34,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def unsupported(q: Tensor, u: Tensor, basis: Basis) -> str | None:
+def unsupported(q: Tensor, u: Tensor, basis: Basis, v: Tensor | None = None) -> str | None:
     """Why the kernels can't serve such a call, or None if they can."""
     if q.device.type != "cuda" and not (q.device.type == "cpu" and _interpreted()):
         return f"Triton kernels need a CUDA device, the inputs are on {q.device}"
@@ -43,8 +44,9 @@ def unsupported(q: Tensor, u: Tensor, basis: Basis) -> str | None:
         return "Triton kernels need an NVIDIA GPU of compute capability 8.0 or above"
     if q.dtype not in DTYPES or u.dtype not in DTYPES:
         return f"Triton kernels take float32, bfloat16 and float16, got {q.dtype} and {u.dtype}"
-    if q.shape[-1] > LARGEST_HEAD:
-        return f"Triton kernels take head dimensions up to {LARGEST_HEAD}, got {q.shape[-1]}"
+    widest = max(q.shape[-1], 0 if v is None else v.shape[-1])
+    if widest > LARGEST_HEAD:
+        return f"Triton kernels take head dimensions up to {LARGEST_HEAD}, got {widest}"
     family = split_base(basis)[1]
     if family.name not in FAMILIES:
         return f"Triton kernels know {', '.join(FAMILIES)}, not {family.name}"
@@ -56,12 +58,19 @@ def unsupported(q: Tensor, u: Tensor, basis: Basis) -> str | None:
 
 
 def forward(
-    q: Tensor, k: Tensor, u: Tensor, basis: Basis, scale: float, bias: Tensor | None, mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    u: Tensor,
+    basis: Basis,
+    scale: float,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    softmax: SoftmaxPart | None = None,
 ) -> Tensor:
     """out (B,H,M,E) in q's dtype; see `karat.basis_attention`."""
     from karat.ops import triton_launch
 
-    return triton_launch.forward(triton_launch.Call(q, k, u, *split_base(basis), scale, bias, mask))
+    return triton_launch.forward(triton_launch.Call(q, k, u, *split_base(basis), scale, bias, mask, softmax))
 
 
 def backward(
@@ -74,8 +83,10 @@ def backward(
     bias: Tensor | None,
     mask: Tensor | None,
     needs: tuple[bool, bool, bool, bool],
+    softmax: SoftmaxPart | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients for q, k, u and bias (`needs` says which), given that of the output, `grad` (B,H,M,E)."""
     from karat.ops import triton_launch
 
-    return triton_launch.backward(triton_launch.Call(q, k, u, *split_base(basis), scale, bias, mask), grad, needs)
+    call = triton_launch.Call(q, k, u, *split_base(basis), scale, bias, mask, softmax)
+    return triton_launch.backward(call, grad, needs)

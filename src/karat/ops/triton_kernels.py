@@ -1,5 +1,7 @@
 """Basis attention in a kernel: the output and dQ. (dK, dU and the bias are in triton_kernels_sums.)
 
+SOFTMAX: with softmax attention to v over the same scores, as `karat.ops.joint_attention` has it.
+
 Scores and features of a tile live in registers; nothing of size M·N is written. No sum crosses programs but
 through partial results that are added in a fixed order afterwards (dU over the batch), so there are no atomics and
 two runs agree to the bit.
@@ -26,6 +28,7 @@ from karat.ops.triton_features import (
     fourier_contract,
     fourier_differentiate,
 )
+from karat.ops.triton_softmax import finished_softmax, running_softmax, softmax_backward
 
 
 @triton.jit
@@ -199,10 +202,10 @@ def feature_of(
 
 @triton.jit
 def basis_attention_fwd_kernel(
-    q, k, u, bias, mask, out, scale, H, M, N,
-    s_q, s_k, s_u, s_bias, s_mask, s_out,
-    D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    q, k, u, v, bias, mask, out, attended, logsumexp, scale, H, M, N,
+    s_q, s_k, s_u, s_v, s_bias, s_mask, s_out, s_attended,
+    D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOFTMAX: tl.constexpr,
     FAMILY: tl.constexpr, BASE: tl.constexpr, SETTINGS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -218,6 +221,10 @@ def basis_attention_fwd_kernel(
     p_bias = bias + i_b * s_bias[0] + i_h * s_bias[1]
     p_mask = mask + i_b * s_mask[0] + i_h * s_mask[1]
     b_out = tl.zeros((BM, BE), tl.float32)
+    if SOFTMAX:
+        p_v = v + i_b * s_v[0] + i_h * s_v[1]
+        b_sums = tl.zeros((BM, BV), tl.float32)
+        b_top, b_total = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
     for start in range(0, N, BN):
         o_n = start + tl.arange(0, BN)
         m_n = o_n < N
@@ -226,6 +233,9 @@ def basis_attention_fwd_kernel(
             b_q, b_k, p_bias, p_mask, s_bias, s_mask, i_m * BM, start, m_m, m_n, scale,
             HAS_BIAS, HAS_MASK, False, PRECISION,
         )  # fmt: skip
+        if SOFTMAX:
+            b_v = load_rows(p_v, s_v[2], o_n, m_n, DV, BV, s_v[3])
+            b_sums, b_top, b_total = running_softmax(b_sums, b_top, b_total, b_x, b_keep, b_v, PRECISION)
         b_out = contract(
             b_out, b_x, b_keep, p_u + o_n * BE, s_u[2], m_n,
             E, F, FAMILY, BASE, SETTINGS, HAS_MASK, PRECISION, EXACT,
@@ -233,14 +243,21 @@ def basis_attention_fwd_kernel(
     o_e = tl.arange(0, BE)
     p_out = out + i_b * s_out[0] + i_h * s_out[1] + o_m[:, None] * s_out[2] + o_e[None, :] * s_out[3]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_m[:, None] & (o_e < E)[None, :])
+    if SOFTMAX:
+        b_attended, b_logsumexp = finished_softmax(b_sums, b_top, b_total)
+        tl.store(logsumexp + i_bh * M + o_m, b_logsumexp, mask=m_m)
+        o_v = tl.arange(0, BV)
+        p_attended = attended + i_b * s_attended[0] + i_h * s_attended[1]
+        p_attended += o_m[:, None] * s_attended[2] + o_v[None, :] * s_attended[3]
+        tl.store(p_attended, b_attended.to(attended.dtype.element_ty), mask=m_m[:, None] & (o_v < DV)[None, :])
 
 
 @triton.jit
 def basis_attention_bwd_dq_kernel(
-    q, k, u, bias, mask, do, dq, scale, H, M, N,
-    s_q, s_k, s_u, s_bias, s_mask, s_do, s_dq,
-    D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    q, k, u, v, bias, mask, do, da, logsumexp, delta, dq, scale, score_gradient, H, M, N,
+    s_q, s_k, s_u, s_v, s_bias, s_mask, s_do, s_da, s_dq,
+    D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOFTMAX: tl.constexpr,
     FAMILY: tl.constexpr, BASE: tl.constexpr, SETTINGS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -257,6 +274,11 @@ def basis_attention_bwd_dq_kernel(
     p_bias = bias + i_b * s_bias[0] + i_h * s_bias[1]
     p_mask = mask + i_b * s_mask[0] + i_h * s_mask[1]
     b_dq = tl.zeros((BM, BD), tl.float32)
+    if SOFTMAX:
+        p_v = v + i_b * s_v[0] + i_h * s_v[1]
+        b_da = load_rows(da + i_b * s_da[0] + i_h * s_da[1], s_da[2], o_m, m_m, DV, BV, s_da[3])
+        b_logsumexp = tl.load(logsumexp + i_bh * M + o_m, mask=m_m, other=0.0)
+        b_delta = tl.load(delta + i_bh * M + o_m, mask=m_m, other=0.0)
     for start in range(0, N, BN):
         o_n = start + tl.arange(0, BN)
         m_n = o_n < N
@@ -269,6 +291,11 @@ def basis_attention_bwd_dq_kernel(
             (), b_x, b_keep, b_do, p_u + o_n * BE, s_u[2], m_n,
             E, F, FAMILY, BASE, SETTINGS, 0, 0, HAS_MASK, True, False, False, PRECISION, EXACT,
         )  # fmt: skip
+        if SOFTMAX:
+            b_v = load_rows(p_v, s_v[2], o_n, m_n, DV, BV, s_v[3])
+            b_ds, _ = softmax_backward(
+                b_ds, b_ds, b_x, b_keep, b_v, b_da, b_logsumexp, b_delta, score_gradient, True, False, False, PRECISION
+            )
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     o_d = tl.arange(0, BD)
     p_dq = dq + i_b * s_dq[0] + i_h * s_dq[1] + o_m[:, None] * s_dq[2] + o_d[None, :] * s_dq[3]

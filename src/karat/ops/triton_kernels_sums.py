@@ -10,14 +10,16 @@ import triton
 import triton.language as tl
 
 from karat.ops.triton_kernels import accumulators, differentiate, feature_of, load_rows, score
+from karat.ops.triton_softmax import softmax_backward
 
 
 @triton.jit
 def basis_attention_bwd_dkdu_kernel(
-    q, k, u, bias, mask, do, dk, du, scale, B, H, M, N, IMAGES,
-    s_q, s_k, s_u, s_bias, s_mask, s_do, s_dk,
-    D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    q, k, u, v, bias, mask, do, da, logsumexp, delta, dk, du, dv, scale, score_gradient, B, H, M, N, IMAGES,
+    s_q, s_k, s_u, s_v, s_bias, s_mask, s_do, s_da, s_dk, s_dv,
+    D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOFTMAX: tl.constexpr,
+    WITH_DV: tl.constexpr,
     FAMILY: tl.constexpr, BASE: tl.constexpr, SETTINGS: tl.constexpr,
     FIRST: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, WITH_DK: tl.constexpr, WITH_DU: tl.constexpr,
@@ -45,6 +47,11 @@ def basis_attention_bwd_dkdu_kernel(
         p_mask = mask + i_b * s_mask[0] + i_h * s_mask[1]
         b_k = load_rows(k + i_b * s_k[0] + i_h * s_k[1], s_k[2], o_n, m_n, D, BD, s_k[3])
         b_dk = tl.zeros((BN, BD), tl.float32)
+        if SOFTMAX:
+            o_v = tl.arange(0, BV)
+            p_da = da + i_b * s_da[0] + i_h * s_da[1]
+            b_v = load_rows(v + i_b * s_v[0] + i_h * s_v[1], s_v[2], o_n, m_n, DV, BV, s_v[3])
+            b_dv = tl.zeros((BN, BV), tl.float32)
         for start in range(0, M, BM):
             o_m = start + tl.arange(0, BM)
             m_m = o_m < M
@@ -58,11 +65,23 @@ def basis_attention_bwd_dkdu_kernel(
                 b_du, b_x, b_keep, b_do, p_u, s_u[2], m_n,
                 E, F, FAMILY, BASE, SETTINGS, FIRST, COUNT, HAS_MASK, WITH_DK, WITH_DU, True, PRECISION, EXACT,
             )  # fmt: skip
+            if SOFTMAX:
+                b_da = load_rows(p_da, s_da[2], o_m, m_m, DV, BV, s_da[3])
+                b_logsumexp = tl.load(logsumexp + (i_b * H + i_h) * M + o_m, mask=m_m, other=0.0)
+                b_delta = tl.load(delta + (i_b * H + i_h) * M + o_m, mask=m_m, other=0.0)
+                b_ds, b_dv = softmax_backward(
+                    b_dv, b_ds, b_x, b_keep, b_v, b_da, b_logsumexp, b_delta, score_gradient,
+                    WITH_DK, WITH_DV, True, PRECISION,
+                )  # fmt: skip
             if WITH_DK:
                 b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
         if WITH_DK:
             p_dk = dk + i_b * s_dk[0] + i_h * s_dk[1] + o_n[:, None] * s_dk[2] + o_d[None, :] * s_dk[3]
             tl.store(p_dk, (b_dk * scale).to(dk.dtype.element_ty), mask=m_n[:, None] & (o_d < D)[None, :])
+        if SOFTMAX:
+            if WITH_DV:
+                p_dv = dv + i_b * s_dv[0] + i_h * s_dv[1] + o_n[:, None] * s_dv[2] + o_v[None, :] * s_dv[3]
+                tl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=m_n[:, None] & (o_v < DV)[None, :])
     for slot in tl.static_range(SLOTS):
         row = ((i_s * H + i_h) * F + feature_of(slot, FAMILY, BASE, SETTINGS, FIRST)) * N
         p_du = du + row * E + o_n[:, None] * E + o_e[None, :]
@@ -71,10 +90,10 @@ def basis_attention_bwd_dkdu_kernel(
 
 @triton.jit
 def basis_attention_bwd_dbias_kernel(
-    q, k, u, bias, mask, do, dbias, scale, B, H, M, N, IMAGES,
-    s_q, s_k, s_u, s_bias, s_mask, s_do, s_dbias,
-    D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    q, k, u, v, bias, mask, do, da, logsumexp, delta, dbias, scale, score_gradient, B, H, M, N, IMAGES,
+    s_q, s_k, s_u, s_v, s_bias, s_mask, s_do, s_da, s_dbias,
+    D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOFTMAX: tl.constexpr,
     FAMILY: tl.constexpr, BASE: tl.constexpr, SETTINGS: tl.constexpr, HAS_MASK: tl.constexpr,
     SUM_M: tl.constexpr, SUM_N: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -105,6 +124,14 @@ def basis_attention_bwd_dbias_kernel(
             (), b_x, b_keep, b_do, p_u, s_u[2], m_n,
             E, F, FAMILY, BASE, SETTINGS, 0, 0, HAS_MASK, True, False, False, PRECISION, EXACT,
         )  # fmt: skip
+        if SOFTMAX:
+            b_v = load_rows(v + i_b * s_v[0] + i_h * s_v[1], s_v[2], o_n, m_n, DV, BV, s_v[3])
+            b_da = load_rows(da + i_b * s_da[0] + i_h * s_da[1], s_da[2], o_m, m_m, DV, BV, s_da[3])
+            b_logsumexp = tl.load(logsumexp + (i_b * H + i_h) * M + o_m, mask=m_m, other=0.0)
+            b_delta = tl.load(delta + (i_b * H + i_h) * M + o_m, mask=m_m, other=0.0)
+            b_ds, _ = softmax_backward(
+                b_ds, b_ds, b_x, b_keep, b_v, b_da, b_logsumexp, b_delta, score_gradient, True, False, False, PRECISION
+            )
         b_sum += b_ds
     p_dbias = dbias + i_s * s_dbias[0] + i_h * s_dbias[1]
     if SUM_M and SUM_N:

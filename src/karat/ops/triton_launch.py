@@ -1,171 +1,20 @@
-"""Shapes, tile sizes and grids: everything between the front door and the kernels."""
+"""Grids and launches: everything between a call and the kernels."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from karat.basis import Basis
 from karat.ops import triton_kernels, triton_kernels_sums
+from karat.ops.triton_call import Call, Tiles
 
-LINEAR = ("fourier", "bspline")
-
-
-class Tiles(NamedTuple):
-    """Queries and keys of a tile, warps of a program, depth of its software pipeline."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-# Chosen by what the compiler reports for Hopper (few spilled registers, shared memory that fits), not yet by the clock;
-# benchmarks/gpu.py sweeps them. A fixed table, as a choice by measurement could differ between two runs, and the order
-# of sums with it.
-TILES: dict[str, dict[str, Tiles]] = {
-    "half": {
-        "fwd": Tiles(64, 64, 4, 3),
-        "dq": Tiles(64, 32, 4, 3),
-        "dkdu": Tiles(32, 64, 4, 2),
-        "dbias": Tiles(64, 32, 4, 1),
-    },
-    "float": {
-        "fwd": Tiles(64, 32, 4, 2),
-        "dq": Tiles(64, 32, 4, 2),
-        "dkdu": Tiles(32, 32, 4, 2),
-        "dbias": Tiles(32, 32, 4, 1),
-    },
-    "edges": {  # an edge that isn't linear in u has its monomials and slopes in registers as well
-        "fwd": Tiles(64, 16, 4, 2),
-        "dq": Tiles(64, 16, 4, 2),
-        "dkdu": Tiles(16, 32, 4, 2),
-        "dbias": Tiles(64, 16, 4, 1),
-    },
-}
-WIDEST = {"half": 128, "float": 64, "edges": 16}  # outputs of one launch; wider ones are cut
 DU_NUMBERS = 1 << 13  # float32 numbers of dU that one program keeps in registers
 PROGRAMS_PER_MULTIPROCESSOR = 4
 BIAS_NUMBERS = 1 << 24  # most numbers of partial results for the gradient of a bias that images share
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One basis attention: letters and shapes as in `karat.basis_attention`, the basis split in base and family."""
-
-    q: Tensor
-    k: Tensor
-    u: Tensor
-    base: str
-    family: Basis
-    scale: float
-    bias: Tensor | None
-    mask: Tensor | None
-
-    @property
-    def linear(self) -> bool:
-        return self.family.name in LINEAR
-
-    @property
-    def settings(self) -> tuple[int | float | bool, ...]:
-        """The family's fields, in order, as numbers."""
-        values = [getattr(self.family, field.name) for field in dataclasses.fields(self.family)]  # type: ignore[arg-type]
-        return tuple(value == "score" if isinstance(value, str) else value for value in values)
-
-    @property
-    def leading(self) -> int:
-        """Features before the family's own: 1 with a base activation."""
-        return int(self.base != "zero")
-
-    @property
-    def num_parameters(self) -> int:
-        return self.leading + self.family.num_parameters
-
-    @property
-    def kind(self) -> str:
-        """Key of TILES and WIDEST."""
-        return "edges" if not self.linear else "half" if self.q.element_size() == 2 else "float"
-
-    def tiles(self, kernel: str) -> Tiles:
-        tiles = TILES[self.kind][kernel]
-        # The axis along which a tile may get smaller: the other one carries the accumulators' rows.
-        axis = "queries" if kernel == "dkdu" else "keys"
-        half = {axis: max(16, getattr(tiles, axis) // 2)}
-        if self.bias is not None or self.mask is not None:  # their tiles and pointers take registers too
-            tiles = tiles._replace(**half)
-        if max(self.q.shape[-1], min(self.u.shape[-1], WIDEST[self.kind])) > 64:
-            tiles = tiles._replace(warps=2 * tiles.warps, stages=max(1, tiles.stages - 1))
-            if self.kind == "float":
-                tiles = tiles._replace(keys=16)
-        return tiles
-
-    def slices(self) -> Iterator[tuple[slice, Call]]:
-        """The call cut along E into widths that a kernel takes."""
-        E, widest = self.u.shape[-1], WIDEST[self.kind]
-        for start in range(0, E, widest):
-            part = slice(start, min(start + widest, E))
-            yield part, dataclasses.replace(self, u=self.u[..., part])
-
-    def packed(self) -> Tensor:
-        """u as the kernels read it: (…,F,N,BE) contiguous, zeros beyond E, in the precision of the products."""
-        u, width = self.u, _padded(self.u.shape[-1])
-        dtype = self.q.dtype if self.linear else torch.float32
-        if u.shape[-1] == width and u.dtype == dtype and u.is_contiguous():
-            return u
-        packed = torch.zeros(*u.shape[:-1], width, dtype=dtype, device=u.device)
-        packed[..., : u.shape[-1]] = u
-        return packed
-
-    def arguments(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What all kernels take: run-time arguments and compile-time ones."""
-        u = self.packed()
-        mask = None if self.mask is None else self.mask.view(torch.uint8)
-        run_time = {
-            "q": self.q,
-            "k": self.k,
-            "u": u,
-            "bias": self.q if self.bias is None else self.bias,
-            "mask": self.q if mask is None else mask,
-            "scale": self.scale,
-            "H": self.q.shape[1],
-            "M": self.q.shape[2],
-            "N": self.k.shape[2],
-            "s_q": self.q.stride(),
-            "s_k": self.k.stride(),
-            "s_u": (0 if u.dim() == 4 else u.stride(0), *u.stride()[-4:-1]),
-            "s_bias": _strides(self.bias),
-            "s_mask": _strides(mask),
-        }
-        compile_time = {
-            "D": self.q.shape[-1],
-            "E": self.u.shape[-1],
-            "F": self.num_parameters,
-            "BD": _padded(self.q.shape[-1]),
-            "BE": u.shape[-1],
-            "FAMILY": self.family.name,
-            "BASE": self.base,
-            "SETTINGS": self.settings,
-            "HAS_MASK": self.mask is not None,
-            "PRECISION": "tf32x3" if self.q.is_cuda and self.q.dtype == torch.float32 else "ieee",
-            "EXACT": self.q.dtype == torch.float32,
-        }
-        return run_time, compile_time
-
-
-def _padded(width: int) -> int:
-    """The next power of two, at least the 16 that a matrix product on tensor cores takes."""
-    return max(16, triton.next_power_of_2(width))
-
-
-def _strides(x: Tensor | None) -> tuple[int, ...]:
-    if x is None:
-        return (0, 0, 0, 0)
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def _launch(kernel: Any, programs: int, tiles: Tiles, **arguments: Any) -> None:
@@ -193,14 +42,18 @@ def forward(call: Call) -> Tensor:
     B, H, M, _ = call.q.shape
     out = call.q.new_empty(B, H, M, call.u.shape[-1])
     if out.numel() == 0 or call.k.shape[2] == 0:
+        if call.softmax is not None:
+            call.softmax.see_nothing()
         return out.zero_()
     for columns, part in call.slices():
         run_time, compile_time = part.arguments()
         tiles, target = part.tiles("fwd"), out[..., columns]
         programs = B * H * triton.cdiv(M, tiles.queries)
         constants = {**compile_time, "HAS_BIAS": call.bias is not None}
-        kernel = triton_kernels.basis_attention_fwd_kernel
-        _launch(kernel, programs, tiles, **run_time, **constants, out=target, s_out=target.stride())
+        softmax, kernel = part.softmax, triton_kernels.basis_attention_fwd_kernel
+        attended, logsumexp = (target, target) if softmax is None else (softmax.attended, softmax.logsumexp)
+        results = {"out": target, "s_out": target.stride(), "attended": attended, "logsumexp": logsumexp}
+        _launch(kernel, programs, tiles, **run_time, **constants, **results, s_attended=attended.stride())
     return out
 
 
@@ -210,13 +63,16 @@ def backward(
     """Gradients for q, k, u and bias, in their dtypes; None where not needed."""
     inputs = (call.q, call.k, call.u, call.bias)
     if 0 in (grad.numel(), call.k.shape[2], call.q.shape[3]):
+        if call.softmax is not None:
+            call.softmax.see_nothing()
         dq, dk, du, dbias = (
             torch.zeros_like(x) if x is not None and need else None for x, need in zip(inputs, needs, strict=True)
         )
         return dq, dk, du, dbias
     grad = grad.to(call.q.dtype)
     parts = [_backward(part, grad[..., columns], needs) for columns, part in call.slices()]
-    dq, dk, dbias = (_sum([part[i] for part in parts]) for i in (0, 1, 3))
+    factor = 1.0 if call.softmax is None else call.softmax.score_gradient  # which the first part has taken in itself
+    dq, dk, dbias = (_sum([part[i] for part in parts], factor) for i in (0, 1, 3))
     du = torch.cat([part[2] for part in parts if part[2] is not None], -1) if needs[2] else None
     gradients = (dq, dk, du, dbias)
     dq, dk, du, dbias = (
@@ -226,11 +82,12 @@ def backward(
     return dq, dk, du, dbias
 
 
-def _sum(parts: list[Tensor | None]) -> Tensor | None:
+def _sum(parts: list[Tensor | None], factor: float) -> Tensor | None:
+    """The first part and `factor` times the others."""
     total = parts[0]
     for part in parts[1:]:
         if total is not None and part is not None:
-            total = total.to(torch.float32) + part
+            total = total.to(torch.float32).add(part, alpha=factor)
     return total
 
 
@@ -238,11 +95,25 @@ def _backward(
     call: Call, grad: Tensor, needs: tuple[bool, bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     run_time, compile_time = call.arguments()
-    run_time |= {"do": grad, "s_do": grad.stride()}
+    run_time |= {"do": grad, "s_do": grad.stride(), **_softmax_arguments(call, grad)}
     dq = _dq(call, run_time, compile_time) if needs[0] else None
-    dk, du = _dk_and_du(call, run_time, compile_time, needs[1], needs[2]) if needs[1] or needs[2] else (None, None)
+    with_dv = call.softmax is not None and call.softmax.dv is not None
+    dk, du = None, None
+    if needs[1] or needs[2] or with_dv:
+        dk, du = _dk_and_du(call, run_time, compile_time, needs[1], needs[2])
     dbias = _dbias(call, call.bias, run_time, compile_time) if call.bias is not None and needs[3] else None
     return dq, dk, du, dbias
+
+
+def _softmax_arguments(call: Call, grad: Tensor) -> dict[str, Any]:
+    """What the backward kernels take of softmax: its rows and their gradient, or anything where there is none."""
+    softmax = call.softmax
+    if softmax is None:
+        return {"da": grad, "s_da": grad.stride(), "logsumexp": grad, "delta": grad, "score_gradient": 1.0}
+    assert softmax.grad is not None
+    da = softmax.grad.to(call.q.dtype)
+    rows = {"logsumexp": softmax.logsumexp, "delta": softmax.delta().contiguous()}
+    return {"da": da, "s_da": da.stride(), **rows, "score_gradient": softmax.score_gradient}
 
 
 def _dq(call: Call, run_time: dict[str, Any], compile_time: dict[str, Any]) -> Tensor:
@@ -282,13 +153,16 @@ def _dk_and_du(
     dk = torch.empty_like(call.k, memory_format=torch.contiguous_format) if with_dk else call.k
     shape = (ranges, H, call.num_parameters, N, E)
     du = torch.empty(shape, dtype=torch.float32, device=call.q.device) if with_du else call.u
-    arguments = {**run_time, "dk": dk, "s_dk": dk.stride(), "du": du, "B": B, "IMAGES": images}
+    dv = None if call.softmax is None else call.softmax.dv
+    results = {"dk": dk, "s_dk": dk.stride(), "du": du, "dv": dk if dv is None else dv}
+    arguments = {**run_time, **results, "s_dv": results["dv"].stride(), "B": B, "IMAGES": images}
     constants = {**compile_time, "HAS_BIAS": call.bias is not None, "WITH_DU": with_du}
     groups = list(_groups(call, tiles, compile_time["BE"])) if with_du else [(0, 0, 0)]
     for first, count, slots in groups:
         group = {"FIRST": first, "COUNT": count, "SLOTS": slots, "WITH_DK": with_dk and first == 0}
+        group |= {"SOFTMAX": call.softmax is not None and first == 0, "WITH_DV": dv is not None}
         kernel = triton_kernels_sums.basis_attention_bwd_dkdu_kernel
-        _launch(kernel, ranges * blocks, tiles, **arguments, **constants, **group)
+        _launch(kernel, ranges * blocks, tiles, **arguments, **{**constants, **group})
     if with_du and call.u.dim() == 4:
         du = du.sum(0)  # a fixed order, so two runs agree to the bit
     return dk if with_dk else None, du if with_du else None

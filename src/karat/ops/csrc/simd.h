@@ -24,6 +24,37 @@ typedef vi vi_anywhere __attribute__((aligned(4)));
 inline vf load(const float* p) { return *reinterpret_cast<const vf_anywhere*>(p); }
 inline void store(float* p, vf x) { *reinterpret_cast<vf_anywhere*>(p) = x; }
 inline vi load(const int32_t* p) { return *reinterpret_cast<const vi_anywhere*>(p); }
+
+// bfloat16, the upper half of a float: read exactly, written to the nearest, ties to even.
+struct bf16 {
+  uint16_t bits;
+};
+typedef uint16_t vh __attribute__((vector_size(2 * LANES), may_alias));
+typedef vh vh_anywhere __attribute__((aligned(2)));
+
+inline vf load(const bf16* p) {
+  return (vf)(__builtin_convertvector(*reinterpret_cast<const vh_anywhere*>(p), vi) << 16);
+}
+inline void store(bf16* p, vf x) {
+  vi bits = (vi)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  rounded = x != x ? bits | 0x400000 : rounded;  // NaN stays NaN
+  *reinterpret_cast<vh_anywhere*>(p) = __builtin_convertvector(rounded >> 16, vh);
+}
+inline float value_of(float x) { return x; }
+inline float value_of(bf16 x) {
+  const int32_t bits = static_cast<int32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline void assign(float& to, float x) { to = x; }
+inline void assign(bf16& to, float x) {
+  vf all = x - vf{};
+  bf16 rounded[LANES];
+  store(rounded, all);
+  to = rounded[0];
+}
+
 inline vf splat(float x) { return x - vf{}; }
 inline vf select(vi which, vf yes, vf no) { return (vf)((which & (vi)yes) | (~which & (vi)no)); }
 inline vf keep(vi which, vf x) { return (vf)(which & (vi)x); }
