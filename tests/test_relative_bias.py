@@ -12,11 +12,8 @@ from torch import Tensor, nn
 
 import karat
 from karat.attention import BiasedAttention
-from karat.convert import attention_sites
 from karat.detect.trunk import create_trunk
 from karat.relative_bias import RelativeBias, relative_biases
-from karat.train.optim import parameter_groups
-from karat.train.recipes import RECIPES
 from small_models import SMALL, images, small_model
 
 BIASED = ["softmax,position_bias=relative", "g2b,rank=3,position_bias=relative", "g2u,position_bias=relative"]
@@ -144,65 +141,3 @@ def test_what_has_no_place_for_it_says_so() -> None:
         karat.karatize(small_model("vit", BIASED[0]), "g3b")
     with pytest.raises(ValueError, match="--rel-pos"):
         create_trunk("vit_tiny_patch16_224", BIASED[1], img_size=64, window=2, depth=4, embed_dim=24, num_heads=3)
-
-
-# --- the other settings on models
-
-
-@pytest.mark.parametrize(
-    ("blocks", "depth", "chosen"),
-    [
-        ("first", 4, [0, 1]),
-        ("last", 4, [2, 3]),
-        ("first", 5, [0, 1, 2]),
-        ("last", 5, [2, 3, 4]),
-        ("alternate", 5, [0, 2, 4]),
-        ("alternate", 4, [0, 2]),
-        ("last", 1, [0]),
-    ],
-)
-@pytest.mark.parametrize("attention", ["g2b,rank=2", BIASED[0]])
-def test_blocks_by_word(attention: str, blocks: str, depth: int, chosen: list[int]) -> None:
-    model = small_model("vit", f"{attention},blocks={blocks}", depth=depth)
-    ours = [i for i, site in enumerate(attention_sites(model)) if type(site.module).__module__ == "karat.attention"]
-    assert ours == chosen
-
-
-def test_words_count_the_blocks_that_can_be_converted() -> None:
-    model = small_model("convit", "g2b,rank=2,blocks=last")  # two gated blocks, then two plain ones
-    assert list(karat.karat_operators(model)) == ["blocks.3.attn.operator"]
-
-
-SHARED = ["g2u,rank=None,order=Pointwise", "static-u,rank=2", "static-u,rank=None", "g2u,position=gain,normalise=rms"]
-SHARED += ["g2u,residual=softmax,gate=block", "g2u,input=probabilities,score_gradient=0.5"]
-
-
-@pytest.mark.parametrize("attention", SHARED)
-def test_one_operator_for_all_blocks(attention: str) -> None:
-    model = small_model("vit", attention)
-    assert list(karat.karat_operators(model)) == ["karat_operator"]
-    model(images("vit")).square().sum().backward()
-    assert all(parameter.grad is not None for parameter in model.karat_operator.parameters())
-
-
-@pytest.mark.parametrize("attention", [*SHARED, "static-u,residual=softmax"])
-def test_coefficients_gates_and_matrices_form_a_group_of_their_own(attention: str) -> None:
-    model = small_model("vit", attention)
-    recipe = RECIPES["vit"].override(coefficient_lr=5e-3, lr=1e-3, coefficient_weight_decay=0.01)
-    own = {id(parameter) for parameter in model.karat_operator.parameters()}
-    groups = [group for group in parameter_groups(model, recipe) if {id(p) for p in group["params"]} & own]
-    assert {id(p) for group in groups for p in group["params"]} == own
-    assert {(group["weight_decay"], group["lr_scale"]) for group in groups} == {(0.01, 5.0)}
-
-
-@pytest.mark.parametrize("attention", ["g2b,position=query,residual=softmax", "static-b,softmax_heads=1", SHARED[0]])
-def test_the_new_operators_in_windows_and_with_images_of_any_size(attention: str) -> None:
-    if attention.startswith("g2b") or attention.startswith("static-b"):
-        assert small_model("swin", attention)(images("swin")).isfinite().all()
-    model = small_model("vit", attention, dynamic_img_size=True).eval()
-    for operator in karat.karat_operators(model).values():
-        for parameter in operator.parameters():
-            nn.init.normal_(parameter)
-    x = torch.randn(1, 3, 24, 40)
-    resampled = karat.resample_tokens(copy.deepcopy(model), img_size=(24, 40))
-    torch.testing.assert_close(model(x), resampled(x))

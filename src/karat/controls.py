@@ -43,7 +43,9 @@ class Pointwise(Order):
         layer = op.edge_layers[0]
         pairs = scores.flatten(2).unsqueeze(-1)  # (B,H,M·N,1)
         one = pairs.new_ones(*pairs.shape[:2], 1, 1)
-        sigma = basis_attention(pairs, one, layer.packed(), layer.basis, scale=1.0, impl=op.config.impl)
+        # Kernels are made for many keys and outputs; with one of each the elementwise path is faster.
+        impl = "tiled" if op.config.impl == "auto" else op.config.impl
+        sigma = basis_attention(pairs, one, layer.packed(), layer.basis, scale=1.0, impl=impl)
         sigma = sigma.view(scores.shape).to(scores.dtype)
         return sigma if mask is None else torch.where(mask, sigma, 0)
 

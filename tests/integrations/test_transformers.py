@@ -26,6 +26,7 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 48,
 }
 SPECS = ("g3b", "dog-u", "g2b,residual=softmax,softmax_heads=1", "bspline(grid=3)-b,order=PhiW,blocks=(1,)")
+SPECS += ("static-u,rank=2,residual=softmax,blocks=last", "g2b,rank=None,order=Pointwise,blocks=alternate")
 
 
 def vit(spec: str) -> ViTForImageClassification:
@@ -108,6 +109,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         karatize_hf(vit("g1b"), "g1b")
     with pytest.raises(ValueError, match="there is no block 2"):
         vit("g1b,blocks=(2,)")
+    with pytest.raises(ValueError, match="position_bias='relative' is for timm's models"):
+        vit("softmax,position_bias=relative")
     with pytest.raises(ValueError, match="softmax_heads=3"):
         vit("g1b,softmax_heads=3")
     bert = transformers.BertModel(
