@@ -10,9 +10,9 @@ from joint_apart import check, make, some_mask, together
 
 pytest.importorskip("karat.ops.triton_call", reason="Triton is not installed", exc_type=ImportError)
 
-from test_triton import DEVICE, TOLERANCE, pytestmark, small_tiles, triton_call, triton_launch  # noqa: E402
+from test_triton import DEVICE, TOLERANCE, pytestmark, small_tiles, triton_call, triton_launch
 
-from karat.ops import joint_attention  # noqa: E402
+from karat.ops import joint_attention
 
 __all__ = ["pytestmark", "small_tiles"]  # pytest takes them from here
 
