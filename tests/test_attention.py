@@ -12,7 +12,7 @@ from torch import nn
 
 from karat.attention import ADAPTERS, KArAtAttention, KArAtWindowAttention, refusal, split_mask
 from karat.operator import KArAtOperator
-from small_models import SMALL, images, small_model
+from small_models import BACKBONES, SMALL, images, small_model
 
 N, DIM, HEADS = 9, 12, 3
 
@@ -159,6 +159,17 @@ def test_a_residual_operator_starts_as_the_softmax_model(name: str) -> None:
     assert all(".operator." in key for key in missing)
     x = images(name).double()
     torch.testing.assert_close(learnable(x), softmax(x))
+
+
+@pytest.mark.parametrize("settings", ["", ",rank=None", ",order=PhiPhi", ",impl=tiled"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_at_gate_zero_logits_are_softmaxs_to_a_millionth(name: str, settings: str) -> None:
+    """In float32, through the one pass over the scores."""
+    softmax = small_model(name).eval()
+    learnable = small_model(name, f"g3b,residual=softmax{settings}").eval()
+    learnable.load_state_dict(softmax.state_dict(), strict=False)
+    x = images(name)
+    assert (learnable(x) - softmax(x)).abs().max() <= 1e-6
 
 
 # Refusals

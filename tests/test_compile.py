@@ -48,12 +48,13 @@ def test_whole_models_compile_without_a_break(name: str) -> None:
 SETTINGS = ("dog-b", "g2b,order=PhiW", "g2b,order=PhiPhi", "g2b,rank=None", "g2b,residual=softmax", "g2b,simplex=row")
 VARIANTS = ("g2b,rank=None,order=Pointwise", "g2b,rank=3,input=probabilities", "static-b,residual=softmax,gate=0.5")
 VARIANTS += ("g2b,normalise=rms,position=query,score_gradient=0.5",)
+RESIDUAL = ("g2b,rank=None,residual=softmax", "g2b,order=PhiPhi,residual=softmax", "dog-b,residual=softmax")
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("config", [*SETTINGS, *VARIANTS, "g2b,simplex=rank", "g2b,softmax_heads=1"])
+@pytest.mark.parametrize("config", [*SETTINGS, *VARIANTS, *RESIDUAL, "g2b,simplex=rank", "g2b,softmax_heads=1"])
 def test_the_operator_traces_in_every_setting(config: str, masked: bool) -> None:
     torch.compiler.reset()
     op = KArAtOperator(3, 17, config)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from karat import KArAtConfig, KArAtOperator, simplex_projection
 from karat.basis import BASES
@@ -179,6 +180,54 @@ def test_residual_begins_as_softmax() -> None:
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(op.attend(q, k, v), wanted)
     assert op.gate.shape == (H,)
+
+
+@pytest.mark.parametrize("settings", ["rank=5", "rank=None", "order=PhiPhi", "simplex=rank", "softmax_heads=(1,)"])
+def test_residual_computes_the_scores_once(settings: str) -> None:
+    """Beside the operator's own products there is one more, that of the probabilities with v."""
+    heads, n = 3, 40
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, B, heads, n, D).unbind())
+    flops = []
+    for residual in ("", ",residual=softmax"):
+        op = KArAtOperator(heads, n, f"g2b,{settings}{residual}")
+        for backward in (False, True):
+            with FlopCounterMode(display=False) as counter:
+                out = op.attend(q, k, v)
+                if backward:
+                    out.sum().backward()
+            flops.append(counter.get_total_flops())
+    product = 2 * B * len(op.karat_heads) * n * n * D
+    assert flops[2] - flops[0] == product
+    assert flops[3] - flops[1] == 3 * product  # P v; dV and dP
+
+
+@pytest.mark.parametrize("order", ["WPhi", "PhiW", "PhiPhi"])
+@pytest.mark.parametrize("impl", ["reference", "tiled", "auto"])
+def test_gates_and_scores_learn_alike_whatever_computes_them(order: str, impl: str) -> None:
+    op = KArAtOperator(H, N, f"silu+fourier(grid=2)-b,rank=5,order={order},residual=softmax,impl={impl}")
+    torch.nn.init.normal_(op.gate)
+    q, k, v = (x.requires_grad_() for x in qkv(torch.float32))
+    leaves = [q, k, v, *op.parameters()]
+    wanted = op(q @ k.transpose(-2, -1) * D**-0.5) @ v
+    got = op.attend(q, k, v)
+    weights = torch.randn_like(got)
+    for x, exact in zip(
+        (got, *torch.autograd.grad(got, leaves, weights)),
+        (wanted, *torch.autograd.grad(wanted, leaves, weights)),
+        strict=True,
+    ):
+        torch.testing.assert_close(x, exact, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["(0,)", "(1,)", "(2,)", "(0,2)", "(0,1)"])
+@pytest.mark.parametrize("residual", ["", ",residual=softmax"])
+def test_hybrid_heads_anywhere(which: str, residual: str) -> None:
+    op = KArAtOperator(3, N, f"g2b,softmax_heads={which}{residual}").double()
+    q, k, v = torch.randn(3, B, 3, N, D, dtype=torch.float64).unbind()
+    bias, mask = torch.randn(1, 3, 1, N, dtype=torch.float64), make_mask("keys")
+    out = op.attend(q, k, v, bias=bias, mask=mask)
+    assert error(out, op(q @ k.transpose(-2, -1) * D**-0.5 + bias, mask) @ v) < 1e-9
+    assert op.attend(q, k, v).transpose(1, 2).is_contiguous()  # the model's heads join without a copy
 
 
 def test_hybrid_heads_keep_softmax_and_own_nothing() -> None:

@@ -116,9 +116,9 @@ class KArAtOperator(nn.Module):
         values = scores.to(dtype)
         if not self.softmax_heads:
             return self._sigma_of_scores(values, mask).to(scores.dtype)
-        learned, fixed = (_places(heads) for heads in (self.karat_heads, self.softmax_heads))
-        learned = self._sigma_of_scores(values[:, learned], _heads(mask, learned))
-        fixed = safe_softmax(values[:, fixed], _heads(mask, fixed))
+        some, others = _places(self.karat_heads), _places(self.softmax_heads)
+        learned = self._sigma_of_scores(values[:, some], _heads(mask, some))
+        fixed = safe_softmax(values[:, others], _heads(mask, others))
         return self._in_order(learned, fixed).to(scores.dtype)
 
     def attend(
@@ -160,7 +160,7 @@ class KArAtOperator(nn.Module):
             some = _heads(bias, places), _heads(mask, places)
             out = attend(q[:, places], k[:, places], v[:, places], factor, *some, dropout_p)
             parts.append(out.transpose(1, 2))  # (B,M,·,D): as the model joins its heads
-        return self._in_order(*parts, dim=2).transpose(1, 2)
+        return self._in_order(parts[0], parts[1], dim=2).transpose(1, 2)
 
     def _attend(
         self,

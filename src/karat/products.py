@@ -36,7 +36,7 @@ def product_for_tokens(h: Tensor, x: Tensor) -> Tensor:
     >>> torch.allclose(product_for_tokens(h, x), h @ x, atol=1e-6)
     True
     """
-    if not _recorded(h, x) or not _head_by_head(x) or h.dtype != x.dtype:
+    if not _recorded(h, x) or h.dtype != x.dtype or not _head_by_head(x, x.dtype):
         return h @ x
     product: Tensor = _ProductForTokens.apply(h, x)
     return product
@@ -49,9 +49,12 @@ def _recorded(*factors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
 
 
-def _head_by_head(x: Tensor) -> bool:
-    # On a GPU many small launches would cost more than a copy. Autocast has its own say in the precision.
-    return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and 0 not in x.shape
+def _head_by_head(x: Tensor, precision: torch.dtype | None = None) -> bool:
+    # On a GPU many small launches would cost more than a copy. Autocast has its own say in the precision, unless that
+    # is what both factors have already.
+    if x.device.type != "cpu" or 0 in x.shape:
+        return False
+    return not torch.is_autocast_enabled("cpu") or precision == torch.get_autocast_dtype("cpu")
 
 
 class _SharedProduct(torch.autograd.Function):

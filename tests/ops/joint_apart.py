@@ -47,7 +47,9 @@ def apart(leaves: Sequence[Tensor], spec: str, mask: Tensor | None, score_gradie
     return [attended, sums, *(a + factor * b for factor, a, b in zip(factors, first, second, strict=False))]
 
 
-def together(leaves: Sequence[Tensor], spec: str, mask: Tensor | None, score_gradient: float, impl: str) -> list[Tensor]:
+def together(
+    leaves: Sequence[Tensor], spec: str, mask: Tensor | None, score_gradient: float, impl: str
+) -> list[Tensor]:
     """Joint attention and its gradients."""
     q, k, v, u, *bias = leaves = [x.detach().requires_grad_() for x in leaves]
     attended, sums = joint_attention(

@@ -23,6 +23,7 @@ needs_compiler = pytest.mark.skipif(not COMPILER, reason="building the kernel ne
 LINEAR = ["fourier(grid=1)", "fourier(grid=3)", "bspline(grid=4,order=2)", "silu+fourier(grid=2)", "identity+bspline"]
 OTHERS = ["dog", "gelu+morlet", "rational(m=2,n=2)"]
 
+
 @pytest.mark.parametrize("masked", [None, "pairs", "keys"])
 @pytest.mark.parametrize("spec", [*LINEAR, *BASES, *OTHERS])
 def test_equals_the_two_apart(spec: str, masked: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +135,9 @@ def test_any_subset_of_gradients_and_twice_the_same_bits(impl: str) -> None:
     torch.set_num_threads(2)
     leaves = make("fourier(grid=2)", (3, 2, 40, 41, 16, 12, 16), bias=(1, 2, 1, 41), dtype=torch.float32)
     wanted = together(leaves, "fourier(grid=2)", None, 1.0, impl)
-    assert all(torch.equal(x, y) for x, y in zip(together(leaves, "fourier(grid=2)", None, 1.0, impl), wanted, strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(together(leaves, "fourier(grid=2)", None, 1.0, impl), wanted, strict=True)
+    )
     for alone in range(5):
         inputs = [x.detach().requires_grad_(i == alone) for i, x in enumerate(leaves)]
         out = joint_attention(*inputs[:4], "fourier(grid=2)", bias=inputs[4], impl=impl)
@@ -226,7 +229,7 @@ def test_autocast_rounds_the_factors_of_the_products() -> None:
 @pytest.mark.parametrize("shape", [(65, 32), (197, 64)])
 def test_auto_takes_the_kernel_on_a_cpu(shape: tuple[int, int]) -> None:
     N, D = shape
-    q, k, v, u = make("fourier(grid=3)", (1, 1, N, N, D, 12, D), dtype=torch.float32)
+    q, _, v, u = make("fourier(grid=3)", (1, 1, N, N, D, 12, D), dtype=torch.float32)
     assert implementations.choose("auto", q, u, parse_basis("fourier(grid=3)"), v) is cpp_attention
 
 

@@ -87,9 +87,9 @@ def _timing_rows(head: dict[str, Any], timings: dict[str, Timing]) -> list[dict[
 class Op(Common):
     """Attention alone: softmax eager and SDPA, the paper's way, and every implementation of ours."""
 
-    attention: tuple[str, ...] = ("g1b", "g3b")
+    attention: tuple[str, ...] = ("g1b", "g3b", "g3b,residual=softmax", "g3b,residual=softmax")
     """learnable attentions, by short name"""
-    heads: tuple[int, ...] = (12, 3)
+    heads: tuple[int, ...] = (12, 3, 3, 6)
     """heads of each attention, in the same order"""
     batch: int = 8
     """images"""
@@ -130,7 +130,7 @@ class Step(Common):
     """A whole training step (AdamW) of ViT-Tiny+G3B, Small+G3B, Base+G1B against timm's two softmax paths."""
 
     models: tuple[str, ...] = ("tiny", "small", "base")
-    """which of tiny, small, base"""
+    """which of tiny, small, base, tiny-residual, small-residual"""
     batch: int = 16
     """images a step"""
     bf16: bool = False
@@ -158,7 +158,7 @@ class Memory(Place):
     """
 
     models: tuple[str, ...] = ("tiny", "small", "base")
-    """which of tiny, small, base"""
+    """which of tiny, small, base, tiny-residual, small-residual"""
     batch: int = 16
     """images a step"""
 
@@ -229,7 +229,7 @@ class Throughput(Common):
     """Inference of whole models, images a second."""
 
     models: tuple[str, ...] = ("tiny", "small", "base")
-    """which of tiny, small, base"""
+    """which of tiny, small, base, tiny-residual, small-residual"""
     batch: int = 16
     """images a batch"""
     bf16: bool = False

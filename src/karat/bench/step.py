@@ -19,6 +19,8 @@ PAIRS = {
     "tiny": ("vit_tiny_patch16_224", "g3b"),
     "small": ("vit_small_patch16_224", "g3b"),
     "base": ("vit_base_patch16_224", "g1b"),
+    "tiny-residual": ("vit_tiny_patch16_224", "g3b,residual=softmax"),
+    "small-residual": ("vit_small_patch16_224", "g3b,residual=softmax"),
 }
 SOFTMAX_WAYS = ("softmax eager", "softmax SDPA")
 

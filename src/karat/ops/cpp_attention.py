@@ -1,4 +1,4 @@
-"""Basis attention and joint attention on the CPU in C++: the kernel of csrc/, built on first use (`cpp_build`), in float32.
+"""Basis and joint attention on the CPU in C++: the kernel of csrc/, built on first use (`cpp_build`), in float32.
 
 Serves the Fourier and the B-spline bases, with or without a base activation. bfloat16 is read and written as it is,
 float16 is converted.
@@ -177,7 +177,7 @@ def forward(
     attended = None if softmax is None else _name_attended(call, softmax)
     cpp_build.library().run("karat_forward", call)
     del alive
-    if softmax is not None and attended is not softmax.attended:
+    if softmax is not None and attended is not None and attended is not softmax.attended:
         softmax.attended.copy_(attended)
     return out.to(q.dtype)
 

@@ -33,7 +33,7 @@ class SoftmaxPart:
             self.dv.zero_()
 
     def finish(self, rows: tuple[slice | int, ...], sums: Tensor, total: Tensor, top: Tensor) -> None:
-        """Write rows of results: sums (...,Dv) and total (...,1) of exp(S - top), top (...,1), for `rows` of (B,H,M)."""
+        """Write results: sums (...,Dv) and total (...,1) of exp(S - top), top (...,1), for `rows` of (B,H,M)."""
         empty = total == 0
         self.attended[rows] = (sums / total.masked_fill(empty, 1)).to(self.attended.dtype)
         self.logsumexp[rows] = (top + total.log()).masked_fill(empty, float("inf")).squeeze(-1)

@@ -15,6 +15,10 @@ from karat.ops.tiling import Tile
 class RunningSoftmax:
     """softmax(S) v while tiles go by, keys innermost."""
 
+    top: Tensor  # of the queries that are under way: the maximum so far, Σ_j exp(S_j - top), and the same times v_j
+    total: Tensor
+    sums: Tensor
+
     def __init__(self, part: SoftmaxPart) -> None:
         self.part = part
         self.v = part.v.transpose(0, 1).to(part.logsumexp.dtype)

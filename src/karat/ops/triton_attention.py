@@ -68,9 +68,9 @@ def forward(
     softmax: SoftmaxPart | None = None,
 ) -> Tensor:
     """out (B,H,M,E) in q's dtype; see `karat.basis_attention`."""
-    from karat.ops import triton_launch
+    from karat.ops import triton_call, triton_launch
 
-    return triton_launch.forward(triton_launch.Call(q, k, u, *split_base(basis), scale, bias, mask, softmax))
+    return triton_launch.forward(triton_call.Call(q, k, u, *split_base(basis), scale, bias, mask, softmax))
 
 
 def backward(
@@ -86,7 +86,7 @@ def backward(
     softmax: SoftmaxPart | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients for q, k, u and bias (`needs` says which), given that of the output, `grad` (B,H,M,E)."""
-    from karat.ops import triton_launch
+    from karat.ops import triton_call, triton_launch
 
-    call = triton_launch.Call(q, k, u, *split_base(basis), scale, bias, mask, softmax)
+    call = triton_call.Call(q, k, u, *split_base(basis), scale, bias, mask, softmax)
     return triton_launch.backward(call, grad, needs)

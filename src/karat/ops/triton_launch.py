@@ -153,14 +153,15 @@ def _dk_and_du(
     dk = torch.empty_like(call.k, memory_format=torch.contiguous_format) if with_dk else call.k
     shape = (ranges, H, call.num_parameters, N, E)
     du = torch.empty(shape, dtype=torch.float32, device=call.q.device) if with_du else call.u
-    dv = None if call.softmax is None else call.softmax.dv
-    results = {"dk": dk, "s_dk": dk.stride(), "du": du, "dv": dk if dv is None else dv}
-    arguments = {**run_time, **results, "s_dv": results["dv"].stride(), "B": B, "IMAGES": images}
+    wanted = None if call.softmax is None else call.softmax.dv
+    dv = dk if wanted is None else wanted
+    results = {"dk": dk, "s_dk": dk.stride(), "du": du, "dv": dv, "s_dv": dv.stride()}
+    arguments = {**run_time, **results, "B": B, "IMAGES": images}
     constants = {**compile_time, "HAS_BIAS": call.bias is not None, "WITH_DU": with_du}
     groups = list(_groups(call, tiles, compile_time["BE"])) if with_du else [(0, 0, 0)]
     for first, count, slots in groups:
         group = {"FIRST": first, "COUNT": count, "SLOTS": slots, "WITH_DK": with_dk and first == 0}
-        group |= {"SOFTMAX": call.softmax is not None and first == 0, "WITH_DV": dv is not None}
+        group |= {"SOFTMAX": call.softmax is not None and first == 0, "WITH_DV": wanted is not None}
         kernel = triton_kernels_sums.basis_attention_bwd_dkdu_kernel
         _launch(kernel, ranges * blocks, tiles, **arguments, **{**constants, **group})
     if with_du and call.u.dim() == 4:

@@ -58,14 +58,23 @@ void pack(const From* x, int64_t row_stride, int64_t column_stride, int64_t rows
   }
 }
 
-// The transpose: to[column, row]. Blocks of rows, so that both sides stay in the first-level cache.
+// The transpose: to[column, row], squares of LANES rows and columns at a time.
 template <typename From>
 void pack_transposed(const From* x, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, float* to,
                      int64_t ld) {
-  for (int64_t first = 0; first < ld; first += LANES)
-    for (int64_t j = 0; j < columns; ++j)
+  for (int64_t first = 0; first < ld; first += LANES) {
+    const int64_t some = std::min<int64_t>(LANES, rows - first);
+    int64_t j = 0;
+    for (; column_stride == 1 && j + LANES <= columns; j += LANES) {
+      vf square[LANES];
+      for (int64_t i = 0; i < LANES; ++i) square[i] = i < some ? load(x + (first + i) * row_stride + j) : vf{};
+      transpose<LANES / 2>(square);
+      for (int64_t i = 0; i < LANES; ++i) store(to + (j + i) * ld + first, square[i]);
+    }
+    for (; j < columns; ++j)
       for (int64_t i = first; i < std::min<int64_t>(first + LANES, ld); ++i)
         to[j * ld + i] = i < rows ? value_of(x[i * row_stride + j * column_stride]) : 0.0f;
+  }
 }
 
 // The matrix of image b and head h, from query or key `row` on.

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace karat {
 
@@ -59,6 +60,31 @@ inline vf splat(float x) { return x - vf{}; }
 inline vf select(vi which, vf yes, vf no) { return (vf)((which & (vi)yes) | (~which & (vi)no)); }
 inline vf keep(vi which, vf x) { return (vf)(which & (vi)x); }
 inline vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
+
+// Rows i and i + S of a square, in one step of its transposition: `high` says which of the two.
+template <int S, bool high, int... L>
+vf interleave(vf a, vf b, std::integer_sequence<int, L...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (high ? (L & S ? LANES + L : L + S) : (L & S ? LANES + L - S : L))...);
+#else
+  return __builtin_shuffle(a, b, vi{(high ? (L & S ? LANES + L : L + S) : (L & S ? LANES + L - S : L))...});
+#endif
+}
+
+template <int S>
+void transpose(vf* rows) {
+  if constexpr (S > 0) {
+    constexpr auto lanes = std::make_integer_sequence<int, LANES>{};
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) {
+      if (i & S) continue;
+      const vf a = rows[i], b = rows[i + S];
+      rows[i] = interleave<S, false>(a, b, lanes);
+      rows[i + S] = interleave<S, true>(a, b, lanes);
+    }
+    transpose<S / 2>(rows);
+  }
+}
 
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
 
