@@ -66,10 +66,11 @@ def markdown(rows: Sequence[Row], baseline: str) -> str:
 
 
 def markdown_curves(rows: Sequence[Row], most: int = 12) -> str:
-    """Mean top-1 after each epoch, or after `most` evenly spaced ones where there are more, the last one among them."""
+    """Mean top-1 after each epoch, or after `most` evenly spaced ones and each row's last where there are more."""
     longest = max(len(row.curve) for row in rows)
     count = min(most, longest)
-    epochs = [round((place + 1) * longest / count) for place in range(count)]
+    spaced = {round((place + 1) * longest / count) for place in range(count)}
+    epochs = sorted(spaced | {len(row.curve) for row in rows if row.curve})
     lines = [["top-1 % after epoch", *map(str, epochs)]]
     for row in rows:
         cells = [f"{row.curve[epoch - 1]:.2f}" if epoch <= len(row.curve) else NOTHING for epoch in epochs]
