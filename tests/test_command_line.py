@@ -32,6 +32,8 @@ BAD = {
     "train --grad-accum-steps 0": "grad_accum_steps=0",
     "compare softmax softmax": "twice",
     "compare softmax --seeds 0": "seeds=0",
+    "compare --study": "--study",
+    "train --data": "--data",
     "eval EMPTY": "is no run's folder",
     "eval": "run",
     "compare softmax nope": "can't read the attention 'nope'",

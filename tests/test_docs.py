@@ -86,6 +86,7 @@ def test_command_lines_are_understood(
     """Each one down to its options, by the command's own parser; nothing is run."""
     words = shlex.split(line, comments=True)
     assert words[0] == "karat", f"{page}: {line}"
+    (tmp_path / "docs").symlink_to(ROOT / "docs")  # the files that lines name
     monkeypatch.chdir(tmp_path)
     module = COMMANDS[words[1]][0].split(":")[0]
     monkeypatch.setattr(importlib.import_module(module), "parse", stop_after)

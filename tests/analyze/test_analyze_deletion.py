@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from karat.analyze.deletion import faithfulness, halves, last_maps, without
+from karat.analyze.attention import BlockAttention, attention_of, grid_of
+from karat.analyze.deletion import faithfulness, flow_maps, halves, without
 from karat.models import create_model
 
 
@@ -62,7 +63,13 @@ def test_maps_of_a_vit(attention: str) -> None:
         num_heads=2,
     )  # fmt: skip
     images = torch.randn(4, 3, 8, 8)
-    maps = last_maps(model, images)
+    maps = flow_maps(attention_of(model, images), grid_of(model))
     assert maps.shape == (4, 4, 4)
     assert (maps >= 0).all()
     assert faithfulness(model, images, maps).abs().max() <= 1
+
+
+def test_attention_in_windows_has_no_such_map() -> None:
+    sigma = torch.rand(8, 2, 4, 4)
+    with pytest.raises(ValueError, match="windows"):
+        flow_maps([BlockAttention("block", sigma, sigma)], (4, 4))

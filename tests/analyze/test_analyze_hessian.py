@@ -35,6 +35,7 @@ def test_a_quadratics_eigenvalues_and_trace_are_known() -> None:
     v = torch.randn(6, dtype=torch.float64)
     torch.testing.assert_close(hessian.times(v), H @ v)
     assert top_eigenvalues(hessian, 3, tolerance=1e-10).tolist() == pytest.approx([7, 3, -4])
+    assert top_eigenvalues(hessian, 2, tolerance=1e-10, which="LA").tolist() == pytest.approx([7, 3])
     mean, error = trace(hessian, 4000)
     assert mean == pytest.approx(5.5, abs=5 * error)
     assert error < 0.2

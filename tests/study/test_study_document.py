@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from karat import cli
-from karat.study.document import parse_document
+from karat.study.document import parse_document, read_document
 from karat.study.plan import common_settings, make_plan
 
 SMALL: dict[str, Any] = {"data": "digits", "recipe": "quick", "epochs": 4, "lr": 1, "aa": "none", "track": []}
@@ -114,6 +114,13 @@ def test_the_command_says_it_in_one_line(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert named in error
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "docs" / "studies").glob("*.toml")), ids=str)
+def test_the_studies_of_the_documentation_can_be_read(path: Path) -> None:
+    document = read_document(path)
+    plan = make_plan(document, common_settings(document.settings), Path("study"))
+    assert len(plan.variants) == len(document.entries) > 1
 
 
 def test_what_is_a_studys_needs_its_file(capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,9 +137,13 @@ def test_the_table_against_numpy(study: Path) -> None:
 
 def test_what_a_study_leaves(study: Path) -> None:
     out = study / "out"
-    lines = (out / "study.md").read_text().splitlines()
-    assert len(lines) == 2 + 3
-    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    table, curves = ((out / "study.md").read_text() + "\n").split("\n\n")[:2]
+    for text in (table, curves):
+        lines = text.splitlines()
+        assert len(lines) == 2 + 3
+        assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    first = runs.read_history(out / "wide-s0")
+    assert curves.splitlines()[-1] == "| wide | " + " | ".join(f"{line['top1']:.2f}" for line in first) + " |"
     plan = json.loads((out / "plan.json").read_text())
     assert [row["seeds"] for row in plan["variants"]] == [[0, 1], [0, 1], [0]]
     assert plan["variants"][2]["settings"]["embed_dim"] == 24

@@ -15,8 +15,8 @@ import pytest
 from helpers import options, outcome, tiny
 
 from karat import cli
+from karat.study.commands import Compare
 from karat.train import runs
-from karat.train.commands import Compare
 from karat.train.optimisation import Optimisation
 from karat.train.recipes import RECIPES
 from karat.train.run_settings import RunSettings

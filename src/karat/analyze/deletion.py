@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from karat.analyze.attention import attention_of, class_maps, grid_of
+from karat.analyze.attention import BlockAttention, num_prefix_tokens, rollout, rollout_maps
 
 
-def last_maps(model: nn.Module, images: Tensor) -> Tensor:
-    """How strongly the last block looks at each patch, heads summed, negatives clipped: (B,C,S,S) -> (B,h,w).
+def flow_maps(blocks: list[BlockAttention], grid: tuple[int, int]) -> Tensor:
+    """How much reaches the class token from each patch through all blocks: (B,h,w), the rollout of |σ|.
 
-    Raises ValueError for a model without such attention: windows, no patches, no attention.
+    |σ| and not σ: a key with a large negative weight is looked at too. Raises ValueError for attention in windows.
     """
-    grid = grid_of(model)
-    return class_maps(attention_of(model, images)[-1].sigma, grid).sum(1)
+    num_prefix_tokens(blocks[-1].sigma, grid)
+    return rollout_maps(rollout([block.sigma.abs() for block in blocks]), grid)
 
 
 def without(images: Tensor, chosen: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -87,8 +88,12 @@ class Hessian:
         return torch.cat([product.detach().flatten().double() for product in products])
 
 
-def top_eigenvalues(hessian: Hessian, count: int = 3, *, tolerance: float = 1e-3, seed: int = 0) -> Tensor:
+def top_eigenvalues(
+    hessian: Hessian, count: int = 3, *, tolerance: float = 1e-3, seed: int = 0, which: Literal["LM", "LA"] = "LM"
+) -> Tensor:
     """The `count` eigenvalues of largest magnitude, descending by value, to a relative `tolerance` (Lanczos).
+
+    which: "LA" takes the algebraically largest ones instead, where negative curvature isn't asked for.
 
     Raises ValueError for fewer than 1 or not fewer than P.
     """
@@ -100,7 +105,7 @@ def top_eigenvalues(hessian: Hessian, count: int = 3, *, tolerance: float = 1e-3
 
     operator = LinearOperator((hessian.size,) * 2, matvec=product, dtype=np.float64)
     start = np.random.default_rng(seed).standard_normal(hessian.size)
-    values = eigsh(operator, k=count, which="LM", tol=tolerance, v0=start, return_eigenvectors=False)
+    values = eigsh(operator, k=count, which=which, tol=tolerance, v0=start, return_eigenvectors=False)
     return torch.from_numpy(np.sort(values)[::-1].copy())
 
 

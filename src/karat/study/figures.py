@@ -81,9 +81,16 @@ def draw_differences(rows: Sequence[Row], baseline: str) -> Figure:
             gap = row.difference
             if gap is None or row.top1 is None:
                 continue
-            at = {"color": COLOURS[0], "fmt": "none"}
-            panel.errorbar(gap.difference, place, xerr=row.top1.deviation or 0.0, elinewidth=0.8, capsize=2, **at)
-            panel.errorbar(gap.difference, place, xerr=gap.standard_error or 0.0, elinewidth=2.4, **at)
+            for reach, width, cap in ((row.top1.deviation, 0.8, 2.0), (gap.standard_error, 2.4, 0.0)):
+                panel.errorbar(
+                    gap.difference,
+                    place,
+                    xerr=reach or 0.0,
+                    elinewidth=width,
+                    capsize=cap,
+                    color=COLOURS[0],
+                    fmt="none",
+                )
             panel.plot(gap.difference, place, "o", color=COLOURS[0], markersize=4.5)
         panel.set_yticks(range(len(others)), [row.name for row in others])
         panel.set_ylim(len(others) - 0.5, -0.5)

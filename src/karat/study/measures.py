@@ -15,13 +15,13 @@ from typing import Any
 from scipy.sparse.linalg import ArpackNoConvergence
 from torch import Tensor, nn
 
-from karat.analyze.attention import attention_of
-from karat.analyze.deletion import faithfulness, last_maps
+from karat.analyze import quality
+from karat.analyze.attention import attention_of, grid_of
+from karat.analyze.deletion import faithfulness, flow_maps
 from karat.analyze.directions import random_directions
 from karat.analyze.hessian import Hessian, loss_closure, top_eigenvalues, twice_differentiable
 from karat.analyze.landscape import evaluate, moved
 from karat.analyze.loading import open_run
-from karat.analyze.quality import measures as map_measures
 from karat.analyze.studies_loss import FOLDER
 from karat.train import runs
 from karat.train.checkpoint import MODEL
@@ -35,6 +35,12 @@ HEADINGS = {
     "map_faithfulness": "map faithfulness",
     "map_entropy": "map entropy",
 }
+_OF_SIGMA: dict[str, Callable[[Tensor], Tensor]] = {
+    "entropy": quality.entropy,
+    "negative_mass": quality.negative_mass,
+    "head_diversity": quality.head_diversity,
+}
+PART = 32  # images whose attention is held at once
 Numbers = dict[str, float | None]
 
 
@@ -45,7 +51,7 @@ class Amounts:
 
     hessian_images: int = 32
     loss_images: int = 256
-    map_images: int = 64
+    map_images: int = 256
     radius: float = 0.1
     planes: int = 2
 
@@ -53,10 +59,10 @@ class Amounts:
 def measure_run(folder: Path, amounts: Amounts | None = None) -> Numbers:
     """The numbers of a finished run, from its folder where they are known for these weights; None where one has none.
 
-    largest_eigenvalue: of the Hessian of the training loss (cross-entropy), largest in magnitude. loss_rise: by how
-    much that loss rises, on average, at `radius` along filter-normalised random directions, both ways. map_*: on
-    evaluation images: faithfulness of the last block's maps (`karat.analyze.deletion`); entropy, negative mass and
-    diversity of heads of σ, means over blocks and heads (`karat.analyze.quality`).
+    largest_eigenvalue: of the Hessian of the training loss (cross-entropy). loss_rise: by how much that loss rises, on
+    average, at `radius` along filter-normalised random directions, both ways. map_*: on evaluation images: faithfulness
+    of what reaches the class token (`karat.analyze.deletion`); entropy, negative mass and diversity of heads of σ,
+    means over blocks and heads (`karat.analyze.quality`).
     """
     amounts = amounts or Amounts()
     known = read_measures(folder, amounts)
@@ -93,7 +99,7 @@ def _key(folder: Path, amounts: Amounts) -> dict[str, Any]:
 
 
 def largest_eigenvalue(model: nn.Module, images: Tensor, labels: Tensor) -> float | None:
-    """The eigenvalue of largest magnitude of the loss's Hessian by all trained parameters, in evaluation mode.
+    """The largest eigenvalue of the loss's Hessian by all trained parameters, in evaluation mode.
 
     None where Lanczos' iteration doesn't settle.
     """
@@ -102,7 +108,8 @@ def largest_eigenvalue(model: nn.Module, images: Tensor, labels: Tensor) -> floa
     try:
         model.eval()
         with twice_differentiable(model):
-            return float(top_eigenvalues(Hessian(loss_closure(model, images, labels), parameters), 1, tolerance=1e-2))
+            hessian = Hessian(loss_closure(model, images, labels), parameters)
+            return float(top_eigenvalues(hessian, 1, tolerance=1e-2, which="LA"))
     except ArpackNoConvergence:
         return None
     finally:
@@ -123,22 +130,19 @@ def loss_rise(model: nn.Module, images: Tensor, labels: Tensor, *, radius: float
 
 
 def _map_numbers(model: nn.Module, images: Tensor) -> Numbers:
-    """Numbers of the maps; None for those that a model without patches, class maps or attention doesn't have."""
-    found: Numbers = {
-        "map_faithfulness": _if_any(lambda: float(faithfulness(model, images, last_maps(model, images)).mean()))
-    }
-    try:
-        blocks = [map_measures(block.sigma) for block in attention_of(model, images)]
-    except ValueError:
-        blocks = []
-    for name in ("entropy", "negative_mass", "head_diversity"):
-        values = [float(block[name].mean()) for block in blocks]
-        found[f"map_{name}"] = statistics.fmean(values) if values else None
-    return found
-
-
-def _if_any(number: Callable[[], float]) -> float | None:
-    try:
-        return number()
-    except ValueError:  # maps need a ViT's patches
-        return None
+    """Numbers of the maps; None for those that a model without attention or, for faithfulness, patches doesn't have."""
+    values: dict[str, list[float]] = {f"map_{name}": [] for name in ("faithfulness", *_OF_SIGMA)}
+    for part in images.split(PART):
+        try:
+            blocks = attention_of(model, part)
+        except ValueError:
+            break
+        for name in _OF_SIGMA:
+            of_blocks = [float(_OF_SIGMA[name](block.sigma).mean()) for block in blocks]
+            values[f"map_{name}"] += [statistics.fmean(of_blocks)] * len(part)
+        try:
+            maps = flow_maps(blocks, grid_of(model))
+        except ValueError:  # windows, or no patches
+            continue
+        values["map_faithfulness"] += faithfulness(model, part, maps).tolist()
+    return {name: statistics.fmean(found) if found else None for name, found in values.items()}

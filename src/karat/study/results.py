@@ -31,7 +31,8 @@ def write_results(
     plan.folder.mkdir(parents=True, exist_ok=True)
     found = {"title": plan.title, "baseline": plan.baseline, "rows": [as_json(row) for row in rows]}
     files.write_json(plan.folder / STUDY, found)
-    files.write_text(plan.folder / PAGE, table.markdown(rows, plan.baseline))
+    page = f"{table.markdown(rows, plan.baseline)}\n{table.markdown_curves(rows)}"
+    files.write_text(plan.folder / PAGE, page)
     _write_comparison(plan, rows)
     console.print(table.console_table(rows, plan.baseline, plan.title))
     drawn = draw_figures(rows, plan.baseline)

@@ -61,9 +61,29 @@ def console_table(rows: Sequence[Row], baseline: str, title: str) -> Table:
 def markdown(rows: Sequence[Row], baseline: str) -> str:
     """A Markdown table, one line a row, ready to be put into a page."""
     chosen = columns(rows, baseline)
-    lines = [[column.heading for column in chosen], ["---", *["---:"] * (len(chosen) - 1)]]
-    lines += [[column.cell(row) or NOTHING for column in chosen] for row in rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    lines = [[column.heading for column in chosen]]
+    return _markdown([*lines, *[[column.cell(row) or NOTHING for column in chosen] for row in rows]])
+
+
+def markdown_curves(rows: Sequence[Row], most: int = 12) -> str:
+    """Mean top-1 after each epoch, or after `most` evenly spaced ones and each row's last where there are more."""
+    longest = max(len(row.curve) for row in rows)
+    count = min(most, longest)
+    spaced = {round((place + 1) * longest / count) for place in range(count)}
+    epochs = sorted(spaced | {len(row.curve) for row in rows if row.curve})
+    lines = [["top-1 % after epoch", *map(str, epochs)]]
+    for row in rows:
+        cells = [f"{row.curve[epoch - 1]:.2f}" if epoch <= len(row.curve) else NOTHING for epoch in epochs]
+        lines.append([row.name, *cells])
+    return _markdown(lines)
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, the first one a heading; all columns but the first to the right."""
+    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
+    return "".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in (lines[0], rule, *lines[1:])
+    )
 
 
 def _runs(row: Row) -> str:

@@ -17,7 +17,7 @@ from karat.train.build import build_model, input_size
 from karat.train.settings import Settings
 
 TIMES = "times.json"
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Times = dict[str, dict[str, float]]
 
 
@@ -34,7 +34,7 @@ def measure_times(plan: Plan, *, rounds: int = 9) -> Times:
     steps: dict[str, Callable[[], object]] = {}
     names: dict[tuple[str, str], str] = {}
     for variant in plan.variants:
-        for kind in dict.fromkeys(("float32", variant.settings.amp_dtype)):
+        for kind in dict.fromkeys(["float32", str(variant.settings.amp_dtype)]):
             key = repr((_model_key(variant.settings), kind))
             names[variant.name, kind] = key
             if key not in steps:

@@ -75,7 +75,7 @@ def first_options(arguments: Sequence[str], *names: str) -> dict[str, str | None
     """These options as they stand on the command line, read before all others; None for one that is not given."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
-        first.add_argument(f"--{name}", default=None)
+        first.add_argument(f"--{name}", nargs="?")  # a value that is missing is the full parser's to complain of
     known, _ = first.parse_known_args(list(arguments))
     return {name: getattr(known, name) for name in names}
 
