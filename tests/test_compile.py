@@ -10,6 +10,7 @@ from karat import KArAtOperator, create_model
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 3}
 MODELS = {
     "vit": ("vit_tiny_patch16_224", SMALL),
+    "vit, residual": ("vit_tiny_patch16_224", SMALL),
     "convit": ("convit_tiny", {**SMALL, "depth": 2, "local_up_to_layer": 1}),
     # two blocks: plain and shifted windows; drop path would make the two runs draw differently
     "swin": (
@@ -33,7 +34,8 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_models_compile_without_a_break(name: str) -> None:
     model_name, settings = MODELS[name]
-    model = create_model(model_name, attention="g2b,rank=4", num_classes=10, **settings).train()
+    attention = "g2b,rank=4,residual=softmax" if "residual" in name else "g2b,rank=4"
+    model = create_model(model_name, attention=attention, num_classes=10, **settings).train()
     torch.compiler.reset()
     images = torch.randn(2, 3, 16, 16)
     results = []

@@ -93,6 +93,12 @@ def test_steps_and_throughput_of_whole_models(monkeypatch: pytest.MonkeyPatch) -
     assert set(throughput.measure(name, "g1b", batch=2, rounds=1)) == {*step.SOFTMAX_WAYS, "karat"}
 
 
+def test_the_papers_way_has_no_residual() -> None:
+    for command in ("memory --models tiny-residual", "step --models tiny-residual --paper"):
+        with pytest.raises(ValueError, match="which has no residual; leave it out"):
+            bench(command.split())
+
+
 @pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
     peak = memory.measure("vit_tiny_patch16_224", "g1b", "karat", batch=2, steps=1, model_options=SMALL)

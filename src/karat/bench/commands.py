@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import tyro
 
-from karat.bench import attention, memory, step, throughput
+from karat.bench import attention, memory, paper_way, step, throughput
 from karat.bench.attention import Shape
 from karat.bench.results import Rows
 from karat.bench.timing import Timing, against_softmax
+from karat.config import KArAtConfig
 from karat.options import parse
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -118,11 +119,18 @@ class Op(Common):
         self.keep(Rows(title, rows), "op", _bars("median ms", "attention", "H", "pass"))
 
 
-def _models(names: Sequence[str]) -> list[tuple[str, str, str]]:
+def _models(names: Sequence[str], paper: bool = False) -> list[tuple[str, str, str]]:
     unknown = [name for name in names if name not in step.PAIRS]
     if unknown:
         raise ValueError(f"unknown model {unknown[0]!r}; choose from {', '.join(step.PAIRS)}")
-    return [(name, *step.PAIRS[name]) for name in names]
+    pairs = [(name, *step.PAIRS[name]) for name in names]
+    for name, _, short in pairs:
+        lacking = paper_way.missing(KArAtConfig.parse(short)) if paper else []
+        if lacking:
+            raise ValueError(
+                f"{name} can't be measured beside the paper's way, which has no {lacking[0]}; leave it out"
+            )
+    return pairs
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ class Step(Common):
 
     def run(self) -> None:
         rows = []
-        for size, name, short in _models(self.models):
+        for size, name, short in _models(self.models, paper=self.paper):
             amp = torch.bfloat16 if self.bf16 else None
             timings = step.measure(
                 name, short, batch=self.batch, rounds=self.rounds, device=self.device, amp=amp, materialised=self.paper
@@ -158,13 +166,13 @@ class Memory(Place):
     """
 
     models: tuple[str, ...] = ("tiny", "small", "base")
-    """which of tiny, small, base, tiny-residual, small-residual"""
+    """which of tiny, small, base"""
     batch: int = 16
     """images a step"""
 
     def run(self) -> None:
         rows = []
-        for size, name, short in _models(self.models):
+        for size, name, short in _models(self.models, paper=True):
             peaks = {
                 way: memory.measure(name, short, way, batch=self.batch, device=self.device)
                 for way in ("softmax SDPA", "karat", "paper's way")

@@ -38,7 +38,8 @@ inline vf load(const bf16* p) {
 }
 inline void store(bf16* p, vf x) {
   vi bits = (vi)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  rounded = x != x ? bits | 0x400000 : rounded;  // NaN stays NaN
+  const vi nan = x != x;  // stays one
+  rounded = (nan & (bits | 0x400000)) | (~nan & rounded);
   *reinterpret_cast<vh_anywhere*>(p) = __builtin_convertvector(rounded >> 16, vh);
 }
 inline float value_of(float x) { return x; }
