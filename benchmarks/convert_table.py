@@ -22,7 +22,7 @@ from rich.console import Console
 
 from karat.config import KArAtConfig
 from karat.train import runs
-from karat.train.convert_run import REPORT, Convert, convert_run
+from karat.train.convert_run import Convert, convert_run
 from karat.train.engine import train
 from karat.train.measure import evaluate_run
 
@@ -33,10 +33,9 @@ BASES = (
 )
 RANKS = ("12", "24", "None")
 SETTINGS = tuple(str(KArAtConfig.parse(f"{basis},rank={rank}")) for rank in RANKS for basis in BASES)
-# What starts near its goal is tuned at a low rate; what starts at random gets half of the rate from scratch, its
-# operators the whole of it.
-TUNING = {"epochs": 1, "warmup_epochs": 0, "lr": 5e-4, "min_lr": 1e-6}
-LEARNING = {**TUNING, "lr": 2e-3, "coefficient_lr": 4e-3}
+# Half of the rate from scratch, decaying from the first update; operators that start at random get the whole of it.
+TUNING = {"epochs": 1, "warmup_epochs": 0, "lr": 2e-3, "min_lr": 1e-6}
+LEARNING = {**TUNING, "coefficient_lr": 4e-3}
 CONTROL = ("softmax",)  # the teacher itself given the same epoch
 
 
@@ -52,8 +51,10 @@ class Options:
     """Where the runs go."""
     output: Path = Path("docs/results/convert")
     """Table without its suffix."""
-    fraction: float = 0.2
+    fraction: float = 1.0
     """Share of the training images that the one epoch sees."""
+    amp_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of that epoch's forward passes."""
     images: int = 1024
     """Training images for the closed form."""
     parts: tuple[Literal["convert", "tuned", "random"], ...] = ("convert", "tuned", "random")
@@ -74,6 +75,7 @@ def tuned(options: Options, attention: str, start: Path, name: str, epoch: dict[
         overwrite=True,
         resume=None,
         data_fraction=options.fraction,
+        amp_dtype=options.amp_dtype,
         checkpoints="last",
         checkpoint_hist=1,
         track=(),
@@ -89,7 +91,7 @@ def row(options: Options, attention: str) -> None:
     slug = runs.slug(attention)
     folder = options.runs / f"{slug}-converted"
     control = attention in CONTROL
-    if "convert" in options.parts and not control and not (folder / REPORT).is_file():
+    if "convert" in options.parts and not control and not (folder / runs.REPORT).is_file():
         teacher = str(options.teacher)
         convert_run(
             Convert(teacher, attention=attention, output=folder, overwrite=True, images=options.images), Console()
@@ -107,7 +109,7 @@ def collect(options: Options) -> dict[str, Any]:
     top1 = 0.0
     for attention in SETTINGS:
         slug = runs.slug(attention)
-        report = options.runs / f"{slug}-converted" / REPORT
+        report = options.runs / f"{slug}-converted" / runs.REPORT
         if not report.is_file():
             continue
         found = json.loads(report.read_text())
