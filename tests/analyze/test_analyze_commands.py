@@ -26,6 +26,7 @@ FIGURES = {
     | {"regions"},
     "spectrum": {"spectrum"},
     "functions": {"functions-RUN", "coefficients-RUN"},
+    "parts": {"parts-RUN"},
     "landscape": {"surface", "contours"},
     "hessian": {"curvature"},
 }
@@ -123,6 +124,8 @@ BAD = {
     "analyze functions RUN --block 7": "block 7 isn't there",
     "analyze functions RUN --head 7": "head 7 isn't there",
     "analyze functions SOFTMAX": "no learnable attention",
+    "analyze parts SOFTMAX": "no learnable attention",
+    "analyze parts RUN --images 1": "two images or more",
     "analyze attention RUN --box 0 0 4 4": "name it with --image",
     "analyze attention RUN --image PICTURE --box 4 4 0 0": "is empty",
     "analyze attention RUN --images 0": "must be >= 1",
@@ -190,8 +193,8 @@ def test_the_report_is_one_page_that_asks_for_nothing(karat_run: Path, softmax_r
     page = Page(text)
     assert all(address.startswith(("data:", "#")) for address in page.addresses)
     assert not {"script", "iframe", "object"} & set(page.tags)
-    # curves, cost, 3 x 2 + 1 of attention, spectrum, functions and coefficients, surface and contours, curvature
-    assert page.tags.count("img") == 15
+    # curves, cost, 3 x 2 + 1 of attention, spectrum, functions and coefficients, parts, surface and contours, curvature
+    assert page.tags.count("img") == 16
     assert text.count('class="note"') == 2  # no path for the landscape, no checkpoints for the weights
     for words in ("training curves", "edge functions", "random directions are drawn instead", "g2b,rank=3"):
         assert words in text

@@ -16,7 +16,7 @@ from karat.analyze.study import Options
 from karat.options import parse
 
 What = Literal[
-    "curves", "cost", "attention", "spectrum", "functions", "weights", "landscape", "hessian", "sweep", "peers"
+    "curves", "cost", "attention", "spectrum", "functions", "parts", "weights", "landscape", "hessian", "sweep", "peers"
 ]
 Format = Literal["png", "svg", "pdf"]
 

@@ -35,6 +35,9 @@ SECTIONS: dict[str, str] = {
     "shaded; dots mark the break of the scree plot.",
     "functions": "Edge functions over the range of scores that occurs (mean ± 3 deviations). Coloured: the strongest "
     "edges of a head with the nearest simple formula (dotted) and its error, as a share of the function's deviation.",
+    "parts": "What the learned part of attention consists of, by power: a row that is the same for all queries and "
+    "images, what each query's place adds to it, and what follows the image through the scores; beside softmax of the "
+    "same scores. Below: its size against softmax (gate included) and the gates.",
     "weights": "How the weights are spread at the start, the middle and the end, and the Jensen-Shannon divergence "
     "from the start.",
     "landscape": "Loss on a fixed subset of images without augmentation, on a plane through the trained weights "

@@ -28,6 +28,7 @@ from karat.analyze.attention import (
 )
 from karat.analyze.functions import Curves, coefficients, curves, operator_of_block, operators_of, score_range
 from karat.analyze.loading import moments, trajectory
+from karat.analyze.parts import parts_of
 from karat.analyze.quality import box_mask, iou, mass_inside, measures, pointing_game
 from karat.analyze.spectrum import spectrum
 from karat.analyze.studies_loss import study_cost, study_hessian, study_landscape
@@ -215,6 +216,32 @@ def study_functions(subjects: Sequence[Subject]) -> Study:
     return study
 
 
+def study_parts(subjects: Sequence[Subject]) -> Study:
+    """What the learned part of attention consists of: a fixed row, the query's place, the scores; gates and sizes."""
+    study = Study("parts of attention")
+    learning = [s for s in subjects if _learns(s)]
+    if not learning:
+        operators_of(subjects[0].model)  # says what is missing
+    for s in learning:
+        found = parts_of(s.model, s.attention)
+        if not found:
+            study.notes.append(f"{s.label}: softmax in every block, no learned part")
+            continue
+        study.figures[f"parts-{s.key}"] = figures.draw_parts(found)
+        study.numbers[s.label] = {
+            block.name: {
+                "heads": list(block.heads),
+                **_table({"gate": block.gates, "size": block.size}),
+                **{
+                    kind: _table({name: getattr(part, name) for name in ("row", "place", "scores")})
+                    for kind, part in (("learned", block.learned), ("softmax", block.softmax))
+                },
+            }
+            for block in found
+        }
+    return study
+
+
 def _first_and_last(s: Subject) -> dict[str, Any]:
     operators = operators_of(s.model)
     names = list(operators)
@@ -256,6 +283,7 @@ STUDIES: dict[str, Callable[[Sequence[Subject]], Study]] = {
     "attention": study_attention,
     "spectrum": study_spectrum,
     "functions": study_functions,
+    "parts": study_parts,
     "weights": study_weights,
     "landscape": study_landscape,
     "hessian": study_hessian,

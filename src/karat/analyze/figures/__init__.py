@@ -6,6 +6,7 @@ Save one with `save(figure, "name.svg")`; the ending chooses PNG, SVG or PDF.
 from karat.analyze.figures.attention import draw_heads, draw_maps, draw_matrices, draw_regions
 from karat.analyze.figures.functions import draw_coefficients, draw_functions
 from karat.analyze.figures.landscape import draw_contours, draw_surface
+from karat.analyze.figures.parts import draw_parts
 from karat.analyze.figures.peers import draw_parameters_accuracy
 from karat.analyze.figures.spectrum import draw_spectra
 from karat.analyze.figures.style import FORMATS, encode, save
@@ -24,6 +25,7 @@ __all__ = [
     "draw_maps",
     "draw_matrices",
     "draw_parameters_accuracy",
+    "draw_parts",
     "draw_regions",
     "draw_spectra",
     "draw_surface",
