@@ -1,11 +1,14 @@
 """The presets are the published tables, and a recipe refuses what it can't mean."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
+import torch
 
-from karat.train.recipes import RECIPES, Recipe, get_recipe
+from karat.train.optim import create_schedule
+from karat.train.recipes import QUICK, RECIPES, Recipe, get_recipe
 
 
 def test_vit_is_table_5():
@@ -74,3 +77,17 @@ def test_unknown_names_list_the_known():
         get_recipe("deit")
     with pytest.raises(ValueError, match="no 'learning_rate'"):
         RECIPES["vit"].override(learning_rate=1.0)
+
+
+def test_one_cycle_rises_to_the_peak_and_falls_by_a_cosine_from_there() -> None:
+    recipe = QUICK.override(epochs=4, warmup_epochs=1.5, warmup_lr=1e-4, min_lr=1e-5, warmup_prefix=True)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1e-2)
+    schedule = create_schedule(optimizer, recipe, updates_per_epoch=10)
+    found = []
+    for update in range(41):
+        schedule.step_update(update)
+        found.append(optimizer.param_groups[0]["lr"])
+    rise = [1e-4 + (1e-2 - 1e-4) * update / 15 for update in range(15)]
+    fall = [1e-5 + (1e-2 - 1e-5) * (1 + math.cos(math.pi * (update - 15) / 25)) / 2 for update in range(15, 41)]
+    assert found == pytest.approx(rise + fall)

@@ -73,8 +73,9 @@ def create_schedule(optimizer: torch.optim.Optimizer, recipe: Optimisation, upda
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=recipe.sched,
-        num_epochs=max(total, 1),
+        num_epochs=max(total - warmup if recipe.warmup_prefix else total, 1),  # timm's decay would end beyond the run
         warmup_epochs=warmup,
+        warmup_prefix=recipe.warmup_prefix,
         warmup_lr=recipe.warmup_lr,
         min_lr=recipe.min_lr,
         decay_milestones=[math.ceil(share * total) for share in recipe.milestones],  # of multistep alone

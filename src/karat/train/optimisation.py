@@ -50,6 +50,8 @@ class Optimisation:
     """Epochs of linear warm-up."""
     warmup_lr: float = 1e-6
     """Learning rate at the start of the warm-up."""
+    warmup_prefix: bool = False
+    """The decay begins at the peak, after the warm-up (one cycle); off: it runs beneath, and goes on from there."""
     min_lr: float = 1e-5
     """Learning rate at the end."""
     batch_size: int = 128
