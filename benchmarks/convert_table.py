@@ -39,6 +39,7 @@ LEARNING = {**TUNING, "coefficient_lr": 4e-3}
 # Behind each entry of a full-rank σ stand 2G·N coefficients instead of R: at the others' rate one epoch tore apart what
 # the conversion had found (54.5 % became 44.1 %).
 FULL_TUNING = {**TUNING, "coefficient_lr": 2e-4}
+FULL_LEARNING = {**TUNING, "coefficient_lr": 4e-4}
 CONTROL = ("softmax",)  # the teacher itself given the same epoch
 
 
@@ -99,11 +100,12 @@ def row(options: Options, attention: str) -> None:
         convert_run(
             Convert(teacher, attention=attention, output=folder, overwrite=True, images=options.images), Console()
         )
+    full = KArAtConfig.parse(attention).rank is None
+    start = options.teacher if control else folder
     if "tuned" in options.parts:
-        epoch = FULL_TUNING if KArAtConfig.parse(attention).rank is None else TUNING
-        tuned(options, attention, options.teacher if control else folder, f"{slug}-tuned", epoch)
+        tuned(options, attention, start, f"{slug}-tuned", FULL_TUNING if full else TUNING)
     if "random" in options.parts and not control:
-        tuned(options, attention, options.teacher, f"{slug}-random", LEARNING)
+        tuned(options, attention, options.teacher, f"{slug}-random", FULL_LEARNING if full else LEARNING)
 
 
 def collect(options: Options) -> dict[str, Any]:
@@ -133,7 +135,12 @@ def collect(options: Options) -> dict[str, Any]:
         "teacher": {"settings": teacher.as_dict() | {"output": None}, "top1": top1},
         "images": options.images,
         "fraction": options.fraction,
-        "epoch": {"tuned": TUNING, "tuned_full_rank": FULL_TUNING, "random": LEARNING},
+        "epoch": {
+            "tuned": TUNING,
+            "tuned_full_rank": FULL_TUNING,
+            "random": LEARNING,
+            "random_full_rank": FULL_LEARNING,
+        },
         "teacher_tuned": json.loads(control.read_text())["top1"] if control.is_file() else None,
         "rows": rows,
     }
