@@ -166,6 +166,7 @@ def test_unknown_values_are_named(setting: str) -> None:
         ("static-b,base=silu", "base=silu is about edge functions of the scores; static mixing has none"),
         ("static-b,order=Pointwise,rank=None", "order=Pointwise is about edge functions"),
         ("static-b,score_gradient=0", "score_gradient=0.0 is about edge functions"),
+        ("row-b", "a row that all queries share has no rank: write rank=None"),
         ("static-b,simplex=rank", "static mixing is blind to them: use 'row'"),
         ("softmax,position=query", "position=query shapes an operator, and softmax has none"),
         ("g3", "can't read the attention 'g3'"),

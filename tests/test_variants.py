@@ -22,7 +22,7 @@ PROBABILITIES = [f"{basis}-b,{form},input=probabilities" for basis in BASES for 
 POINTWISE = [
     f"{basis}-b,rank=None,order=Pointwise" for basis in (*BASES, "silu+fourier(grid=1)", "shannon(window=key)")
 ]
-STATIC = ["static-b,rank=3", "static-b,rank=None"]
+STATIC = ["static-b,rank=3", "static-b,rank=None", "row-b,rank=None"]
 KINDS = ["g2b,rank=3,position=query", "g2b,rank=None,order=Pointwise", *STATIC]
 COMBINED = [
     *(f"{kind},residual=softmax{gate}" for kind in KINDS for gate in ("", ",gate=block", ",gate=0.7")),
@@ -49,6 +49,7 @@ def written_out(op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tenso
     x = softmax * allowed.sum(-1, keepdim=True) if config.input == "probabilities" else scores
     x = torch.where(allowed, x, 0)
     if config.is_static:
+        C = torch.ones(x.shape[1], x.shape[2], 1, dtype=x.dtype) if C is None else C  # a row for all queries
         sigma = (C if W is None else torch.einsum("hkp,hnp->hkn", C, W)).expand_as(x)
     elif config.order == "Pointwise":
         sigma = torch.stack([op.edges(x[:, h])[..., h, 0, 0] for h in range(x.shape[1])], dim=1)
@@ -155,6 +156,14 @@ def test_static_mixing_never_looks_at_the_scores(spec: str) -> None:
         op.edges(torch.zeros(()))
 
 
+def test_a_row_serves_any_number_of_queries_alike() -> None:
+    op = KArAtOperator(H, N, "row-b,rank=None").double()
+    assert sum(parameter.numel() for parameter in op.parameters()) == H * N
+    q, k, v = qkv()
+    out = op.attend(q[:, :, :2], k, v)
+    torch.testing.assert_close(out, torch.einsum("hn,bhnd->bhd", op.W[..., 0], v).unsqueeze(2).expand_as(out))
+
+
 def test_static_mixing_is_what_is_left_without_edges() -> None:
     operator = outspoken(KArAtOperator(H, N, "g2b,rank=3,position=query"))
     nn.init.zeros_(operator.layers[0].coefficients)
@@ -172,7 +181,7 @@ def test_the_query_s_place_starts_as_absent(position: str) -> None:
     assert torch.equal(plain(scores), placed(scores))
 
 
-@pytest.mark.parametrize("spec", ["g2b,position=query", "g2b,position=gain", *STATIC])
+@pytest.mark.parametrize("spec", ["g2b,position=query", "g2b,position=gain", *STATIC[:2]])
 def test_places_of_queries_ask_for_all_of_them(spec: str) -> None:
     op = KArAtOperator(H, N, spec)
     q, k, v = qkv(torch.float32)
@@ -223,7 +232,9 @@ def test_softmax_beside_keeps_its_gradient() -> None:
 @pytest.mark.parametrize(
     ("gate", "shape"), [("head", (2,)), ("block", (1,)), ("0.0", None), ("1.0,init_scale=0.0", None)]
 )
-@pytest.mark.parametrize("kind", ["g3b", "g2b,rank=None,order=Pointwise", "static-b", "static-b,rank=None"])
+@pytest.mark.parametrize(
+    "kind", ["g3b", "g2b,rank=None,order=Pointwise", "static-b", "static-b,rank=None", "row-b,rank=None"]
+)
 def test_gates_that_begin_as_softmax(kind: str, gate: str, shape: tuple[int] | None) -> None:
     op = KArAtOperator(3, N, f"{kind},residual=softmax,gate={gate},softmax_heads=1")
     assert (None if op.gate is None else tuple(op.gate.shape)) == shape
@@ -260,6 +271,7 @@ STARTS = [
     "g3b,input=probabilities,normalise=rms,position=query",
     "static-b",
     "static-b,rank=None",
+    "row-b,rank=None",
 ]
 
 

@@ -12,7 +12,8 @@ from karat.basis import Basis, parse_basis, with_base
 from karat.config_checks import check
 
 _LETTERS = {"blockwise": "b", "universal": "u"}
-STATIC = "static"  # in the place of a basis: no edge functions, σ is a learned matrix
+# In the place of a basis, without edge functions: σ is a learned matrix, or one learned row for all queries.
+STATIC, ROW = "static", "row"
 
 # Names for what a configuration is recommended for; `str` gives the explicit form.
 ALIASES = {"recommended": "g3b,residual=softmax"}
@@ -24,7 +25,8 @@ class KArAtConfig:
 
     Args:
         basis: the edge functions, e.g. "fourier(grid=3)"; "softmax" means ordinary attention, "static" a learned
-            matrix of the given rank in each head, σ_kn = Σ_p W_np C_kp, blind to the scores.
+            matrix of the given rank in each head, σ_kn = Σ_p W_np C_kp, blind to the scores; "row", with rank=None,
+            one learned row a head, σ_kn = W_n, blind to scores and queries.
         rank: R of the low-rank operator; None is the full N×N operator (order WPhi only, no W).
         order: "WPhi" (W∘Φ), "PhiW" (Φ∘W), "PhiPhi" (Φ₂∘Φ₁), or "Pointwise": σ_kn = φ(A_kn), one function a head
             that all keys share, no W, rank=None.
@@ -110,8 +112,8 @@ class KArAtConfig:
 
     @property
     def is_static(self) -> bool:
-        """Whether σ is a learned matrix, blind to the scores."""
-        return self.basis == STATIC
+        """Whether σ is a learned matrix or row, blind to the scores."""
+        return self.basis in (STATIC, ROW)
 
     @property
     def has_edges(self) -> bool:

@@ -131,6 +131,8 @@ def _softmax(config: KArAtConfig) -> str | None:
 def _static(config: KArAtConfig) -> str | None:
     if not config.is_static:
         return None
+    if config.basis == "row" and config.rank is not None:
+        return f"a row that all queries share has no rank: write rank=None, not {config.rank!r}"
     if config.simplex == "rank":
         return "simplex='rank' acts on sums over the scores; static mixing is blind to them: use 'row'"
     asked = _set(config, OF_EDGES)

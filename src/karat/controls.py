@@ -1,8 +1,8 @@
-"""Operators that lack one of the two things that the others have: keys told apart, or eyes for the scores.
+"""Operators that lack what the others have: keys told apart, eyes for the scores, queries told apart.
 
 They say where a gain comes from. `Pointwise` learns a function of the scores and knows no position; `Static` mixes
-positions and is blind to the scores. Beside softmax or in place of heads they take all the settings that make sense
-for them.
+positions and is blind to the scores; `Row` doesn't even tell queries apart. Beside softmax or in place of heads they
+take all the settings that make sense for them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from karat.basis import LinearBasis
-from karat.config import STATIC, KArAtConfig
+from karat.config import ROW, STATIC, KArAtConfig
 from karat.ops import basis_attention
 from karat.orders import FULL, ORDERS, Order
 from karat.products import shared_product
@@ -101,6 +101,26 @@ class Static(StaticFull):
         return shared_product(op.C.to(v.dtype), shared_product(op.projector_as(v).transpose(-2, -1), v))
 
 
+class Row(Order):
+    """σ_kn = W_n, one learned row a head: the same weighted mean of the values for every query."""
+
+    streams_scores: ClassVar[bool] = False
+    layer_shapes: ClassVar[tuple[str, ...]] = ()
+    projector_shape: ClassVar[str | None] = "N1"
+
+    def hidden(self, op, q, k, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
+        return q.new_ones(*q.shape[:3], 1)
+
+    def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
+        return scores.new_ones(*scores.shape[:3], 1)
+
+    def sigma(self, op: KArAtOperator, hidden: Tensor) -> Tensor:
+        return ORDERS["WPhi"].sigma(op, hidden)
+
+    def apply(self, op: KArAtOperator, hidden: Tensor, v: Tensor) -> Tensor:
+        return ORDERS["WPhi"].apply(op, hidden, v)
+
+
 def _for_each_image(op: KArAtOperator, like: Tensor) -> Tensor:
     """C in the precision of `like` (B,...), the same for each image: (B,H,N,·)."""
     assert op.C is not None
@@ -108,9 +128,9 @@ def _for_each_image(op: KArAtOperator, like: Tensor) -> Tensor:
 
 
 LOW_RANK: dict[str, Order] = {**ORDERS, STATIC: Static()}
-FULL_RANK: dict[str, Order] = {"WPhi": FULL, "Pointwise": Pointwise(), STATIC: StaticFull()}
+FULL_RANK: dict[str, Order] = {"WPhi": FULL, "Pointwise": Pointwise(), STATIC: StaticFull(), ROW: Row()}
 
 
 def order_of(config: KArAtConfig) -> Order:
     """How the operator of a configuration makes σ out of the scores."""
-    return (FULL_RANK if config.rank is None else LOW_RANK)[STATIC if config.is_static else config.order]
+    return (FULL_RANK if config.rank is None else LOW_RANK)[config.basis if config.is_static else config.order]

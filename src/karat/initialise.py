@@ -63,6 +63,9 @@ def initialise(op: KArAtOperator) -> None:
 
 def _output_power(op: KArAtOperator) -> Tensor:
     """E Σ_n σ_kn² (H,) for the numbers drawn, scores of unit variance."""
+    if op.order.projector_shape == "N1":  # W is all there is
+        assert op.W is not None
+        return op.W.double().square().sum((-2, -1))
     if op.order.projector_shape == "NR":  # W last
         assert op.W is not None
         W = op.W.double()
@@ -110,7 +113,7 @@ def _inputs(op: KArAtOperator) -> Inputs:
 
 def _scale_last(op: KArAtOperator, factor: Tensor) -> None:
     """Multiply σ by factor (H,) through its last map: W, the last layer's amplitudes, or σ itself if it's static."""
-    if op.order.projector_shape == "NR":
+    if op.order.projector_shape in ("NR", "N1"):
         assert op.W is not None
         op.W.mul_(factor.to(op.W)[:, None, None])
     elif op.edge_layers:
