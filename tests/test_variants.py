@@ -221,7 +221,7 @@ def test_softmax_beside_keeps_its_gradient() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gate", "shape"), [("head", (2,)), ("block", (1,)), ("0.0", None), ("1.0,init_scale=0.0", None)]
+    ("gate", "shape"), [("head", (2,)), ("block", (1,)), ("1.0,init_scale=0.0", None)]
 )
 @pytest.mark.parametrize("kind", ["g3b", "g2b,rank=None,order=Pointwise", "static-b", "static-b,rank=None"])
 def test_gates_that_begin_as_softmax(kind: str, gate: str, shape: tuple[int] | None) -> None:
@@ -230,10 +230,8 @@ def test_gates_that_begin_as_softmax(kind: str, gate: str, shape: tuple[int] | N
     q, k, v = torch.randn(3, B, 3, N, D).unbind()
     wanted = nn.functional.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(op.attend(q, k, v), wanted, atol=1e-6, rtol=1e-5)
-    gate_or_map = op.W if op.gate is None and op.W is not None else op.gate
-    if "init_scale" in gate and gate_or_map is not None:  # where the start at zero can be left again
-        op.attend(q, k, v).square().sum().backward()
-        assert gate_or_map.grad.abs().max() > 0
+    op.attend(q, k, v).square().sum().backward()  # the start at zero can be left again
+    assert max(float(p.grad.abs().max()) for p in op.parameters() if p.grad is not None) > 0
 
 
 ALL_FORMS = [*(f"g2b,{form}" for form in FORMS), "dog-b,rank=None", "g2b,rank=None,order=Pointwise", *STATIC]
