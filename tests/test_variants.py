@@ -220,9 +220,7 @@ def test_softmax_beside_keeps_its_gradient() -> None:
     torch.testing.assert_close(found[1], 0.75 * found[0] + 0.25 * found[2])
 
 
-@pytest.mark.parametrize(
-    ("gate", "shape"), [("head", (2,)), ("block", (1,)), ("1.0,init_scale=0.0", None)]
-)
+@pytest.mark.parametrize(("gate", "shape"), [("head", (2,)), ("block", (1,)), ("1.0,init_scale=0.0", None)])
 @pytest.mark.parametrize("kind", ["g3b", "g2b,rank=None,order=Pointwise", "static-b", "static-b,rank=None"])
 def test_gates_that_begin_as_softmax(kind: str, gate: str, shape: tuple[int] | None) -> None:
     op = KArAtOperator(3, N, f"{kind},residual=softmax,gate={gate},softmax_heads=1")
