@@ -111,6 +111,15 @@ class KArAtConfig:
         return self.is_softmax and self.position_bias is None
 
     @property
+    def begins_as_softmax(self) -> bool:
+        """Whether a model begins as the one with softmax attention: a learned gate, or a last map, that starts at zero.
+
+        >>> [KArAtConfig.parse(f"g3b,residual=softmax{more}").begins_as_softmax for more in ("", ",gate=1")]
+        [True, False]
+        """
+        return self.residual == "softmax" and (isinstance(self.gate, str) or self.init_scale == 0.0)
+
+    @property
     def is_static(self) -> bool:
         """Whether σ is a learned matrix, blind to the scores."""
         return self.basis == STATIC
