@@ -37,7 +37,7 @@ class Convert:
     teacher: tyro.conf.Positional[str]
     """The softmax model: a run's folder, or timm's name of a pretrained ViT, DeiT, ConViT or Swin."""
     attention: str = "g3b"
-    """Attention to convert to; with residual=softmax the model stays its teacher and gets gates that start at zero."""
+    """Attention to convert to; with residual=softmax the model stays its teacher: gates or operators start at zero."""
     data: str | None = None
     """Images to fit to, as for karat train; none: the run's own."""
     output: Path | None = None
@@ -88,7 +88,9 @@ class Convert:
         if self.eval_images is not None and self.eval_images < 1:
             raise ValueError(f"eval_images={self.eval_images} must be at least 1")
         if KArAtConfig.parse(self.attention).is_softmax:
-            raise ValueError("attention='softmax' is what the teacher has: name a learnable one, e.g. g3b")
+            raise ValueError(
+                f"attention={self.attention!r} has softmax like the teacher: name a learnable one, e.g. g3b"
+            )
         check_fits(KArAtConfig.parse(self.attention))
 
 
@@ -167,8 +169,8 @@ def _teacher(options: Convert) -> tuple[Settings, nn.Module | None, dict[str, An
         theirs, facts = runs.read_config(path)
         if theirs.teacher is not None:
             raise ValueError(f"{path} runs on another's attention: nothing to convert; give {theirs.teacher} instead")
-        if not KArAtConfig.parse(theirs.attention).is_softmax:
-            raise ValueError(f"{path} has learnable attention already ({theirs.attention}); give a softmax run")
+        if not KArAtConfig.parse(theirs.attention).leaves_attention:
+            raise ValueError(f"{path} has learnable attention already ({theirs.attention}); give one of plain softmax")
         if options.checkpoint is not None:
             raise ValueError("--checkpoint belongs to a timm model; a run has its own weights")
         if options.data not in (None, theirs.data):  # how much of their data they took, and where it lay, goes with it
