@@ -85,8 +85,8 @@ def parts_of(model: nn.Module, blocks: list[BlockAttention]) -> list[Parts]:
             continue
         if isinstance(model.get_submodule(block.name), KArAtWindowAttention):
             raise ValueError(
-                f"attention of {type(model).__name__} is cut into windows: a query's place and row belong to its window, "
-                "not to the image, so it has no such parts; they need a ViT, DeiT or ConViT"
+                f"attention of {type(model).__name__} is cut into windows: a query's place and row belong to its "
+                "window, not to the image, so it has no such parts; they need a ViT, DeiT or ConViT"
             )
         heads = list(op.karat_heads)
         softmax = block.softmax[:, heads]

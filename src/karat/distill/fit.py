@@ -56,7 +56,7 @@ def fit_operators(
     The student is the teacher with its attention converted (`karat.karatize`): same names, same weights elsewhere.
     Blocks are fitted in forward order, each on the tokens that reach it in the student as fitted so far; an operator
     that blocks share is fitted once, on the teacher's tokens in all of them. Where the attention begins as softmax
-    (residual="softmax" with a learned gate, or with init_scale=0) the student is its teacher already and stays as it is.
+    (residual="softmax" with a learned gate, or with init_scale=0) the student is its teacher already and stays so.
 
     Args:
         student, teacher: models in evaluation mode, on one device.
