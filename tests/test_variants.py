@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from karat import KArAtConfig, KArAtOperator, controls, simplex_projection
 from karat.config_checks import NORMALISATIONS, POSITIONS
@@ -142,6 +143,22 @@ def test_a_pointwise_operator_knows_no_position() -> None:
     assert sum(parameter.numel() for parameter in op.parameters()) == H * 6
     scores, order = torch.randn(B, H, N, N, dtype=torch.float64), torch.randperm(N)
     torch.testing.assert_close(op(scores[..., order]), op(scores)[..., order])
+
+
+@pytest.mark.parametrize("streamed_from", [1, 1024])
+def test_a_pointwise_operator_takes_probabilities_as_they_are(
+    streamed_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It multiplies no more than it does for scores, of which σ is formed."""
+    q, k, v = qkv(torch.float32)
+    counts = []
+    for given, first in (("scores", 1024), ("probabilities", streamed_from)):
+        monkeypatch.setattr(controls, "STREAMED_FROM", first)
+        op = KArAtOperator(H, N, f"g2b,rank=None,order=Pointwise,input={given}")
+        with FlopCounterMode(display=False) as counter:
+            op.attend(q, k, v)
+        counts.append(counter.get_total_flops())
+    assert counts[1] == counts[0] > 0
 
 
 @pytest.mark.parametrize("spec", STATIC)
