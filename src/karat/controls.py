@@ -1,8 +1,8 @@
 """Operators that lack one of the two things that the others have: keys told apart, or eyes for the scores.
 
 They say where a gain comes from. `Pointwise` learns a function of the scores and knows no position; `Static` mixes
-positions and is blind to the scores, as the random Synthesizer is (Tay et al. 2020, arXiv 2005.00743). Beside softmax or in place of heads they take all the settings that make sense
-for them.
+positions and is blind to the scores, as the random Synthesizer is (Tay et al. 2020, arXiv 2005.00743). Beside softmax
+or in place of heads they take all the settings that make sense for them.
 """
 
 from __future__ import annotations
