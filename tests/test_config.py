@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from karat import KArAtConfig
@@ -90,14 +90,14 @@ def test_every_configuration_parses_back(**settings: object) -> None:
 
 numbers = st.floats(0, 4, allow_nan=False).filter(lambda x: x == 0 or x > 1e-300)
 anywhere = {
-    "softmax_heads": st.one_of(st.integers(0, 5), st.lists(st.integers(0, 9), unique=True).map(tuple)),
     "blocks": st.one_of(st.none(), st.sampled_from(BLOCKS), st.lists(st.integers(0, 9), unique=True).map(tuple)),
     "position_bias": st.sampled_from(POSITION_BIASES),
 }
 operators = {
     **anywhere,
+    "softmax_heads": st.one_of(st.integers(0, 5), st.lists(st.integers(0, 9), unique=True).map(tuple)),
     "sharing": st.sampled_from(SHARINGS),
-    "gate": st.one_of(st.sampled_from(GATES), numbers),
+    "gate": st.one_of(st.sampled_from(GATES), numbers.filter(lambda x: x != 0)),
     "init": st.sampled_from(INITS),
     "init_scale": numbers,
 }
@@ -122,6 +122,10 @@ FAMILIES = {
 @given(data=st.data())
 def test_every_variant_parses_back(family: str, data: st.DataObject) -> None:
     settings = data.draw(st.fixed_dictionaries(FAMILIES[family]))
+    if family == "softmax":
+        assume(settings["blocks"] is None or settings["position_bias"] is not None)
+    else:
+        assume(settings["init_scale"] > 0 or settings["gate"] not in GATES)
     config = KArAtConfig(**settings, residual="softmax" if "gate" in settings else None)
     assert KArAtConfig.parse(str(config)) == config
 
@@ -169,6 +173,21 @@ def test_unknown_values_are_named(setting: str) -> None:
         ("row-b", "a row that all queries share has no rank: write rank=None"),
         ("static-b,simplex=rank", "static mixing is blind to them: use 'row'"),
         ("softmax,position=query", "position=query shapes an operator, and softmax has none"),
+        ("softmax,residual=softmax", "residual=softmax shapes an operator"),
+        ("softmax,rank=4", "rank=4 shapes an operator"),
+        ("softmax,order=PhiW", "order=PhiW shapes an operator"),
+        ("softmax,simplex=row", "simplex=row shapes an operator"),
+        ("softmax,softmax_heads=1", "softmax_heads=1 shapes an operator"),
+        ("softmax,position_bias=relative,softmax_heads=1", "softmax_heads=1 shapes an operator"),
+        ("softmax-u", "sharing=universal shapes an operator"),
+        ("softmax,init=paper", "init=paper shapes an operator"),
+        ("softmax,impl=tiled", "impl=tiled shapes an operator"),
+        ("softmax,blocks=first", "softmax learns nothing: name a basis, e.g. g3b, or add position_bias='relative'"),
+        ("static-b,position_bias=relative", "can't learn: static mixing is blind to the scores; add residual="),
+        ("g3b,score_gradient=0,position_bias=relative", "can't learn: score_gradient=0 holds its gradient back"),
+        ("g3b,residual=softmax,gate=0", "gate=0 silences the operator for good: gate='head' starts at zero and"),
+        ("g3b,residual=softmax,init_scale=0", "neither gets a gradient from the other; fix the gate (gate=1)"),
+        ("g3b,residual=softmax,gate=block,init_scale=0", "init_scale=0 with gate=block"),
         ("g3", "can't read the attention 'g3'"),
         ("g0b", "grid must be a whole number >= 1, got 0"),
         ("sofmax", "can't read the attention"),
@@ -194,6 +213,22 @@ def test_bad_names_say_what_to_do(name: str, says: str) -> None:
     with pytest.raises(ValueError) as error:
         KArAtConfig.parse(name)
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "static-b,position_bias=relative,residual=softmax",
+        "static-b,position_bias=relative,softmax_heads=1",
+        "g3b,score_gradient=0,position_bias=relative,residual=softmax",
+        "g3b,score_gradient=0.5,position_bias=relative",
+        "g3b,init_scale=0",
+        "g3b,residual=softmax,gate=-1,init_scale=0",
+    ],
+)
+def test_what_can_learn_is_taken(name: str) -> None:
+    config = KArAtConfig.parse(name)
+    assert KArAtConfig.parse(str(config)) == config
 
 
 @pytest.mark.parametrize("name", ["softmax", "static-b"])

@@ -214,6 +214,26 @@ def test_autocast_and_checkpointing(attention: str) -> None:
     assert all(p.grad is not None for op in karat.karat_operators(model).values() for p in op.parameters())
 
 
+class Float32Norm(nn.LayerNorm):
+    """A norm that autocast runs in float32, as it does on CUDA."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
+@pytest.mark.parametrize("attention", ["g3b", "g3b,residual=softmax", "g3b,residual=softmax,softmax_heads=1"])
+def test_norms_of_queries_and_keys_may_stay_in_float32_under_autocast(attention: str) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", **VIT, qk_norm=True, norm_layer=Float32Norm)
+    karat.karatize(model, attention).eval()
+    x = images("vit")
+    with torch.no_grad():
+        exact = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x)
+    torch.testing.assert_close(out.float(), exact, atol=0.05 * float(exact.abs().max()), rtol=0)
+
+
 def test_parallel_blocks_are_converted_too() -> None:
     block = timm.models.vision_transformer.ParallelThingsBlock
     model = timm.create_model("vit_tiny_patch16_224", **VIT, block_fn=block)

@@ -17,7 +17,7 @@ from karat.paper.results import dataset_of, plain, read_run
 from karat.paper.run import run_options
 from karat.paper.setup import PROGRAMS, read_setup
 from karat.train import runs
-from karat.train.commands import _defaults
+from karat.train.commands import defaults
 from karat.train.settings import Settings
 
 # How many figures each table has: 468 in all.
@@ -130,10 +130,10 @@ def test_commands_are_understood_by_the_command_line():
             assert settings.recipe == PUBLISHED
         elif entry.setup.kind == "transfer":
             assert words[:3] == ["karat", "transfer", entry.setup.teacher]
-            settings = tyro.cli(Settings, args=words[3:], default=_defaults(words[3:]))
+            settings = tyro.cli(Settings, args=words[3:], default=defaults(words[3:]))
         else:
             assert words[:2] == ["karat", "train"]
-            settings = tyro.cli(Settings, args=words[2:], default=_defaults(words[2:]))
+            settings = tyro.cli(Settings, args=words[2:], default=defaults(words[2:]))
         assert (settings.model, settings.attention) == (entry.setup.model, entry.setup.attention)
         assert settings.recipe.epochs == entry.setup.epochs
         assert settings.recipe.batch_size == entry.setup.batch_size

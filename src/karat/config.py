@@ -41,7 +41,7 @@ class KArAtConfig:
             None means all.
         residual: None, or "softmax": σ = softmax + gate · operator (SPEC §10).
         gate: beside softmax: "head", a learnable gate for each head, "block", one for all heads of an operator,
-            both zero at the start, or a number, a fixed gate without a parameter.
+            both zero at the start, or a number other than 0, a fixed gate without a parameter.
         input: what the edge functions see: "scores", or "probabilities", softmax's times the number of keys that
             the row may see, so that uniform attention is 1; these are N×N numbers and are kept.
         normalise: None, or "rms": each query's R sums Φ̂(A)_k are divided by their root mean square.
@@ -50,9 +50,11 @@ class KArAtConfig:
         score_gradient: factor of the gradient that the operator sends to q, k and bias through the scores; 0.0: it
             reads the scores without shaping them. Softmax's own gradient stays whole.
         position_bias: None, or "relative": a learnable bias for each head and offset of two tokens, added to the
-            scores by `karat.karatize`; also with "softmax".
+            scores by `karat.karatize`; also with "softmax", where it and `blocks` are all that can be set. Something
+            must see the scores and teach it: softmax, or an operator with a `score_gradient`.
         init: "default" (the output starts with the variance of V) or "paper".
-        init_scale: factor of the operator's initial output; with 0.0 its last map starts at zero.
+        init_scale: factor of the operator's initial output; with 0.0 its last map starts at zero (not beside a gate
+            that is learned and starts there too: neither would learn).
         impl: the implementation of basis attention, see `karat.basis_attention`.
 
     Raises:
@@ -109,6 +111,15 @@ class KArAtConfig:
     def leaves_attention(self) -> bool:
         """Whether a model's own attention stays as it is: softmax, without anything added."""
         return self.is_softmax and self.position_bias is None
+
+    @property
+    def begins_as_softmax(self) -> bool:
+        """Whether a model begins as the one with softmax attention: a learned gate, or a last map, that starts at zero.
+
+        >>> [KArAtConfig.parse(f"g3b,residual=softmax{more}").begins_as_softmax for more in ("", ",gate=1")]
+        [True, False]
+        """
+        return self.residual == "softmax" and (isinstance(self.gate, str) or self.init_scale == 0.0)
 
     @property
     def is_static(self) -> bool:

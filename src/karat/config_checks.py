@@ -41,8 +41,8 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "init": INITS,
     "impl": IMPLS,
 }
-# What shapes the operator and means nothing to softmax, and what only edges of the scores have.
-OF_OPERATORS = ("gate", "init_scale", "input", "normalise", "position", "score_gradient")
+# What softmax has a use for, the second beside the first, and what only edges of the scores have.
+OF_SOFTMAX = ("basis", "position_bias", "blocks")
 OF_EDGES = ("base", "edge_scales", "order", "input", "normalise", "position", "score_gradient")
 
 
@@ -104,6 +104,8 @@ def _before_w(config: KArAtConfig) -> str | None:
 
 
 def _gate(config: KArAtConfig) -> str | None:
+    if config.gate == 0.0:
+        return "gate=0 silences the operator for good: gate='head' starts at zero and learns, softmax has no operator"
     if config.gate == "head" or config.residual:
         return None
     return f"gate={config.gate} belongs beside softmax: add residual='softmax'"
@@ -112,6 +114,11 @@ def _gate(config: KArAtConfig) -> str | None:
 def _initial_size(config: KArAtConfig) -> str | None:
     if config.init_scale == 1.0:
         return None
+    if config.init_scale == 0.0 and config.residual and config.gate in GATES:
+        return (
+            f"init_scale=0 with gate={config.gate}, a learned gate that starts at zero: neither gets a gradient from "
+            "the other; fix the gate (gate=1), or leave init_scale at 1"
+        )
     if config.simplex == "row":
         return f"init_scale={config.init_scale:g}: simplex='row' gives rows of sum one whatever their size; use one"
     edges_last = config.rank is None or config.order != "WPhi"
@@ -124,8 +131,17 @@ def _initial_size(config: KArAtConfig) -> str | None:
 
 
 def _softmax(config: KArAtConfig) -> str | None:
-    asked = _set(config, OF_OPERATORS) if config.is_softmax else None
-    return f"{asked} shapes an operator, and softmax has none; name a basis, e.g. g3b" if asked else None
+    if not config.is_softmax:
+        return None
+    asked = _set(config, tuple(name for name in type(config).__dataclass_fields__ if name not in OF_SOFTMAX))
+    if asked:
+        return f"{asked} shapes an operator, and softmax has none; name a basis, e.g. g3b"
+    if config.blocks is not None and config.position_bias is None:
+        return (
+            f"blocks={config.blocks} says where something is learned, and softmax learns nothing: name a basis, e.g. "
+            "g3b, or add position_bias='relative'"
+        )
+    return None
 
 
 def _static(config: KArAtConfig) -> str | None:
@@ -139,6 +155,16 @@ def _static(config: KArAtConfig) -> str | None:
     return f"{asked} is about edge functions of the scores; static mixing has none" if asked else None
 
 
+def _position_bias(config: KArAtConfig) -> str | None:
+    """A bias of scores learns through softmax, or through an operator that sends the scores a gradient."""
+    if config.position_bias is None or config.is_softmax or config.residual or config.softmax_heads:
+        return None
+    reason = "static mixing is blind to the scores" if config.is_static else "score_gradient=0 holds its gradient back"
+    if config.is_static or config.score_gradient == 0.0:
+        return f"position_bias={config.position_bias} can't learn: {reason}; add residual='softmax' or softmax_heads"
+    return None
+
+
 RULES: tuple[Callable[[KArAtConfig], str | None], ...] = (
     _softmax,
     _static,
@@ -148,6 +174,7 @@ RULES: tuple[Callable[[KArAtConfig], str | None], ...] = (
     _before_w,
     _gate,
     _initial_size,
+    _position_bias,
 )
 
 

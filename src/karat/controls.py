@@ -1,8 +1,13 @@
 """Operators that lack what the others have: keys told apart, eyes for the scores, queries told apart.
 
 They say where a gain comes from. `Pointwise` learns a function of the scores and knows no position; `Static` mixes
+<<<<<<< HEAD
 positions and is blind to the scores; `Row` doesn't even tell queries apart. Beside softmax or in place of heads they
 take all the settings that make sense for them.
+=======
+positions and is blind to the scores, as the random Synthesizer is (Tay et al. 2020, arXiv 2005.00743). Beside softmax
+or in place of heads they take all the settings that make sense for them.
+>>>>>>> fixa
 """
 
 from __future__ import annotations
@@ -35,6 +40,8 @@ class Pointwise(Order):
     gives_sigma: ClassVar[bool] = True
 
     def hidden(self, op, q, k, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
+        if op.config.input == "probabilities":  # they are the queries already, beside unit vectors as keys
+            return self.hidden_of_scores(op, q, mask)
         scores = q @ k.transpose(-2, -1) * scale
         return self.hidden_of_scores(op, scores if bias is None else scores + bias, mask)
 
@@ -57,14 +64,16 @@ class Pointwise(Order):
 
     def attend(self, op, q, k, v, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
         layer = op.edge_layers[0]
-        if not isinstance(layer.basis, LinearBasis) or k.shape[2] < STREAMED_FROM:
+        formed = op.config.input == "probabilities" or k.shape[2] < STREAMED_FROM
+        if formed or not isinstance(layer.basis, LinearBasis):
             return super().attend(op, q, k, v, scale, bias, mask, sums)
         u = layer.packed().to(v.dtype) * v.unsqueeze(2)  # U_f,n = c_f v_n: (H,F,1,1), (B,H,1,N,D) -> (B,H,F,N,D)
         return basis_attention(q, k, u, layer.basis, scale=scale, bias=bias, mask=mask, impl=op.config.impl)
 
 
 class StaticFull(Order):
-    """σ = C, a learned N×N matrix for each head."""
+    """σ = C, a learned N×N matrix for each head: the random Synthesizer (Tay et al. 2020, arXiv 2005.00743), whose
+    softmax over the rows of C is left out."""
 
     streams_scores: ClassVar[bool] = False
     layer_shapes: ClassVar[tuple[str, ...]] = ()
@@ -87,7 +96,10 @@ class StaticFull(Order):
 
 
 class Static(StaticFull):
-    """σ = C Wᵀ with C and W (N,R): what is left of order WPhi with position="query" when the edges are zero."""
+    """σ = C Wᵀ with C and W (N,R): what is left of order WPhi with position="query" when the edges are zero.
+
+    The factorised random Synthesizer (Tay et al. 2020, arXiv 2005.00743), without its softmax over the rows.
+    """
 
     projector_shape: ClassVar[str | None] = "NR"
     position_shape: ClassVar[str | None] = "NR"

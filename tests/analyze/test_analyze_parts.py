@@ -8,6 +8,7 @@ import torch
 import karat
 from karat.analyze.attention import attention_of
 from karat.analyze.parts import parts_of, shares
+from small_models import images, small_model
 
 SIZES = {"img_size": 32, "depth": 2, "num_classes": 10}
 
@@ -83,3 +84,18 @@ def test_softmax_has_no_learned_part_and_one_image_is_too_few() -> None:
     assert parts_of(model, attention_of(model, torch.randn(2, 3, 32, 32))) == []
     with pytest.raises(ValueError, match="two images or more"):
         shares(torch.rand(1, 1, 3, 3))
+
+
+def test_windows_have_no_such_parts() -> None:
+    model = small_model("swin", "g2b,rank=3,residual=softmax")
+    with pytest.raises(ValueError, match=r"SwinTransformer is cut into windows.*need a ViT, DeiT or ConViT"):
+        parts_of(model, attention_of(model, images("swin")))
+
+
+def test_softmax_of_shifted_windows_is_masked_as_the_model_masks_it() -> None:
+    """Gates start at zero: σ is what the softmax model does."""
+    model = small_model("swin", "g2b,rank=3,residual=softmax")
+    blocks = attention_of(model, images("swin"))
+    assert any(block.mask is not None and not block.mask.all() for block in blocks)
+    for block in blocks:
+        torch.testing.assert_close(block.softmax, block.sigma)

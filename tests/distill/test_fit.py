@@ -69,8 +69,20 @@ def test_what_has_no_closed_form_says_so(attention: str) -> None:
     assert Convert(teacher="run", attention=f"{attention},residual=softmax").attention.startswith(attention)
 
 
-def test_residual_softmax_is_its_teacher() -> None:
-    student, teacher, images = pair(attention="g2b,residual=softmax")
+@pytest.mark.parametrize("gate", ["0.5", "1"])
+def test_a_random_operator_beside_softmax_is_refused(gate: str) -> None:
+    attention = f"g2b,rank=2,residual=softmax,gate={gate}"
+    says = f"gate={float(gate)} beside softmax adds an operator that starts at random.*init_scale=0"
+    with pytest.raises(ValueError, match=says):
+        Convert(teacher="run", attention=attention)
+    student, teacher, images = pair(attention=attention)
+    with pytest.raises(ValueError, match=says):
+        fit_operators(student, teacher, lambda: images)
+
+
+@pytest.mark.parametrize("start", ["", ",gate=block", ",gate=1,init_scale=0"])
+def test_residual_softmax_is_its_teacher(start: str) -> None:
+    student, teacher, images = pair(attention=f"g2b,residual=softmax{start}")
     state = {key: value.clone() for key, value in student.state_dict().items()}
     assert fit_operators(student, teacher, lambda: images) is student
     assert all(torch.equal(value, state[key]) for key, value in student.state_dict().items())

@@ -225,6 +225,17 @@ def test_autocast_rounds_the_factors_of_the_products() -> None:
     assert all(torch.equal(x, y) for x, y in zip(out, rounded, strict=True))
 
 
+@pytest.mark.parametrize("low", ["q", "k", "v", "kv"])
+def test_autocast_takes_inputs_of_mixed_precision(low: str) -> None:
+    """As norms of q and k leave them where autocast runs norms in float32."""
+    q, k, v, u = make("fourier(grid=2)", dtype=torch.float32)
+    rounded = joint_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), u, "fourier(grid=2)")
+    mixed = [x.bfloat16() if name in low else x for name, x in zip("qkv", (q, k, v), strict=True)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = joint_attention(*mixed, u, "fourier(grid=2)")
+    assert all(torch.equal(x, y) for x, y in zip(out, rounded, strict=True))
+
+
 @needs_compiler
 @pytest.mark.parametrize("shape", [(65, 32), (197, 64)])
 def test_auto_takes_the_kernel_on_a_cpu(shape: tuple[int, int]) -> None:

@@ -81,6 +81,15 @@ def test_a_converted_run_is_refused(softmax_run: Path, tmp_path: Path, capsys: p
     assert "learnable attention already" in capsys.readouterr().err
 
 
+def test_softmax_with_a_learned_bias_is_no_plain_softmax(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, made = tmp_path / "run", tmp_path / "made"
+    train(tiny(run, attention="softmax,position_bias=relative", epochs=1))
+    assert convert(run, "--output", made) == 2
+    assert "learnable attention already (softmax,position_bias=relative)" in capsys.readouterr().err
+    assert cli.main(["analyze", "parts", str(run), "--images", "2", "--output", str(made)]) == 2
+    assert "this model has no learnable attention" in capsys.readouterr().err
+
+
 SIZE = {"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 

@@ -91,3 +91,23 @@ def test_one_cycle_rises_to_the_peak_and_falls_by_a_cosine_from_there() -> None:
     rise = [1e-4 + (1e-2 - 1e-4) * update / 15 for update in range(15)]
     fall = [1e-5 + (1e-2 - 1e-5) * (1 + math.cos(math.pi * (update - 15) / 25)) / 2 for update in range(15, 41)]
     assert found == pytest.approx(rise + fall)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_milestones_are_fractions_of_the_run_beside_a_warm_up_too(prefix: bool) -> None:
+    recipe = QUICK.override(sched="multistep", epochs=4, warmup_epochs=1, milestones=(0.5, 0.75), warmup_prefix=prefix)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
+    schedule = create_schedule(optimizer, recipe, updates_per_epoch=10)
+    found = []
+    for update in range(10, 40):
+        schedule.step_update(update)
+        found.append(optimizer.param_groups[0]["lr"])
+    assert found == pytest.approx([1e-2] * 9 + [1e-3] * 10 + [1e-4] * 11)  # timm: milestone 20 is update 19
+
+
+def test_a_milestone_inside_the_warm_up_is_refused() -> None:
+    recipe = QUICK.override(sched="multistep", epochs=4, warmup_epochs=2, milestones=(0.5, 0.75), warmup_prefix=True)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
+    with pytest.raises(ValueError, match="fall at update 20, inside the warm-up of 20"):
+        create_schedule(optimizer, recipe, updates_per_epoch=10)
+    assert create_schedule(optimizer, recipe.override(sched="cosine"), updates_per_epoch=10) is not None

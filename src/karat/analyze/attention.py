@@ -7,16 +7,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from karat.masks import safe_softmax
 from karat.record import record
 
 
 @dataclass(frozen=True)
 class BlockAttention:
-    """One block's attention: scores A and σ(A), both (B,H,M,N); in windowed models B counts windows."""
+    """One block's attention: scores A and σ(A), both (B,H,M,N); in windowed models B counts windows.
+
+    mask: boolean, broadcastable to (B,H,M,N), True = takes part, as in shifted windows; None where there is none.
+    """
 
     name: str
     scores: Tensor
     sigma: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def softmax(self) -> Tensor:
+        """What softmax makes of the same scores, (B,H,M,N), exactly zero for masked pairs."""
+        return safe_softmax(self.scores, self.mask)
 
 
 def attention_of(model: nn.Module, images: Tensor) -> list[BlockAttention]:
@@ -32,7 +42,12 @@ def attention_of(model: nn.Module, images: Tensor) -> list[BlockAttention]:
     finally:
         model.train(training)
     return [
-        BlockAttention(name, seen.scores.detach().float().cpu(), seen.attention.detach().float().cpu())
+        BlockAttention(
+            name,
+            seen.scores.detach().float().cpu(),
+            seen.attention.detach().float().cpu(),
+            None if seen.mask is None else seen.mask[(None,) * (4 - seen.mask.dim())].cpu(),
+        )
         for name, seen in intermediates.items()
     ]
 

@@ -82,7 +82,7 @@ class Explorer:
         learned = operator_of_block(self.model, block)
         learns = learned is not None and head in learned.karat_heads
         has_edges = learned is not None and learns and learned.config.has_edges
-        softmax = scores.softmax(-1)
+        softmax = chosen.softmax[:1, head : head + 1]
         shown = {"σ(A)": sigma[0, 0]} | ({"softmax(A)": softmax[0, 0]} if learns else {})
         own, fixed = measures(sigma), measures(softmax)
         names = [name for name in own if name != "head_diversity"]

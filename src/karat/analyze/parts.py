@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from karat.analyze.attention import BlockAttention
 from karat.analyze.functions import operator_of_block
+from karat.attention import KArAtWindowAttention
 from karat.operator import KArAtOperator
 
 FEWEST_IMAGES = 2
@@ -74,14 +75,21 @@ def parts_of(model: nn.Module, blocks: list[BlockAttention]) -> list[Parts]:
     """The parts of every block that learns; blocks as `attention_of(model, images)` gives them.
 
     Beside softmax (residual="softmax") the learned part is σ − softmax(A), gate included; else it is σ.
+
+    Raises ValueError for attention in windows, whose first axis counts windows and not images, and too few images.
     """
     found = []
     for index, block in enumerate(blocks):
         op = operator_of_block(model, index)
         if op is None:
             continue
+        if isinstance(model.get_submodule(block.name), KArAtWindowAttention):
+            raise ValueError(
+                f"attention of {type(model).__name__} is cut into windows: a query's place and row belong to its "
+                "window, not to the image, so it has no such parts; they need a ViT, DeiT or ConViT"
+            )
         heads = list(op.karat_heads)
-        softmax = block.scores[:, heads].softmax(-1)
+        softmax = block.softmax[:, heads]
         sigma = block.sigma[:, heads]
         learned = sigma - softmax if op.config.residual else sigma
         found.append(Parts(block.name, op.karat_heads, _gates(op), shares(learned), shares(softmax)))

@@ -36,13 +36,14 @@ from karat.analyze.study import Study, Subject
 from karat.analyze.sweep import sweep
 from karat.analyze.symbolic import Formula, fit_formula
 from karat.analyze.weights import histograms
+from karat.config import KArAtConfig
 
 # Panels beyond these make a figure unreadable.
 MOST_HEADS, NAMED_EDGES, DRAWN_EDGES, CURVE_POINTS = 6, 3, 40, 201
 
 
 def _learns(subject: Subject) -> bool:
-    return subject.run.settings.attention != "softmax"
+    return not KArAtConfig.parse(subject.run.settings.attention).is_softmax
 
 
 def _table(found: dict[str, Tensor]) -> dict[str, list[float]]:
@@ -131,7 +132,7 @@ def _matrices(s: Subject, block: BlockAttention) -> Any:
     scores, sigma = block.scores[0, head], block.sigma[0, head]
     shown = {f"σ(A), {s.label}": sigma}
     place = f"{block.name}, head {head}"
-    return figures.draw_matrices(scores, shown | ({"softmax(A)": scores.softmax(-1)} if _learns(s) else {}), place)
+    return figures.draw_matrices(scores, shown | ({"softmax(A)": block.softmax[0, head]} if _learns(s) else {}), place)
 
 
 def _overlap(s: Subject, maps: Tensor) -> dict[str, list[float]]:
@@ -223,7 +224,13 @@ def study_parts(subjects: Sequence[Subject]) -> Study:
     if not learning:
         operators_of(subjects[0].model)  # says what is missing
     for s in learning:
-        found = parts_of(s.model, s.attention)
+        try:
+            found = parts_of(s.model, s.attention)
+        except ValueError as error:
+            if len(learning) == 1:
+                raise
+            study.notes.append(f"{s.label}: {error}")
+            continue
         if not found:
             study.notes.append(f"{s.label}: softmax in every block, no learned part")
             continue

@@ -40,13 +40,20 @@ Source = Callable[[], Iterator[Rows]]
 
 
 def check_fits(config: KArAtConfig) -> None:
-    """Raise ValueError for an operator that has no closed form here; with residual="softmax" none is needed."""
+    """Raise ValueError for an operator that has no closed form here; one that begins as softmax needs none."""
+    if config.begins_as_softmax:
+        return
+    if config.residual:
+        raise ValueError(
+            f"gate={config.gate} beside softmax adds an operator that starts at random, and no closed form fits it; "
+            "use gate='head' or init_scale=0, which start as the softmax model"
+        )
     usual = {"order": "WPhi", "input": "scores", "normalise": None}
     changed = [f"{name}={value}" for name, plain in usual.items() if (value := getattr(config, name)) != plain]
     unserved = [text for text in changed if text not in ("order=PhiW", "order=PhiPhi")]
     if config.is_static:
         unserved.append("static mixing")
-    if unserved and not config.residual:
+    if unserved:
         raise ValueError(
             f"{unserved[0]} can't be fitted to softmax in closed form; use another attention, or residual=softmax, "
             "which starts as the softmax model"

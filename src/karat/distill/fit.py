@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from karat.attention import AttentionInputs
 from karat.distill import gauge
-from karat.distill.closed_form import Rows, fit_operator
+from karat.distill.closed_form import Rows, check_fits, fit_operator
 from karat.distill.features import reach
 from karat.distill.least_squares import Moments, least_squares
 from karat.distill.sites import Site, call_at, four_axes, sites, softmax_of
@@ -55,19 +55,20 @@ def fit_operators(
 
     The student is the teacher with its attention converted (`karat.karatize`): same names, same weights elsewhere.
     Blocks are fitted in forward order, each on the tokens that reach it in the student as fitted so far; an operator
-    that blocks share is fitted once, on the teacher's tokens in all of them. With residual="softmax" the student is
-    its teacher already and stays as it is.
+    that blocks share is fitted once, on the teacher's tokens in all of them. Where the attention begins as softmax
+    (residual="softmax" with a learned gate, or with init_scale=0) the student is its teacher already and stays so.
 
     Args:
         student, teacher: models in evaluation mode, on one device.
         images: gives batches (B,C,height,width), the same ones each time it's called.
         progress: told each block's name.
 
-    Raises ValueError for models that don't fit each other, and where there are no images.
+    Raises ValueError for models that don't fit each other, attention without a closed form, and no images.
     """
     options = options or FitOptions()
     places = sites(student, teacher)
-    if places[0].operator.config.residual:
+    check_fits(places[0].operator.config)
+    if places[0].operator.config.begins_as_softmax:
         return student
     if next(iter(images()), None) is None:
         raise ValueError("there are no images to fit to: give at least one")

@@ -40,6 +40,7 @@ def checked(
     basis = parse_basis(basis) if isinstance(basis, str) else basis
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; choose one of {', '.join(IMPLS)}")
+    q, k, v = _autocast(q, k, v)
     _check(q, k, u, basis)
     if v is not None:
         _check_values(k, v, u)
@@ -48,11 +49,21 @@ def checked(
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask must be boolean (True = takes part), got {mask.dtype}; write mask > threshold")
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        # The autocast rule: factors of products with q, k and v go to the low precision; sums stay in float32.
-        low = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(low), k.to(low), None if v is None else v.to(low)
     return Inputs(q, k, v, basis, factor, bias, mask)
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The autocast rule: factors of products with q, k and v go to the low precision; sums stay in float32.
+
+    Before the dtypes are compared: a norm of q and k that autocast leaves in float32 may stand beside v in bfloat16.
+    """
+    given = (q, k) if v is None else (q, k, v)
+    kinds = {x.dtype for x in given}
+    castable = torch.float64 not in kinds and all(kind.is_floating_point for kind in kinds)
+    if not (castable and torch.is_autocast_enabled(q.device.type)):
+        return q, k, v
+    low = torch.get_autocast_dtype(q.device.type)
+    return q.to(low), k.to(low), None if v is None else v.to(low)
 
 
 def _check(q: Tensor, k: Tensor, u: Tensor, basis: Basis) -> None:

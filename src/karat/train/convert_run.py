@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from karat.config import KArAtConfig
 from karat.convert import karatize
@@ -26,6 +26,7 @@ from karat.train.checkpoint import load_weights
 from karat.train.data import Data, load_data, open_splits
 from karat.train.data_sources import size_of
 from karat.train.evaluate import evaluate
+from karat.train.images import Images
 from karat.train.recipes import get_recipe
 from karat.train.settings import AUTO, Settings, preset_for, resolve
 
@@ -37,7 +38,7 @@ class Convert:
     teacher: tyro.conf.Positional[str]
     """The softmax model: a run's folder, or timm's name of a pretrained ViT, DeiT, ConViT or Swin."""
     attention: str = "g3b"
-    """Attention to convert to; with residual=softmax the model stays its teacher and gets gates that start at zero."""
+    """Attention to convert to; with residual=softmax the model stays its teacher: gates or operators start at zero."""
     data: str | None = None
     """Images to fit to, as for karat train; none: the run's own."""
     output: Path | None = None
@@ -88,7 +89,9 @@ class Convert:
         if self.eval_images is not None and self.eval_images < 1:
             raise ValueError(f"eval_images={self.eval_images} must be at least 1")
         if KArAtConfig.parse(self.attention).is_softmax:
-            raise ValueError("attention='softmax' is what the teacher has: name a learnable one, e.g. g3b")
+            raise ValueError(
+                f"attention={self.attention!r} has softmax like the teacher: name a learnable one, e.g. g3b"
+            )
         check_fits(KArAtConfig.parse(self.attention))
 
 
@@ -116,7 +119,7 @@ def convert_run(options: Convert, console: Console | None = None) -> dict[str, A
         teacher = _from_timm(options, settings, data.num_classes, data.in_chans)
     teacher = teacher.to(accelerator.device).eval()
     student = karatize(copy.deepcopy(teacher), settings.attention).eval()
-    images = _Images(few, data, accelerator.device)
+    images = Images(few, data, accelerator.device)
     held_out = [batch for _, batch in zip(range(-(-512 // options.batch_size)), images.evaluation(), strict=False)]
     report: dict[str, Any] = {"teacher": options.teacher, "attention": settings.attention}
     report["options"] = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(options).items()}
@@ -167,8 +170,8 @@ def _teacher(options: Convert) -> tuple[Settings, nn.Module | None, dict[str, An
         theirs, facts = runs.read_config(path)
         if theirs.teacher is not None:
             raise ValueError(f"{path} runs on another's attention: nothing to convert; give {theirs.teacher} instead")
-        if not KArAtConfig.parse(theirs.attention).is_softmax:
-            raise ValueError(f"{path} has learnable attention already ({theirs.attention}); give a softmax run")
+        if not KArAtConfig.parse(theirs.attention).leaves_attention:
+            raise ValueError(f"{path} has learnable attention already ({theirs.attention}); give one of plain softmax")
         if options.checkpoint is not None:
             raise ValueError("--checkpoint belongs to a timm model; a run has its own weights")
         if options.data not in (None, theirs.data):  # how much of their data they took, and where it lay, goes with it
@@ -246,49 +249,6 @@ def _data(settings: Settings, options: Convert) -> tuple[Data, Data]:
         for fraction in fractions
     )
     return few, whole
-
-
-class _Images:
-    """Training images of one Data and evaluation images of another, in batches on a device."""
-
-    def __init__(self, training: Data, evaluation: Data, device: torch.device) -> None:
-        self.few, self.data, self.device, self.passes = training, evaluation, device, 0
-
-    def training(self, count: int, *, fresh: bool = False) -> Iterator[Tensor]:
-        """Batches of `count` training images; the same ones each time, or with `fresh` the next pass's."""
-        return (images.to(self.device) for images, _ in self.labelled_training(count, fresh=fresh))
-
-    def labelled_training(self, count: int, *, fresh: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same with their labels."""
-        self.passes += fresh
-        self.few.train.set_epoch(self.passes if fresh else 0)
-        given = 0
-        while given < count:
-            before = given
-            for images, labels in self.few.train:
-                keep = min(len(images), count - given)
-                given += keep
-                yield images[:keep], labels[:keep]
-                if given >= count:
-                    break
-            if given == before:
-                raise ValueError(f"{self.data.spec} gives no training images")
-            if not fresh:  # fewer images than asked for: all of them, once
-                return
-
-    def labelled(self, most: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Evaluation batches, `most` images at most."""
-        given = 0
-        for images, labels in self.data.eval:
-            keep = len(labels) if most is None else min(len(labels), most - given)
-            if keep <= 0:
-                return
-            given += keep
-            yield images[:keep], labels[:keep]
-
-    def evaluation(self) -> Iterator[Tensor]:
-        """Evaluation images."""
-        return (images.to(self.device) for images, _ in self.data.eval)
 
 
 def _write(

@@ -9,7 +9,6 @@ happens aside of those states.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import statistics
 import time
@@ -20,7 +19,7 @@ import torch
 from accelerate.utils import send_to_device
 from rich.console import Console
 
-from karat.train import checkpoint, faults, files, init, memory, randomness, runs, state, step, track, watch
+from karat.train import checkpoint, faults, files, init, memory, randomness, reports, runs, state, step, track, watch
 from karat.train.build import assemble, create_accelerator
 from karat.train.run_settings import RunSettings, first_change
 from karat.train.settings import Settings
@@ -312,27 +311,13 @@ class Trainer:
     def _close_epoch(self) -> None:
         """Evaluate, save, and report one epoch."""
         p = self.progress
-        seconds = p.seconds
         try:
             measured = self._evaluate()
         except _Interrupted:
             self._leave()
         self.changing = True
         p.epoch, p.batch = p.epoch + 1, 0
-        line = {
-            "epoch": p.epoch,
-            "step": p.step,
-            "lr": self.parts.optimizer.param_groups[0]["lr"],
-            "train_loss": p.loss_sum / max(p.applied, 1),
-            **measured,
-            "seconds": seconds,
-            "ms_per_step": 1e3 * statistics.median(self.step_seconds or [0.0]),
-            "images_per_second": self.data.train.num_samples / max(seconds, 1e-9),
-            "peak_memory_mib": memory.peak_mib(self.accelerator.device),
-            "grad_norm": p.largest_norm,
-            "bad_steps": p.bad_steps,
-            "bad_images": self.data.bad_images,
-        }
+        line = reports.epoch_line(p, self.parts, self.data, measured, self.step_seconds)
         if p.operators:
             line["operator_growth"], where = watch.growth(p.operators, watch.sizes(self.parts.bare))
             self._warn(watch.warning(line["operator_growth"], where))
@@ -356,23 +341,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()  # no process goes on, to evaluate say, before the run is written
 
     def _summary(self) -> dict[str, Any]:
-        p = self.progress
-        return {
-            "folder": os.fspath(self.folder),
-            "model": self.settings.model,
-            "attention": self.settings.attention,
-            "seed": self.settings.seed,
-            "epochs": p.epoch,
-            "finished": p.epoch >= self.recipe.epochs,
-            "parameters": self.parts.parameters,
-            **self.task.summary(p.history),
-            "best": p.best,
-            # the median: the first epoch also pays for what torch and kernels set up once
-            "seconds_per_epoch": statistics.median([e["seconds"] for e in p.history] or [0.0]),
-            # resumed at an epoch's end, that epoch has no step of its own
-            "ms_per_step": statistics.median([t for e in p.history if (t := e.get("ms_per_step"))] or [0.0]),
-            "peak_memory_mib": max((e["peak_memory_mib"] for e in p.history), default=0.0),
-        }
+        return reports.summary(self.folder, self.settings, self.task, self.parts, self.progress)
 
 
 def train(settings: Settings, *, data: Any = None, console: Console | None = None) -> dict[str, Any]:

@@ -67,7 +67,10 @@ def create_optimizer(model: nn.Module, recipe: Optimisation, total_batch: int) -
 
 
 def create_schedule(optimizer: torch.optim.Optimizer, recipe: Optimisation, updates_per_epoch: int) -> Scheduler:
-    """timm's schedule, stepped per update: it is a function of the number of updates and keeps no state."""
+    """timm's schedule, stepped per update: it is a function of the number of updates and keeps no state.
+
+    Raises ValueError for a schedule that timm doesn't have, and a milestone inside a warm-up that comes before it.
+    """
     total = recipe.epochs * updates_per_epoch
     warmup = min(math.ceil(recipe.warmup_epochs * updates_per_epoch), max(total - 1, 0))
     scheduler, _ = create_scheduler_v2(
@@ -78,10 +81,23 @@ def create_schedule(optimizer: torch.optim.Optimizer, recipe: Optimisation, upda
         warmup_prefix=recipe.warmup_prefix,
         warmup_lr=recipe.warmup_lr,
         min_lr=recipe.min_lr,
-        decay_milestones=[math.ceil(share * total) for share in recipe.milestones],  # of multistep alone
+        decay_milestones=_milestones(recipe, total, warmup),
         step_on_epochs=False,
         updates_per_epoch=1,
     )
     if scheduler is None:
         raise ValueError(f"sched {recipe.sched!r} is no schedule: use cosine, or constant for an unchanging rate")
     return scheduler
+
+
+def _milestones(recipe: Optimisation, total: int, warmup: int) -> list[int]:
+    """Of multistep alone: the updates after which the rate falls, counted as timm does, from the prefix's end."""
+    steps = [math.ceil(share * total) for share in recipe.milestones]
+    if recipe.sched != "multistep" or not recipe.warmup_prefix:
+        return steps
+    if steps and steps[0] <= warmup:
+        raise ValueError(
+            f"milestones={recipe.milestones}: the rate would fall at update {steps[0]}, inside the warm-up of {warmup} "
+            "that comes first (warmup_prefix); give later milestones or fewer warmup_epochs"
+        )
+    return [step - warmup for step in steps]
