@@ -208,6 +208,21 @@ def test_epochs_follow_from_step_times_until_a_run_has_begun(tmp_path: Path) -> 
     assert again.variants[0].settings.recipe.epochs == 8
 
 
+def test_a_warm_up_keeps_its_share_of_the_epochs_that_step_times_give(tmp_path: Path) -> None:
+    found = {
+        "settings": {"data": "digits", "epochs": 4, "warmup_epochs": 1.2},
+        "variants": [{"attention": "softmax", "name": "longer", "equal_time_to": "g3b"}, {"attention": "g3b"}],
+    }
+    document = parse_document(found)
+    plan = make_plan(document, common_settings(document.settings), tmp_path)
+    longer, operator = settle(plan, {"longer": {"float32": 0.1}, "g3b": {"float32": 0.2}}).variants
+    assert (longer.settings.recipe.epochs, longer.settings.recipe.warmup_epochs) == (8, 2.4)
+    assert (operator.settings.recipe.epochs, operator.settings.recipe.warmup_epochs) == (4, 1.2)
+    runs.begin(tmp_path / "longer-s0", longer.settings, {})
+    again = make_plan(document, common_settings(document.settings), tmp_path).variants[0]
+    assert again.settings.recipe == longer.settings.recipe
+
+
 def test_a_run_that_another_process_has_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = plan_in(tmp_path).only(["wide"])
     (job,) = plan.jobs()
