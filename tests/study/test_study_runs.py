@@ -19,6 +19,7 @@ from karat.study.document import parse_document
 from karat.study.measures import read_measures
 from karat.study.plan import Plan, common_settings, make_plan, summary_of
 from karat.study.rows import make_rows
+from karat.study.table import markdown
 from karat.study.timing import read_times, settle
 from karat.study.work import claimed, train_all
 from karat.train import runs
@@ -183,6 +184,9 @@ def test_step_times_are_measured_apart_and_give_epochs_of_equal_time(
     assert softmax.in_baseline_time == pytest.approx(softmax.top1.mean)  # type: ignore[union-attr]
     assert operator.in_baseline_time == pytest.approx(operator.curve[0])  # half of its two epochs
     assert wide.in_baseline_time == pytest.approx(wide.curve[-1])
+    assert wide.time_ratio == pytest.approx(3 * 0.5 / (2 * 2.0))  # epochs x seconds, over those of the operator
+    assert (softmax.time_ratio, operator.time_ratio) == (None, None)
+    assert "| 0.38 × operator |" in markdown([softmax, operator, wide], "softmax")
 
 
 def test_epochs_follow_from_step_times_until_a_run_has_begun(tmp_path: Path) -> None:
@@ -200,6 +204,9 @@ def test_epochs_follow_from_step_times_until_a_run_has_begun(tmp_path: Path) -> 
     settled = settle(plan, {"longer": {"float32": 0.3}, "operator": {"float32": 0.3}})
     assert settled.variants[0].settings.recipe.epochs == 8
     assert settled.variants[0].settings.recipe.batch_size == 2 * settled.variants[1].settings.recipe.batch_size
+    # 4 epochs of 1.1 s are as long as 4.4 epochs of 1 s: five whole ones have no less time
+    seconds = {"longer": {"float32": 2.0}, "operator": {"float32": 1.1}}
+    assert settle(plan, seconds).variants[0].settings.recipe.epochs == 5
     run = tmp_path / "longer-s0"
     run.mkdir()
     runs.begin(run, settled.jobs()[0].settings, {})

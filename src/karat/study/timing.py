@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from karat.train.settings import Settings
 
 TIMES = "times.json"
 DTYPES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Times = dict[str, dict[str, float]]
+Times = Mapping[str, Mapping[str, float]]  # seconds of a step, by variant and precision
 
 
 def measure_times(plan: Plan, *, rounds: int = 9) -> Times:
@@ -40,7 +41,7 @@ def measure_times(plan: Plan, *, rounds: int = 9) -> Times:
             if key not in steps:
                 steps[key] = _step(variant.settings, num_classes, in_chans, device, DTYPES[kind])
     found = alternate(steps, rounds)
-    times: Times = {variant.name: {} for variant in plan.variants}
+    times: dict[str, dict[str, float]] = {variant.name: {} for variant in plan.variants}
     spread: dict[str, Any] = {variant.name: {} for variant in plan.variants}
     for (name, kind), key in names.items():
         times[name][kind] = found[key].median
@@ -73,17 +74,24 @@ def _settled(plan: Plan, variant: Variant, times: Times) -> Variant:
     other = plan.variant(variant.equal_time_to)
     if other.waits:
         raise ValueError(f"variant {variant.name!r}: equal_time_to {other.name!r}, which has no epochs of its own")
-    ours, theirs = _epoch_seconds(variant, times), _epoch_seconds(other, times)
-    if ours is None or theirs is None:
+    ratio = time_ratio(variant, other, times)
+    if ratio is None:
         return variant
-    return with_epochs(variant, max(1, round(other.settings.recipe.epochs * theirs / ours)))
+    # whole epochs, never less time than the other row has; a quotient of 8.000000001 is 8
+    return with_epochs(variant, math.ceil(round(variant.settings.recipe.epochs / ratio, 6)))
 
 
-def _epoch_seconds(variant: Variant, times: Times) -> float | None:
-    """An epoch's time in steps' time, up to a factor that all variants share."""
+def time_ratio(variant: Variant, other: Variant, times: Times) -> float | None:
+    """A variant's training time over another's, by measured step times; None where one was not timed."""
+    ours, theirs = _training_time(variant, times), _training_time(other, times)
+    return None if ours is None or theirs is None else ours / theirs
+
+
+def _training_time(variant: Variant, times: Times) -> float | None:
+    """Steps' time of all epochs, up to a factor that all variants share."""
     s = variant.settings
     step = times.get(variant.name, {}).get(s.amp_dtype)
-    return None if step is None else step * s.data_fraction / s.recipe.batch_size
+    return None if step is None else step * s.recipe.epochs * s.data_fraction / s.recipe.batch_size
 
 
 def _sizes(plan: Plan) -> tuple[int, int]:
