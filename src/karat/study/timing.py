@@ -14,19 +14,25 @@ from karat.bench.step import step_of
 from karat.bench.timing import alternate, environment
 from karat.study.plan import Plan, Variant, with_epochs
 from karat.train import files, randomness, runs
-from karat.train.build import build_model, input_size
+from karat.train.build import build_model, checkpoint_gradients, input_size
 from karat.train.settings import Settings
 
 TIMES = "times.json"
 DTYPES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Times = Mapping[str, Mapping[str, float]]  # seconds of a step, by variant and precision
 
+_OF_A_STEP = (
+    *("model", "attention", "teacher"),
+    *("grad_accum_steps", "grad_checkpointing", "compile", "channels_last"),
+)
+
 
 def measure_times(plan: Plan, *, rounds: int = 9) -> Times:
     """Time a step of each variant, alternating, in float32 and in its own precision; kept in the study's times.json.
 
-    A step is forward, loss, backward and AdamW's update on a fixed random batch of the variant's size; loading and
-    augmenting images are left out. Variants that take the same step are timed once. Seconds, medians.
+    A step is forward, loss and backward of a fixed random batch of the variant's size, or of grad_accum_steps batches,
+    and AdamW's update, compiled, with activations recomputed and channels last where the variant's settings say so.
+    Loading and augmenting images are left out. Variants that take the same step are timed once. Seconds, medians.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: give 1 or more")
@@ -36,7 +42,7 @@ def measure_times(plan: Plan, *, rounds: int = 9) -> Times:
     names: dict[tuple[str, str], str] = {}
     for variant in plan.variants:
         for kind in dict.fromkeys(["float32", str(variant.settings.amp_dtype)]):
-            key = repr((_model_key(variant.settings), kind))
+            key = repr((step_settings(variant.settings), kind))
             names[variant.name, kind] = key
             if key not in steps:
                 steps[key] = _step(variant.settings, num_classes, in_chans, device, DTYPES[kind])
@@ -91,7 +97,8 @@ def _training_time(variant: Variant, times: Times) -> float | None:
     """Steps' time of all epochs, up to a factor that all variants share."""
     s = variant.settings
     step = times.get(variant.name, {}).get(s.amp_dtype)
-    return None if step is None else step * s.recipe.epochs * s.data_fraction / s.recipe.batch_size
+    images = s.recipe.batch_size * s.grad_accum_steps
+    return None if step is None else step * s.recipe.epochs * s.data_fraction / images
 
 
 def _sizes(plan: Plan) -> tuple[int, int]:
@@ -103,17 +110,12 @@ def _sizes(plan: Plan) -> tuple[int, int]:
     return plan.variants[0].settings.num_classes or 10, 3
 
 
-def _model_key(settings: Settings) -> tuple[Any, ...]:
+def step_settings(settings: Settings) -> dict[str, Any]:
+    """What the time of a step depends on besides its precision, as JSON has it."""
     recipe = settings.recipe
-    return (
-        settings.model,
-        settings.attention,
-        settings.teacher,
-        tuple(settings.model_kwargs().items()),
-        recipe.batch_size,
-        recipe.drop,
-        recipe.drop_path,
-    )
+    own = {name: getattr(settings, name) for name in _OF_A_STEP}
+    of_recipe = {name: getattr(recipe, name) for name in ("batch_size", "drop", "drop_path")}
+    return own | settings.model_kwargs() | of_recipe
 
 
 def _step(
@@ -121,5 +123,19 @@ def _step(
 ) -> Callable[[], float]:
     with randomness.aside(0):
         model = build_model(settings, num_classes, in_chans)
-    side = settings.img_size or input_size(settings.model)
-    return step_of(model, settings.recipe.batch_size, device=device, amp=amp, side=side, channels=in_chans)
+    memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
+    model.to(memory_format=memory_format)  # type: ignore[call-overload]
+    if settings.grad_checkpointing:
+        checkpoint_gradients(model, settings.model)
+    if settings.compile:
+        model.compile()
+    return step_of(
+        model,
+        settings.recipe.batch_size,
+        device=device,
+        amp=amp,
+        side=settings.img_size or input_size(settings.model),
+        channels=in_chans,
+        batches=settings.grad_accum_steps,
+        memory_format=memory_format,
+    )

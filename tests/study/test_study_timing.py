@@ -1,0 +1,77 @@
+"""Step times: what is timed, in which way, and for which settings times are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from karat.bench.step import step_of
+from karat.study import timing
+from karat.study.document import parse_document
+from karat.study.plan import Plan, common_settings, make_plan
+from karat.study.timing import step_settings, time_ratio
+
+SMALL: dict[str, Any] = {
+    **{"data": "digits", "recipe": "quick", "img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2},
+    **{"num_heads": 2, "batch_size": 4, "epochs": 4, "warmup_epochs": 1, "device": "cpu", "track": []},
+}
+ALTERED = {"grad_accum_steps": 3, "grad_checkpointing": True, "compile": True, "channels_last": True}
+
+
+def plan_of(folder: Path, *rows: dict[str, Any]) -> Plan:
+    document = parse_document({"settings": SMALL, "variants": list(rows)})
+    return make_plan(document, common_settings(document.settings), folder)
+
+
+def test_rows_that_take_other_steps_are_timed_apart(tmp_path: Path) -> None:
+    rows = [{"attention": "softmax", "name": name, name: value} for name, value in ALTERED.items()]
+    plan = plan_of(tmp_path, {"attention": "softmax"}, {"attention": "softmax", "name": "lr", "lr": 1.0}, *rows)
+    keys = [repr(step_settings(variant.settings)) for variant in plan.variants]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 1 + len(ALTERED)
+
+
+def test_a_step_is_taken_under_the_rows_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def catch(model: nn.Module, batch: int, **options: Any) -> Any:
+        seen.update(options, model=model, batch=batch)
+        return lambda: 0.0
+
+    monkeypatch.setattr(timing, "step_of", catch)
+    (variant,) = plan_of(tmp_path, {"attention": "softmax", **ALTERED}).variants
+    timing._step(variant.settings, 10, 3, "cpu", None)
+    model = seen["model"]
+    assert (seen["batch"], seen["batches"], seen["memory_format"]) == (4, 3, torch.channels_last)
+    assert model.patch_embed.proj.weight.is_contiguous(memory_format=torch.channels_last)
+    assert model.grad_checkpointing
+    assert model._compiled_call_impl is not None
+
+
+def test_a_step_passes_over_every_batch_before_its_update() -> None:
+    class Counted(nn.Linear):
+        calls = 0
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            before.append(self.weight.detach().clone())
+            return super().forward(images.flatten(1))
+
+    before: list[torch.Tensor] = []
+    model = Counted(3 * 4 * 4, 10)
+    step = step_of(model, 2, side=4, batches=3)
+    step()
+    assert model.calls == 3
+    assert all(torch.equal(before[0], weight) for weight in before)
+    assert not torch.equal(before[0], model.weight)
+
+
+def test_a_step_of_several_batches_goes_through_the_data_faster(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, {"attention": "softmax"}, {"attention": "softmax", "name": "sum", "grad_accum_steps": 3})
+    plain, summed = plan.variants
+    seconds = {"softmax": {"float32": 1.0}, "sum": {"float32": 2.7}}
+    assert time_ratio(summed, plain, seconds) == pytest.approx(0.9)
