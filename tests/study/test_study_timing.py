@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from karat.bench.step import step_of
+from karat.bench.timing import Timing
 from karat.study import timing
 from karat.study.document import parse_document
 from karat.study.plan import Plan, common_settings, make_plan
@@ -44,12 +47,47 @@ def test_a_step_is_taken_under_the_rows_settings(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(timing, "step_of", catch)
     (variant,) = plan_of(tmp_path, {"attention": "softmax", **ALTERED}).variants
-    timing._step(variant.settings, 10, 3, "cpu", None)
+    timing._steps(variant.settings, 10, 3, "cpu", None)
     model = seen["model"]
     assert (seen["batch"], seen["batches"], seen["memory_format"]) == (4, 3, torch.channels_last)
     assert model.patch_embed.proj.weight.is_contiguous(memory_format=torch.channels_last)
     assert model.grad_checkpointing
     assert model._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize("faster", ["fused softmax", "plain softmax"])
+def test_softmax_is_timed_both_ways_and_the_faster_counts(
+    faster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(tmp_path, {"attention": "softmax"}, {"attention": "g1b"}, {"attention": "g1b,blocks=first"})
+    taken: list[str] = []
+
+    def alternate(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+        taken.extend(steps)
+        return {name: Timing.of([1.0 if name.endswith(faster) else 2.0]) for name in steps}
+
+    monkeypatch.setattr(timing, "alternate", alternate)
+    found = timing.measure_times(plan, rounds=1)
+    assert [kinds["float32"] for kinds in found.values()] == [1.0, 2.0, 1.0]
+    assert len(taken) == 2 + 1 + 2
+    kept = json.loads((tmp_path / timing.TIMES).read_text())["seconds"]
+    assert [kinds["float32"]["way"] for kinds in kept.values()] == [faster, "own", faster]
+
+
+def test_both_ways_of_softmax_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(True) or fused(*a, **k)
+    )
+    (variant,) = plan_of(tmp_path, {"attention": "softmax"}).variants
+    steps = timing._steps(variant.settings, 10, 1, "cpu", None)
+    counted = {}
+    for way, step in steps.items():
+        calls.clear()
+        step()
+        counted[way] = len(calls)
+    assert counted == {"fused softmax": 2, "plain softmax": 0}  # of two blocks
 
 
 def test_a_step_passes_over_every_batch_before_its_update() -> None:
