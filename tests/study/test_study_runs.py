@@ -108,10 +108,18 @@ def test_finished_runs_are_not_touched_and_missing_ones_trained(
 
 
 def test_other_settings_are_refused_before_anything_is_trained(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = everything(study / "out")
-    assert cli.main(arguments(study, "--lr", "0.5")) == 2
-    assert "lr was" in capsys.readouterr().err
-    assert everything(study / "out") == before
+    out = study / "out"
+    before = everything(out) | {path.name: path.read_bytes() for path in out.glob("*.json")}
+    for more in ([], ["--time", "--rounds", "1"], ["--only-table"]):
+        assert cli.main(arguments(study, "--lr", "0.5", *more)) == 2
+        assert "lr was" in capsys.readouterr().err
+        assert everything(out) | {path.name: path.read_bytes() for path in out.glob("*.json")} == before
+
+
+def test_a_model_that_cannot_be_built_leaves_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments(tmp_path, "--num-heads", "3")) == 2
+    assert "variant 'softmax'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_table_against_numpy(study: Path) -> None:
@@ -171,7 +179,7 @@ def test_step_times_are_measured_apart_and_give_epochs_of_equal_time(
     study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(arguments(study, "--time", "--rounds", "1")) == 0
-    times = read_times(study / "out")
+    times = read_times(plan_in(study))
     assert set(times) == {"softmax", "operator", "wide"}
     assert all(set(kinds) == {"float32"} and kinds["float32"] > 0 for kinds in times.values())
     rows = json.loads((study / "out" / "study.json").read_text())["rows"]

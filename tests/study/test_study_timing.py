@@ -16,7 +16,7 @@ from karat.bench.timing import Timing
 from karat.study import timing
 from karat.study.document import parse_document
 from karat.study.plan import Plan, common_settings, make_plan
-from karat.study.timing import step_settings, time_ratio
+from karat.study.timing import measure_times, read_times, step_settings, time_ratio
 
 SMALL: dict[str, Any] = {
     **{"data": "digits", "recipe": "quick", "img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2},
@@ -70,8 +70,8 @@ def test_softmax_is_timed_both_ways_and_the_faster_counts(
     found = timing.measure_times(plan, rounds=1)
     assert [kinds["float32"] for kinds in found.values()] == [1.0, 2.0, 1.0]
     assert len(taken) == 2 + 1 + 2
-    kept = json.loads((tmp_path / timing.TIMES).read_text())["seconds"]
-    assert [kinds["float32"]["way"] for kinds in kept.values()] == [faster, "own", faster]
+    kept = json.loads((tmp_path / timing.TIMES).read_text())["rows"]
+    assert [row["seconds"]["float32"]["way"] for row in kept.values()] == [faster, "own", faster]
 
 
 def test_both_ways_of_softmax_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,3 +113,45 @@ def test_a_step_of_several_batches_goes_through_the_data_faster(tmp_path: Path) 
     plain, summed = plan.variants
     seconds = {"softmax": {"float32": 1.0}, "sum": {"float32": 2.7}}
     assert time_ratio(summed, plain, seconds) == pytest.approx(0.9)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Steps that take what "seconds" says, none of them done."""
+    clock = {"seconds": 1.0}
+    monkeypatch.setattr(timing, "_steps", lambda *_: {"own": lambda: 0.0})
+    monkeypatch.setattr(timing, "alternate", lambda steps, _: {key: Timing.of([clock["seconds"]]) for key in steps})
+    return clock
+
+
+def test_times_are_of_the_settings_that_they_were_measured_under(tmp_path: Path, clock: dict[str, float]) -> None:
+    measure_times(plan_of(tmp_path, {"attention": "softmax"}, {"attention": "g1b"}))
+    same = plan_of(tmp_path, {"attention": "softmax", "lr": 1.0}, {"attention": "g3b"})
+    assert read_times(same) == {"softmax": {"float32": 1.0}}
+    other = plan_of(tmp_path, {"attention": "softmax", "batch_size": 8})
+    with pytest.raises(ValueError, match="'softmax' was timed under other settings: batch_size was 4 and is now 8"):
+        read_times(other)
+    measure_times(other)
+    assert read_times(other) == {"softmax": {"float32": 1.0}}
+
+
+def test_times_of_some_rows_leave_the_others(tmp_path: Path, clock: dict[str, float]) -> None:
+    rows = [{"attention": "softmax"}, {"attention": "g1b"}]
+    measure_times(plan_of(tmp_path, *rows))
+    clock["seconds"] = 2.0
+    assert measure_times(plan_of(tmp_path, *rows), only=["g1b"]) == {"g1b": {"float32": 2.0}}
+    assert read_times(plan_of(tmp_path, *rows)) == {"softmax": {"float32": 1.0}, "g1b": {"float32": 2.0}}
+
+
+def test_times_of_other_machines_or_settings_are_not_put_together(
+    tmp_path: Path, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"attention": "softmax"}, {"attention": "g1b"}]
+    measure_times(plan_of(tmp_path, *rows))
+    before = (tmp_path / timing.TIMES).read_text()
+    with pytest.raises(ValueError, match="'softmax' was timed under other settings"):
+        measure_times(plan_of(tmp_path, {"attention": "softmax", "drop": 0.5}, rows[1]), only=["g1b"])
+    monkeypatch.setattr(timing, "environment", lambda: {"chip": "another"})
+    with pytest.raises(ValueError, match=r"environment was .* time all variants"):
+        measure_times(plan_of(tmp_path, *rows), only=["g1b"])
+    assert (tmp_path / timing.TIMES).read_text() == before

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from karat.options import parse
 from karat.study.document import Document, read_document
-from karat.study.plan import Plan, common_settings, make_plan, summary_of
+from karat.study.plan import Plan, common_settings, make_plan, refuse_other_runs, summary_of
 from karat.train import commands as training
 from karat.train.run_settings import slug
 from karat.train.settings import Settings
@@ -90,17 +90,19 @@ def _study(parsed: Compare, document: Document, common: Settings) -> None:
             raise ValueError(f"seeds={parsed.seeds}: give 1 or more")
         seeds = tuple(range(common.seed, common.seed + parsed.seeds))
     folder = common.output or Path("runs") / f"study-{slug(parsed.study.stem if parsed.study else document.title)}"
-    plan = settle(make_plan(document, common, folder, seeds), read_times(folder))
+    plan = make_plan(document, common, folder, seeds)
+    refuse_other_runs(plan)  # before anything is written
+    if not parsed.time:
+        plan = settle(plan, read_times(plan))
     chosen = plan.only(parsed.attentions)
     console = Console()
     failed: dict[str, str] = {}
     if parsed.time:
-        measure_times(plan, rounds=parsed.rounds)
-        plan = settle(plan, read_times(folder))
+        measure_times(plan, only=parsed.attentions, rounds=parsed.rounds)
+        plan = settle(plan, read_times(plan))
         plan.write()
     elif not parsed.only_table:
-        plan.write()
-        failed = train_all(chosen, console=console, measure=parsed.measure)
+        failed = train_all(chosen, console=console, measure=parsed.measure, before=plan.write)
     for variant in plan.variants:
         if variant.waits:
             console.print(
@@ -120,7 +122,7 @@ def _study(parsed: Compare, document: Document, common: Settings) -> None:
             soft_wrap=True,
         )
     else:
-        write_results(plan, read_times(folder), measures_of(plan), console)
+        write_results(plan, read_times(plan), measures_of(plan), console)
     if failed:
         raise TrainingDiverged(f"{len(failed)} runs diverged: {', '.join(Path(name).name for name in failed)}")
 

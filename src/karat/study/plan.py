@@ -164,6 +164,12 @@ def with_epochs(variant: Variant, epochs: int) -> Variant:
     return replace(variant, settings=replace(variant.settings, recipe=recipe), waits=False)
 
 
+def refuse_other_runs(plan: Plan) -> None:
+    """Raise ValueError where the study's folder holds a run, finished or not, under other settings than asked for."""
+    for job in plan.jobs():
+        summary_of(job)
+
+
 def summary_of(job: Job) -> dict[str, Any] | None:
     """A finished run's summary; None for one that isn't there or not finished.
 

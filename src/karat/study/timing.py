@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,18 +28,25 @@ _OF_A_STEP = (
 )
 
 
-def measure_times(plan: Plan, *, rounds: int = 9) -> Times:
+def measure_times(plan: Plan, *, only: Collection[str] = (), rounds: int = 9) -> Times:
     """Time a step of each variant, alternating, in float32 and in its own precision; kept in the study's times.json.
+
+    only: the names of the variants to time, where it isn't all; what times.json holds of others stays.
 
     A step is forward, loss and backward of a fixed random batch of the variant's size, or of grad_accum_steps batches,
     and AdamW's update, compiled, with activations recomputed and channels last where the variant's settings say so.
     Loading and augmenting images are left out. Variants that take the same step are timed once. Softmax attention of
     timm's is timed fused and in plain operations, and the faster of the two counts. Seconds, medians.
+
+    Raises ValueError, before anything is timed, for kept times of another machine or of other settings.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: give 1 or more")
     device = "cuda" if torch.cuda.is_available() and plan.variants[0].settings.device == "auto" else "cpu"
     num_classes, in_chans = _sizes(plan)
+    where = {"environment": environment(), "device": device}
+    kept = _kept(plan, plan.only(only), where)
+    plan = plan.only(only)
     steps: dict[str, Callable[[], object]] = {}
     ways: dict[str, dict[str, str]] = {}  # of each step, the names of its timings by way
     names: dict[tuple[str, str], str] = {}
@@ -52,27 +59,57 @@ def measure_times(plan: Plan, *, rounds: int = 9) -> Times:
                 ways[key] = {way: f"{key} {way}" for way in found}
                 steps |= {f"{key} {way}": step for way, step in found.items()}
     measured = alternate(steps, rounds)
-    times: dict[str, dict[str, float]] = {variant.name: {} for variant in plan.variants}
-    spread: dict[str, Any] = {variant.name: {} for variant in plan.variants}
+    rows: dict[str, Any] = {v.name: {"settings": step_settings(v.settings), "seconds": {}} for v in plan.variants}
     for (name, kind), key in names.items():
         way, timing = min(((way, measured[step]) for way, step in ways[key].items()), key=lambda one: one[1].median)
-        times[name][kind] = timing.median
-        spread[name][kind] = {"way": way, **vars(timing)}
+        rows[name]["seconds"][kind] = {"way": way, "rounds": rounds, **vars(timing)}
     plan.folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(
-        plan.folder / TIMES,
-        {"environment": environment(), "device": device, "rounds": rounds, "seconds": spread},
-    )
-    return times
+    files.write_json(plan.folder / TIMES, {**where, "rows": kept | rows})
+    return _medians(rows)
 
 
-def read_times(folder: Path) -> Times:
-    """The medians that the study's folder holds; none where it was not timed."""
+def read_times(plan: Plan) -> Times:
+    """The medians that the study's folder holds of the plan's variants; none where it was not timed.
+
+    Raises ValueError where a variant was timed under other settings than it has now.
+    """
+    rows = _read(plan.folder).get("rows", {})
+    known = {variant.name: rows[variant.name] for variant in plan.variants if variant.name in rows}
+    for name, row in known.items():
+        before, now = row["settings"], step_settings(plan.variant(name).settings)
+        for setting in dict.fromkeys([*before, *now]):
+            if before.get(setting) != now.get(setting):
+                raise ValueError(
+                    f"variant {name!r} was timed under other settings: {setting} was {before.get(setting)!r} and is "
+                    f"now {now.get(setting)!r}; time it again with --time, or give another --output"
+                )
+    return _medians(known)
+
+
+def _medians(rows: Mapping[str, Any]) -> Times:
+    return {
+        name: {kind: float(value["median"]) for kind, value in row["seconds"].items()} for name, row in rows.items()
+    }
+
+
+def _read(folder: Path) -> dict[str, Any]:
     path = folder / TIMES
-    if not path.is_file():
-        return {}
-    seconds = files.read_json(path)["seconds"]
-    return {name: {kind: float(value["median"]) for kind, value in kinds.items()} for name, kinds in seconds.items()}
+    return files.read_json(path) if path.is_file() else {}
+
+
+def _kept(plan: Plan, chosen: Plan, where: Mapping[str, Any]) -> dict[str, Any]:
+    """What times.json holds of the plan's other variants than the chosen ones."""
+    new = {variant.name for variant in chosen.variants}
+    rest = replace(plan, variants=tuple(variant for variant in plan.variants if variant.name not in new))
+    names = read_times(rest)
+    found = _read(plan.folder)
+    for place, now in where.items() if names else ():
+        if found[place] != now:
+            raise ValueError(
+                f"{plan.folder / TIMES} was measured elsewhere: {place} was {found[place]} and is now {now}; time all "
+                "variants, without names"
+            )
+    return {name: found["rows"][name] for name in names}
 
 
 def settle(plan: Plan, times: Times) -> Plan:
