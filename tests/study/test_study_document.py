@@ -95,6 +95,10 @@ def test_what_cannot_be_used_is_named(named: str) -> None:
         ("[[variants]]\nattention = 'softmax'", "g3b", "no variant 'g3b'"),
         ("[[variants]]\nattention = 'softmax'", "--only-table --output out", "no run in out is finished"),
         ("[[variants]]\nattention = 'softmax'", "--seeds 0", "seeds=0"),
+        ("[[variants]]\nattention = 'softmax'", "--only-table --time", "leave one of them out"),
+        ("[[variants]]\nattention = 'softmax'", "softmax --only-table", "leave 'softmax' out"),
+        ("[[variants]]\nattention = 'softmax'", "--rounds 3", "give it with --time"),
+        ("[[variants]]\nattention = 'softmax'", "g3b --time", "no variant 'g3b'"),
         ("[[variants]]\nattention = 'g3b,blocks=(9,)'\n[settings]\ndepth = 2", "--output out", "there is no block 9"),
         (None, "", "study.toml can't be read"),
     ],
@@ -123,6 +127,9 @@ def test_the_studies_of_the_documentation_can_be_read(path: Path) -> None:
     assert len(plan.variants) == len(document.entries) > 1
 
 
-def test_what_is_a_studys_needs_its_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["compare", "--only-table"]) == 2
-    assert "--study FILE" in capsys.readouterr().err
+@pytest.mark.parametrize("line", ["--only-table", "--time", "--rounds 3", "--no-measure"])
+def test_what_is_a_studys_needs_its_file(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", *line.split()]) == 2
+    error = capsys.readouterr().err
+    assert f"{line.split()[0]} is of a study" in error
+    assert "--study FILE" in error

@@ -184,6 +184,10 @@ def test_step_times_are_measured_apart_and_give_epochs_of_equal_time(
     assert all(set(kinds) == {"float32"} and kinds["float32"] > 0 for kinds in times.values())
     rows = json.loads((study / "out" / "study.json").read_text())["rows"]
     assert [row["step"]["float32"] for row in rows] == [times[row["name"]]["float32"] for row in rows]
+    assert cli.main(arguments(study, "--time", "--rounds", "1", "wide")) == 0
+    again = read_times(plan_in(study))
+    assert again["softmax"] == times["softmax"]
+    assert again["wide"] != times["wide"]
     capsys.readouterr()
     assert cli.main(arguments(study, "--only-table")) == 0
     plan = plan_in(study)

@@ -26,14 +26,15 @@ class Compare(training.Compare):
 
     study: Path | None = None
     """A study's file (TOML) with settings, seeds and variants, instead of attentions; a run that is finished is not
-    trained again, and several processes may work on one study. Attentions, where given, name the variants to train."""
+    trained again, and several processes may work on one study. Attentions, where given, name the variants to train, or
+    with --time to time."""
     only_table: bool = False
     """With --study: train and measure nothing, write table and figures from the runs that are finished."""
     time: bool = False
     """With --study: train nothing; time a step of every variant, side by side, and write the table. Let nothing else
     run meanwhile."""
-    rounds: int = 9
-    """With --time: how often each step is timed; the median is kept."""
+    rounds: int | None = None
+    """With --time: how often each step is timed; the median is kept; none: 9."""
     measure: bool = True
     """With --study: measure sharpness and maps of every run that is finished."""
 
@@ -48,8 +49,10 @@ def compare(arguments: Sequence[str]) -> None:
     if document is not None and parsed.study is not None:
         _study(parsed, document, settings)
         return
-    if parsed.only_table:
-        raise ValueError("--only-table is of a study: give its file with --study FILE")
+    for name in ("only_table", "time", "rounds", "measure"):
+        if getattr(parsed, name) != getattr(Compare, name):
+            option = f"{'no-' if getattr(Compare, name) is True else ''}{name.replace('_', '-')}"
+            raise ValueError(f"--{option} is of a study: give its file with --study FILE")
     from karat.train.compare import compare as run
 
     run(parsed.attentions, settings, seeds=1 if parsed.seeds is None else parsed.seeds, console=Console())
@@ -84,6 +87,7 @@ def _study(parsed: Compare, document: Document, common: Settings) -> None:
     refuse_several_processes()
     if common.resume is not None or common.overwrite:
         raise ValueError("a study goes on with what its folder holds: leave --resume and --overwrite out")
+    _refuse_idle_options(parsed)
     seeds = None
     if parsed.seeds is not None:
         if parsed.seeds < 1:
@@ -98,7 +102,7 @@ def _study(parsed: Compare, document: Document, common: Settings) -> None:
     console = Console()
     failed: dict[str, str] = {}
     if parsed.time:
-        measure_times(plan, only=parsed.attentions, rounds=parsed.rounds)
+        measure_times(plan, only=parsed.attentions, rounds=9 if parsed.rounds is None else parsed.rounds)
         plan = settle(plan, read_times(plan))
         plan.write()
     elif not parsed.only_table:
@@ -125,6 +129,16 @@ def _study(parsed: Compare, document: Document, common: Settings) -> None:
         write_results(plan, read_times(plan), measures_of(plan), console)
     if failed:
         raise TrainingDiverged(f"{len(failed)} runs diverged: {', '.join(Path(name).name for name in failed)}")
+
+
+def _refuse_idle_options(parsed: Compare) -> None:
+    """ValueError for options that would have nothing to do."""
+    if parsed.only_table and parsed.time:
+        raise ValueError("--only-table measures nothing, and --time writes the table too: leave one of them out")
+    if parsed.only_table and parsed.attentions:
+        raise ValueError(f"--only-table writes all rows: leave {', '.join(map(repr, parsed.attentions))} out")
+    if parsed.rounds is not None and not parsed.time:
+        raise ValueError(f"--rounds {parsed.rounds} is of step times: give it with --time")
 
 
 def _missing(plan: Plan, failed: Mapping[str, str]) -> list[str]:
