@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from karat import cli
+from karat.study.commands import _common
 from karat.study.document import parse_document, read_document
 from karat.study.plan import common_settings, make_plan
 
@@ -125,6 +126,19 @@ def test_the_studies_of_the_documentation_can_be_read(path: Path) -> None:
     document = read_document(path)
     plan = make_plan(document, common_settings(document.settings), Path("study"))
     assert len(plan.variants) == len(document.entries) > 1
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar10-screening"])
+def test_data_beside_the_file_means_what_it_does_in_the_file(name: str, tmp_path: Path) -> None:
+    path = Path(__file__).parents[2] / "docs" / "studies" / f"{name}.toml"
+    written = tmp_path / "study.toml"
+    written.write_text(path.read_text().replace('data = "torch/cifar10"', 'data = "some/folder"'))
+    plans = []
+    for file, line in ((path, ["--data", "some/folder"]), (written, [])):
+        document = read_document(file)
+        plans.append(make_plan(document, _common(document, line), Path("study")))
+    assert plans[0] == plans[1]
+    assert plans[0].variants[0].settings.data == "some/folder"
 
 
 @pytest.mark.parametrize("line", ["--only-table", "--time", "--rounds 3", "--no-measure"])

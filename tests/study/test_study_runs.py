@@ -162,7 +162,7 @@ def test_what_a_study_leaves(study: Path) -> None:
     assert len(runs_in(out)) == 5  # karat report and karat analyze take its folder
 
 
-def test_sharpness_and_maps_are_measured_and_kept(study: Path) -> None:
+def test_what_was_measured_of_the_runs_is_in_the_table(study: Path) -> None:
     out = study / "out"
     rows = {row["name"]: row for row in json.loads((out / "study.json").read_text())["rows"]}
     for name, seeds in (("softmax", (0, 1)), ("operator", (0, 1)), ("wide", (0,))):
@@ -303,6 +303,18 @@ def test_a_diverged_run_does_not_stop_the_others(
     assert cli.main(arguments(tmp_path, "--no-measure", "--seeds", "1", "--epochs", "1")) == 1
     assert "softmax-s0" in capsys.readouterr().err
     assert "| operator | 1 | 1 |" in (tmp_path / "out" / "study.md").read_text()
+
+
+def test_a_row_that_waits_is_not_promised_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = arguments(tmp_path, "--no-measure", "--seeds", "1", "wide")
+    waiting = STUDY + "[[variants]]\nname = 'as long'\nattention = 'softmax'\nequal_time_to = 'operator'\n"
+    (tmp_path / "study.toml").write_text(waiting)
+    assert cli.main(line) == 0
+    said = capsys.readouterr().out
+    time = f"karat compare --study {tmp_path / 'study.toml'} --output {tmp_path / 'out'} --time"
+    assert f"note: as long waits for step times: {time}" in said
+    assert "3 runs are not finished, the first of them softmax-s0: the table is written when step times" in said
+    assert "writes the table;" not in said
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from karat.options import parse
 from karat.study.document import Document, read_document
-from karat.study.plan import Plan, common_settings, make_plan, refuse_other_runs, summary_of
+from karat.study.plan import Plan, common_settings, make_plan, refuse_other_runs, run_folder, summary_of
 from karat.train import commands as training
 from karat.train.run_settings import slug
 from karat.train.settings import Settings
@@ -107,21 +107,21 @@ def _study(parsed: Compare, document: Document, common: Settings) -> None:
         plan.write()
     elif not parsed.only_table:
         failed = train_all(chosen, console=console, measure=parsed.measure, before=plan.write)
-    for variant in plan.variants:
-        if variant.waits:
-            console.print(
-                f"note: {variant.name} waits for step times: karat compare --study {parsed.study} --time",
-                highlight=False,
-                soft_wrap=True,
-            )
+    line = f"karat compare --study {parsed.study}" + (f" --output {common.output}" if common.output else "")
+    waiting = [variant.name for variant in plan.variants if variant.waits]
+    for name in waiting:
+        console.print(f"note: {name} waits for step times: {line} --time", highlight=False, soft_wrap=True)
     missing = _missing(plan, failed)
     done = any(summary_of(job) is not None for job in plan.jobs())
     if parsed.time and not done:
         console.print(f"times: {folder / TIMES}", highlight=False, soft_wrap=True)
     elif missing and not parsed.only_table and not parsed.time:
+        last = "the process that finishes the last one writes the table"
+        if waiting:
+            last = "the table is written when step times are measured and the rows that wait are trained too"
         console.print(
-            f"{len(missing)} runs are not finished, the first of them {missing[0]}: the process that finishes the last "
-            f"one writes the table; karat compare --study {parsed.study} --only-table writes it of those that are",
+            f"{len(missing)} runs are not finished, the first of them {missing[0]}: {last}; {line} --only-table writes "
+            "it of those that are",
             highlight=False,
             soft_wrap=True,
         )
@@ -143,6 +143,6 @@ def _refuse_idle_options(parsed: Compare) -> None:
 
 def _missing(plan: Plan, failed: Mapping[str, str]) -> list[str]:
     """The folders of runs that are still to be finished."""
-    waiting = [variant.name for variant in plan.variants if variant.waits]
-    unfinished = [job for job in plan.jobs() if str(job.folder) not in failed and summary_of(job) is None]
-    return [job.folder.name for job in unfinished] + waiting
+    unfinished = [job.folder for job in plan.jobs() if str(job.folder) not in failed and summary_of(job) is None]
+    waiting = [run_folder(plan.folder, v.name, seed) for v in plan.variants if v.waits for seed in v.seeds]
+    return [folder.name for folder in [*unfinished, *waiting]]
