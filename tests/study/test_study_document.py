@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from karat import cli
+from karat.study.commands import _common
 from karat.study.document import parse_document, read_document
 from karat.study.plan import common_settings, make_plan
 
@@ -95,6 +96,10 @@ def test_what_cannot_be_used_is_named(named: str) -> None:
         ("[[variants]]\nattention = 'softmax'", "g3b", "no variant 'g3b'"),
         ("[[variants]]\nattention = 'softmax'", "--only-table --output out", "no run in out is finished"),
         ("[[variants]]\nattention = 'softmax'", "--seeds 0", "seeds=0"),
+        ("[[variants]]\nattention = 'softmax'", "--only-table --time", "leave one of them out"),
+        ("[[variants]]\nattention = 'softmax'", "softmax --only-table", "leave 'softmax' out"),
+        ("[[variants]]\nattention = 'softmax'", "--rounds 3", "give it with --time"),
+        ("[[variants]]\nattention = 'softmax'", "g3b --time", "no variant 'g3b'"),
         ("[[variants]]\nattention = 'g3b,blocks=(9,)'\n[settings]\ndepth = 2", "--output out", "there is no block 9"),
         (None, "", "study.toml can't be read"),
     ],
@@ -123,6 +128,22 @@ def test_the_studies_of_the_documentation_can_be_read(path: Path) -> None:
     assert len(plan.variants) == len(document.entries) > 1
 
 
-def test_what_is_a_studys_needs_its_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["compare", "--only-table"]) == 2
-    assert "--study FILE" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["cifar10", "cifar10-screening"])
+def test_data_beside_the_file_means_what_it_does_in_the_file(name: str, tmp_path: Path) -> None:
+    path = Path(__file__).parents[2] / "docs" / "studies" / f"{name}.toml"
+    written = tmp_path / "study.toml"
+    written.write_text(path.read_text().replace('data = "torch/cifar10"', 'data = "some/folder"'))
+    plans = []
+    for file, line in ((path, ["--data", "some/folder"]), (written, [])):
+        document = read_document(file)
+        plans.append(make_plan(document, _common(document, line), Path("study")))
+    assert plans[0] == plans[1]
+    assert plans[0].variants[0].settings.data == "some/folder"
+
+
+@pytest.mark.parametrize("line", ["--only-table", "--time", "--rounds 3", "--no-measure"])
+def test_what_is_a_studys_needs_its_file(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", *line.split()]) == 2
+    error = capsys.readouterr().err
+    assert f"{line.split()[0]} is of a study" in error
+    assert "--study FILE" in error

@@ -19,6 +19,7 @@ from karat.study.document import parse_document
 from karat.study.measures import read_measures
 from karat.study.plan import Plan, common_settings, make_plan, summary_of
 from karat.study.rows import make_rows
+from karat.study.table import markdown
 from karat.study.timing import read_times, settle
 from karat.study.work import claimed, train_all
 from karat.train import runs
@@ -107,10 +108,18 @@ def test_finished_runs_are_not_touched_and_missing_ones_trained(
 
 
 def test_other_settings_are_refused_before_anything_is_trained(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = everything(study / "out")
-    assert cli.main(arguments(study, "--lr", "0.5")) == 2
-    assert "lr was" in capsys.readouterr().err
-    assert everything(study / "out") == before
+    out = study / "out"
+    before = everything(out) | {path.name: path.read_bytes() for path in out.glob("*.json")}
+    for more in ([], ["--time", "--rounds", "1"], ["--only-table"]):
+        assert cli.main(arguments(study, "--lr", "0.5", *more)) == 2
+        assert "lr was" in capsys.readouterr().err
+        assert everything(out) | {path.name: path.read_bytes() for path in out.glob("*.json")} == before
+
+
+def test_a_model_that_cannot_be_built_leaves_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments(tmp_path, "--num-heads", "3")) == 2
+    assert "variant 'softmax'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_table_against_numpy(study: Path) -> None:
@@ -153,7 +162,7 @@ def test_what_a_study_leaves(study: Path) -> None:
     assert len(runs_in(out)) == 5  # karat report and karat analyze take its folder
 
 
-def test_sharpness_and_maps_are_measured_and_kept(study: Path) -> None:
+def test_what_was_measured_of_the_runs_is_in_the_table(study: Path) -> None:
     out = study / "out"
     rows = {row["name"]: row for row in json.loads((out / "study.json").read_text())["rows"]}
     for name, seeds in (("softmax", (0, 1)), ("operator", (0, 1)), ("wide", (0,))):
@@ -170,11 +179,15 @@ def test_step_times_are_measured_apart_and_give_epochs_of_equal_time(
     study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(arguments(study, "--time", "--rounds", "1")) == 0
-    times = read_times(study / "out")
+    times = read_times(plan_in(study))
     assert set(times) == {"softmax", "operator", "wide"}
     assert all(set(kinds) == {"float32"} and kinds["float32"] > 0 for kinds in times.values())
     rows = json.loads((study / "out" / "study.json").read_text())["rows"]
     assert [row["step"]["float32"] for row in rows] == [times[row["name"]]["float32"] for row in rows]
+    assert cli.main(arguments(study, "--time", "--rounds", "1", "wide")) == 0
+    again = read_times(plan_in(study))
+    assert again["softmax"] == times["softmax"]
+    assert again["wide"] != times["wide"]
     capsys.readouterr()
     assert cli.main(arguments(study, "--only-table")) == 0
     plan = plan_in(study)
@@ -183,6 +196,9 @@ def test_step_times_are_measured_apart_and_give_epochs_of_equal_time(
     assert softmax.in_baseline_time == pytest.approx(softmax.top1.mean)  # type: ignore[union-attr]
     assert operator.in_baseline_time == pytest.approx(operator.curve[0])  # half of its two epochs
     assert wide.in_baseline_time == pytest.approx(wide.curve[-1])
+    assert wide.time_ratio == pytest.approx(3 * 0.5 / (2 * 2.0))  # epochs x seconds, over those of the operator
+    assert (softmax.time_ratio, operator.time_ratio) == (None, None)
+    assert "| 0.38 × operator |" in markdown([softmax, operator, wide], "softmax")
 
 
 def test_epochs_follow_from_step_times_until_a_run_has_begun(tmp_path: Path) -> None:
@@ -200,12 +216,30 @@ def test_epochs_follow_from_step_times_until_a_run_has_begun(tmp_path: Path) -> 
     settled = settle(plan, {"longer": {"float32": 0.3}, "operator": {"float32": 0.3}})
     assert settled.variants[0].settings.recipe.epochs == 8
     assert settled.variants[0].settings.recipe.batch_size == 2 * settled.variants[1].settings.recipe.batch_size
+    # 4 epochs of 1.1 s are as long as 4.4 epochs of 1 s: five whole ones have no less time
+    seconds = {"longer": {"float32": 2.0}, "operator": {"float32": 1.1}}
+    assert settle(plan, seconds).variants[0].settings.recipe.epochs == 5
     run = tmp_path / "longer-s0"
     run.mkdir()
     runs.begin(run, settled.jobs()[0].settings, {})
     again = make_plan(document, common_settings(document.settings), tmp_path)
     assert not again.variants[0].waits
     assert again.variants[0].settings.recipe.epochs == 8
+
+
+def test_a_warm_up_keeps_its_share_of_the_epochs_that_step_times_give(tmp_path: Path) -> None:
+    found = {
+        "settings": {"data": "digits", "epochs": 4, "warmup_epochs": 1.2},
+        "variants": [{"attention": "softmax", "name": "longer", "equal_time_to": "g3b"}, {"attention": "g3b"}],
+    }
+    document = parse_document(found)
+    plan = make_plan(document, common_settings(document.settings), tmp_path)
+    longer, operator = settle(plan, {"longer": {"float32": 0.1}, "g3b": {"float32": 0.2}}).variants
+    assert (longer.settings.recipe.epochs, longer.settings.recipe.warmup_epochs) == (8, 2.4)
+    assert (operator.settings.recipe.epochs, operator.settings.recipe.warmup_epochs) == (4, 1.2)
+    runs.begin(tmp_path / "longer-s0", longer.settings, {})
+    again = make_plan(document, common_settings(document.settings), tmp_path).variants[0]
+    assert again.settings.recipe == longer.settings.recipe
 
 
 def test_a_run_that_another_process_has_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,6 +303,18 @@ def test_a_diverged_run_does_not_stop_the_others(
     assert cli.main(arguments(tmp_path, "--no-measure", "--seeds", "1", "--epochs", "1")) == 1
     assert "softmax-s0" in capsys.readouterr().err
     assert "| operator | 1 | 1 |" in (tmp_path / "out" / "study.md").read_text()
+
+
+def test_a_row_that_waits_is_not_promised_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = arguments(tmp_path, "--no-measure", "--seeds", "1", "wide")
+    waiting = STUDY + "[[variants]]\nname = 'as long'\nattention = 'softmax'\nequal_time_to = 'operator'\n"
+    (tmp_path / "study.toml").write_text(waiting)
+    assert cli.main(line) == 0
+    said = capsys.readouterr().out
+    time = f"karat compare --study {tmp_path / 'study.toml'} --output {tmp_path / 'out'} --time"
+    assert f"note: as long waits for step times: {time}" in said
+    assert "3 runs are not finished, the first of them softmax-s0: the table is written when step times" in said
+    assert "writes the table;" not in said
 
 
 @pytest.mark.slow

@@ -50,22 +50,26 @@ def step_of(
     amp: torch.dtype | None = None,
     side: int | None = None,
     channels: int = 3,
+    batches: int = 1,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Callable[[], float]:
     """A closure that does one AdamW step on a fixed random batch and returns the loss.
 
-    The images are square, `side` pixels a side; None asks the model's patch embedding.
+    The images are square, `side` pixels a side; None asks the model's patch embedding. Each step adds up the gradients
+    of `batches` passes.
     """
     model = model.to(device).train()
     size: tuple[int, int] = (side, side) if side is not None else model.patch_embed.img_size  # type: ignore[union-attr, assignment]
-    images = torch.randn(batch, channels, *size, device=device)
+    images = torch.randn(batch, channels, *size, device=device).contiguous(memory_format=memory_format)
     labels = torch.randint(0, 10, (batch,), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device, dtype=amp, enabled=amp is not None):
-            loss = F.cross_entropy(model(images), labels)
-        loss.backward()
+        for _ in range(batches):
+            with torch.autocast(device, dtype=amp, enabled=amp is not None):
+                loss = F.cross_entropy(model(images), labels)
+            (loss / batches).backward()
         optimizer.step()
         return loss.item()
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from karat.options import parse
 from karat.study.document import Document, read_document
-from karat.study.plan import Plan, common_settings, make_plan, summary_of
+from karat.study.plan import Plan, common_settings, make_plan, refuse_other_runs, run_folder, summary_of
 from karat.train import commands as training
 from karat.train.run_settings import slug
 from karat.train.settings import Settings
@@ -26,14 +26,15 @@ class Compare(training.Compare):
 
     study: Path | None = None
     """A study's file (TOML) with settings, seeds and variants, instead of attentions; a run that is finished is not
-    trained again, and several processes may work on one study. Attentions, where given, name the variants to train."""
+    trained again, and several processes may work on one study. Attentions, where given, name the variants to train, or
+    with --time to time."""
     only_table: bool = False
     """With --study: train and measure nothing, write table and figures from the runs that are finished."""
     time: bool = False
     """With --study: train nothing; time a step of every variant, side by side, and write the table. Let nothing else
     run meanwhile."""
-    rounds: int = 9
-    """With --time: how often each step is timed; the median is kept."""
+    rounds: int | None = None
+    """With --time: how often each step is timed; the median is kept; none: 9."""
     measure: bool = True
     """With --study: measure sharpness and maps of every run that is finished."""
 
@@ -48,8 +49,10 @@ def compare(arguments: Sequence[str]) -> None:
     if document is not None and parsed.study is not None:
         _study(parsed, document, settings)
         return
-    if parsed.only_table:
-        raise ValueError("--only-table is of a study: give its file with --study FILE")
+    for name in ("only_table", "time", "rounds", "measure"):
+        if getattr(parsed, name) != getattr(Compare, name):
+            option = f"{'no-' if getattr(Compare, name) is True else ''}{name.replace('_', '-')}"
+            raise ValueError(f"--{option} is of a study: give its file with --study FILE")
     from karat.train.compare import compare as run
 
     run(parsed.attentions, settings, seeds=1 if parsed.seeds is None else parsed.seeds, console=Console())
@@ -84,49 +87,62 @@ def _study(parsed: Compare, document: Document, common: Settings) -> None:
     refuse_several_processes()
     if common.resume is not None or common.overwrite:
         raise ValueError("a study goes on with what its folder holds: leave --resume and --overwrite out")
+    _refuse_idle_options(parsed)
     seeds = None
     if parsed.seeds is not None:
         if parsed.seeds < 1:
             raise ValueError(f"seeds={parsed.seeds}: give 1 or more")
         seeds = tuple(range(common.seed, common.seed + parsed.seeds))
     folder = common.output or Path("runs") / f"study-{slug(parsed.study.stem if parsed.study else document.title)}"
-    plan = settle(make_plan(document, common, folder, seeds), read_times(folder))
+    plan = make_plan(document, common, folder, seeds)
+    refuse_other_runs(plan)  # before anything is written
+    if not parsed.time:
+        plan = settle(plan, read_times(plan))
     chosen = plan.only(parsed.attentions)
     console = Console()
     failed: dict[str, str] = {}
     if parsed.time:
-        measure_times(plan, rounds=parsed.rounds)
-        plan = settle(plan, read_times(folder))
+        measure_times(plan, only=parsed.attentions, rounds=9 if parsed.rounds is None else parsed.rounds)
+        plan = settle(plan, read_times(plan))
         plan.write()
     elif not parsed.only_table:
-        plan.write()
-        failed = train_all(chosen, console=console, measure=parsed.measure)
-    for variant in plan.variants:
-        if variant.waits:
-            console.print(
-                f"note: {variant.name} waits for step times: karat compare --study {parsed.study} --time",
-                highlight=False,
-                soft_wrap=True,
-            )
+        failed = train_all(chosen, console=console, measure=parsed.measure, before=plan.write)
+    line = f"karat compare --study {parsed.study}" + (f" --output {common.output}" if common.output else "")
+    waiting = [variant.name for variant in plan.variants if variant.waits]
+    for name in waiting:
+        console.print(f"note: {name} waits for step times: {line} --time", highlight=False, soft_wrap=True)
     missing = _missing(plan, failed)
     done = any(summary_of(job) is not None for job in plan.jobs())
     if parsed.time and not done:
         console.print(f"times: {folder / TIMES}", highlight=False, soft_wrap=True)
     elif missing and not parsed.only_table and not parsed.time:
+        last = "the process that finishes the last one writes the table"
+        if waiting:
+            last = "the table is written when step times are measured and the rows that wait are trained too"
         console.print(
-            f"{len(missing)} runs are not finished, the first of them {missing[0]}: the process that finishes the last "
-            f"one writes the table; karat compare --study {parsed.study} --only-table writes it of those that are",
+            f"{len(missing)} runs are not finished, the first of them {missing[0]}: {last}; {line} --only-table writes "
+            "it of those that are",
             highlight=False,
             soft_wrap=True,
         )
     else:
-        write_results(plan, read_times(folder), measures_of(plan), console)
+        write_results(plan, read_times(plan), measures_of(plan), console)
     if failed:
         raise TrainingDiverged(f"{len(failed)} runs diverged: {', '.join(Path(name).name for name in failed)}")
 
 
+def _refuse_idle_options(parsed: Compare) -> None:
+    """ValueError for options that would have nothing to do."""
+    if parsed.only_table and parsed.time:
+        raise ValueError("--only-table measures nothing, and --time writes the table too: leave one of them out")
+    if parsed.only_table and parsed.attentions:
+        raise ValueError(f"--only-table writes all rows: leave {', '.join(map(repr, parsed.attentions))} out")
+    if parsed.rounds is not None and not parsed.time:
+        raise ValueError(f"--rounds {parsed.rounds} is of step times: give it with --time")
+
+
 def _missing(plan: Plan, failed: Mapping[str, str]) -> list[str]:
     """The folders of runs that are still to be finished."""
-    waiting = [variant.name for variant in plan.variants if variant.waits]
-    unfinished = [job for job in plan.jobs() if str(job.folder) not in failed and summary_of(job) is None]
-    return [job.folder.name for job in unfinished] + waiting
+    unfinished = [job.folder for job in plan.jobs() if str(job.folder) not in failed and summary_of(job) is None]
+    waiting = [run_folder(plan.folder, v.name, seed) for v in plan.variants if v.waits for seed in v.seeds]
+    return [folder.name for folder in [*unfinished, *waiting]]

@@ -158,9 +158,16 @@ def _with_known_epochs(variant: Variant, folder: Path) -> Variant:
 
 
 def with_epochs(variant: Variant, epochs: int) -> Variant:
-    """The variant trained for so many epochs."""
-    recipe = variant.settings.recipe.override(epochs=epochs)
+    """The variant trained for so many epochs, of which the warm-up takes the share that it took before."""
+    recipe = variant.settings.recipe
+    recipe = recipe.override(epochs=epochs, warmup_epochs=recipe.warmup_epochs * epochs / recipe.epochs)
     return replace(variant, settings=replace(variant.settings, recipe=recipe), waits=False)
+
+
+def refuse_other_runs(plan: Plan) -> None:
+    """Raise ValueError where the study's folder holds a run, finished or not, under other settings than asked for."""
+    for job in plan.jobs():
+        summary_of(job)
 
 
 def summary_of(job: Job) -> dict[str, Any] | None:

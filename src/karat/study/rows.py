@@ -9,10 +9,9 @@ from typing import Any
 
 from karat.study.plan import Job, Plan, Variant, summary_of
 from karat.study.statistics import Difference, Mean, difference, read_curve
+from karat.study.timing import Times, time_ratio
 from karat.train import runs
 from karat.train.compare import count_operations
-
-Times = Mapping[str, Mapping[str, float]]  # seconds of a step, by variant and precision
 
 
 @dataclass(frozen=True)
@@ -29,9 +28,10 @@ class Row:
     """A variant's results over its finished runs; without any, those that need one are None.
 
     top1: %, after the last epoch. curve: mean top-1 after each epoch; curves: of each run. difference: to the
-    baseline; None for that itself. at_equal_time: rows declared `equal_time_to` this one. in_baseline_time: the curve
-    read where the baseline's whole training time has passed. step: seconds of a training step by precision.
-    measures: what was measured of the trained models. planned: how many runs the study asks for.
+    baseline; None for that itself. time_ratio: the time that the row's epochs take, over that of the row which it is
+    declared `equal_time_to`. at_equal_time: rows declared so of this one. in_baseline_time: the curve read where the
+    baseline's whole training time has passed. step: seconds of a training step by precision. measures: what was
+    measured of the trained models. planned: how many runs the study asks for.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Row:
     curves: tuple[tuple[float, ...], ...] = ()
     difference: Difference | None = None
     equal_time_to: str | None = None
+    time_ratio: float | None = None
     at_equal_time: tuple[AtEqualTime, ...] = ()
     in_baseline_time: float | None = None
     parameters: int | None = None
@@ -112,6 +113,7 @@ def _row(
         planned=len(variant.seeds),
         amp_dtype=variant.settings.amp_dtype,
         equal_time_to=variant.equal_time_to,
+        time_ratio=_time_ratio(plan, variant, times),
         step=times.get(variant.name, {}),
     )
     top1 = mine.top1
@@ -136,6 +138,12 @@ def _row(
             "runs": tuple(str(job.folder) for job in mine.jobs),
         }
     )
+
+
+def _time_ratio(plan: Plan, variant: Variant, times: Times) -> float | None:
+    if variant.equal_time_to is None or variant.waits:
+        return None
+    return time_ratio(variant, plan.variant(variant.equal_time_to), times)
 
 
 def _at_equal_time(name: str, top1: Mean, found: Any) -> list[AtEqualTime]:

@@ -31,6 +31,7 @@ def columns(rows: Sequence[Row], baseline: str) -> list[Column]:
         Column("runs", _runs),
         Column("top-1 %", lambda row: _mean(row.top1, ".2f")),
         Column(f"− {baseline}", lambda row: _gap(row.difference)),
+        Column("training time", _training_time),
         Column("at equal time", _equal_time),
         Column(f"in {baseline}'s time", lambda row: _number(row.in_baseline_time, ".2f")),
         Column("parameters (k)", lambda row: _number(_per(row.parameters, 1e3), ",.0f")),
@@ -110,6 +111,11 @@ def _gap(value: Difference | None) -> str | None:
 
 def _equal_time(row: Row) -> str | None:
     return "; ".join(f"{_gap(one.difference)} to {one.against}" for one in row.at_equal_time) or None
+
+
+def _training_time(row: Row) -> str | None:
+    """Of a row that is to train as long as another: how many times as long it does."""
+    return None if row.time_ratio is None else f"{row.time_ratio:.2f} × {row.equal_time_to}"
 
 
 def _number(value: float | None, form: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,16 +54,21 @@ def refuse_several_processes() -> None:
         raise ValueError("a study trains each run in one process: start karat compare --study several times instead")
 
 
-def train_all(plan: Plan, *, console: Console, measure: bool = True) -> dict[str, str]:
+def train_all(
+    plan: Plan, *, console: Console, measure: bool = True, before: Callable[[], object] | None = None
+) -> dict[str, str]:
     """Train or go on with every run that isn't finished and that no other process trains; why runs diverged, by folder.
 
     With `measure`, what `measure_run` tells of each finished run is worked out too, unless it is there.
+    `before` is called when all that can be refused was looked at, before the first run.
 
     Raises ValueError, before any is trained, for runs under other settings and models that can't be built.
     """
     refuse_several_processes()
     jobs = plan.jobs()
     check_models([job for job in jobs if summary_of(job) is None])
+    if before is not None:
+        before()
     shared = _Shared()
     failed: dict[str, str] = {}
     measured: set[Path] = set()

@@ -134,7 +134,7 @@ def mix(mixup: Mixup | None, images: Tensor, labels: Tensor) -> tuple[Tensor, Te
     return mixed
 
 
-def _checkpoint_gradients(model: nn.Module, name: str) -> None:
+def checkpoint_gradients(model: nn.Module, name: str) -> None:
     """timm's set_grad_checkpointing; ValueError for a model that has none."""
     switch = getattr(model, "set_grad_checkpointing", None)
     try:
@@ -178,7 +178,7 @@ def assemble(
     seed_everything(settings.seed)
     model, loaded = task.build(data, folder)
     if settings.grad_checkpointing:
-        _checkpoint_gradients(model, settings.model)
+        checkpoint_gradients(model, settings.model)
     count = sum(p.numel() for p in model.parameters())
     total_batch = recipe.batch_size * settings.grad_accum_steps * accelerator.num_processes
     optimizer = create_optimizer(model, recipe, total_batch)
