@@ -11,7 +11,8 @@ from karat.analyze.figures import save
 from karat.study import table
 from karat.study.figures import draw_figures
 from karat.study.plan import Plan, summary_of
-from karat.study.rows import Row, Times, as_json, make_rows
+from karat.study.rows import Row, as_json, make_rows
+from karat.study.timing import Times
 from karat.train import files
 from karat.train.compare import RESULT, summarise
 

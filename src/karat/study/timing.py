@@ -168,7 +168,7 @@ def _steps(
     with randomness.aside(0):
         model = build_model(settings, num_classes, in_chans)
     memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
-    model.to(memory_format=memory_format)  # type: ignore[call-overload]
+    model.to(memory_format=memory_format)
     if settings.grad_checkpointing:
         checkpoint_gradients(model, settings.model)
     if settings.compile:
