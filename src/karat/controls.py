@@ -1,8 +1,8 @@
 """Operators that lack what the others have: keys told apart, eyes for the scores, queries told apart.
 
 They say where a gain comes from. `Pointwise` learns a function of the scores and knows no position; `Static` mixes
-positions and is blind to the scores, as the random Synthesizer is (Tay et al. 2020, arXiv 2005.00743); `Row` doesn't even
-tell queries apart. Beside softmax or in place of heads they take all the settings that make sense for them.
+positions and is blind to the scores, as the random Synthesizer is (Tay et al. 2020, arXiv 2005.00743); `Row` doesn't
+even tell queries apart. Beside softmax or in place of heads they take all the settings that make sense for them.
 """
 
 from __future__ import annotations
