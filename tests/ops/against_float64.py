@@ -2,16 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from karat.basis import parse_basis
 from karat.ops import basis_attention
 
+HARMLESS = 50.0  # a term's own error is about 1e-7
+Drawn = TypeVar("Drawn")
+
 
 def relative_error(ours: Tensor, exact: Tensor) -> float:
     assert torch.isfinite(ours).all()
     return ((ours.double() - exact).norm() / exact.norm().clamp_min(1e-12)).item()
+
+
+def cancelled(terms: Tensor, shape: torch.Size) -> float:
+    """Σ|terms| / |Σ terms| for sums to `shape`: by so much a sum's relative error exceeds its terms'."""
+    sizes = [float(x.sum_to_size(shape).norm()) for x in (terms.abs(), terms)]
+    return sizes[0] / sizes[1] if sizes[1] > 0 else 0.0
+
+
+def least_cancelling(draw: Callable[[], Drawn], first: Drawn, cancellation: Callable[[Drawn], float]) -> Drawn:
+    """`first` if its sums don't cancel badly, else the best of some more draws."""
+    best, worst = first, cancellation(first)
+    for _ in range(20):
+        if worst <= HARMLESS:
+            break
+        other = draw()
+        if (found := cancellation(other)) < worst:
+            best, worst = other, found
+    return best
+
+
+def well_posed(
+    q: Tensor, k: Tensor, u: Tensor, spec: str, bias: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """A bias and a random gradient of the output for which float32 can tell what the bias's gradient is.
+
+    Where a bias is shared its gradient is a sum over pairs, and a sum that happens to cancel has no correct digits in
+    float32, whoever computes it: one in fifty single numbers misses 1e-5 in the definition's own float32. Such a
+    question is put anew, with other numbers in the same shapes; the bound stays.
+    """
+    grad = torch.randn(*q.shape[:3], u.shape[-1]).to(q.dtype)
+    if bias is None:
+        return None, grad
+    leaves = [x.detach().double() for x in (q, k, u)]
+
+    def cancellation(choice: tuple[Tensor, Tensor]) -> float:
+        each = choice[0].double().expand(*q.shape[:3], k.shape[2]).contiguous().requires_grad_()
+        out = basis_attention(*leaves, spec, bias=each, mask=mask, impl="reference")
+        return cancelled(torch.autograd.grad(out, each, choice[1].double())[0], bias.shape)
+
+    return least_cancelling(lambda: (torch.randn_like(bias), torch.randn_like(grad)), (bias, grad), cancellation)
 
 
 def assert_matches(
@@ -26,10 +72,10 @@ def assert_matches(
     tolerance: float = 1e-5,
 ) -> None:
     """Output and gradients of an implementation against the definition in float64 on the same numbers."""
+    bias, grad = well_posed(q, k, u, spec, bias, mask)
     inputs = [x for x in (q, k, u, bias) if x is not None]
     ours = [x.detach().requires_grad_() for x in inputs]
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    grad = torch.randn(*q.shape[:3], u.shape[-1]).to(q.dtype)
     results = []
     for (a, b, c, *rest), way in ((ours, impl), (exact, "reference")):
         out = basis_attention(a, b, c, spec, bias=rest[0] if rest else None, mask=mask, impl=way)
