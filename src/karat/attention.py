@@ -155,7 +155,7 @@ class _Tokens(_TakenOver):
         self.gate: nn.Module | None = getattr(attn, "gate", None)
 
     def _attend(self, inputs: AttentionInputs) -> Tensor:
-        """(B,H,N,D) heads' inputs -> (B,N,H·D)."""
+        """(B,H,N,D) heads' inputs -> (B,N,H·D); what the classes below, which are the ones that are made, differ in."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

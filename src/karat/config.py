@@ -189,7 +189,7 @@ class KArAtConfig:
             if not equals or key not in known:
                 raise ValueError(f"can't read the option {option!r} of {spec!r}; known options: {', '.join(known)}")
             settings[key] = _value(text)
-        return cls(**settings)  # type: ignore[arg-type]
+        return cls(**settings)  # type: ignore[arg-type]  # values are checked by __post_init__
 
     @classmethod
     def explicit(cls, spec: str) -> str:

@@ -118,9 +118,9 @@ def karatize(model: nn.Module, config: KArAtConfig | str) -> nn.Module:
     for site, new in zip(sites, replacements, strict=True):
         parent, _, child = site.name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
-    model.no_weight_decay = NoWeightDecay(model)  # type: ignore[assignment]
+    model.no_weight_decay = NoWeightDecay(model)  # type: ignore[assignment]  # a method before
     if hasattr(type(model), "set_input_size"):
-        model.set_input_size = SetInputSize(model)  # type: ignore[assignment]
+        model.set_input_size = SetInputSize(model)  # type: ignore[assignment]  # a method before
     if getattr(model, "dynamic_img_size", False):
         _watch_grids(model)
     return model

@@ -72,7 +72,7 @@ class KArAtOperator(nn.Module):
     @property
     def edge_layers(self) -> list[EdgeLayer]:
         """`layers`, by their type."""
-        return list(self.layers)  # type: ignore[arg-type]
+        return list(self.layers)  # type: ignore[arg-type]  # all are
 
     @property
     def position_shape(self) -> str | None:

@@ -84,7 +84,7 @@ class Lesson:
     def __init__(self, teacher: nn.Module, seats: list[Seat]) -> None:
         self.teacher, self.seats = teacher, seats
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
     def begin(self, student: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Hand the teacher's attention for these images to every block."""
         like = next(self.teacher.parameters())
@@ -95,7 +95,7 @@ class Lesson:
         for seat in self.seats:
             seat.attention.given = seen[seat.source]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
     def end(self, student: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
         """Take it back, so that it is never mixed up with other images (training needs it for the backward pass)."""
         if not student.training:

@@ -151,10 +151,10 @@ def score_range(scores: Tensor, deviations: float = 3.0) -> tuple[float, float]:
 def _layer(op: KArAtOperator, layer: int) -> EdgeLayer:
     if not op.layers:
         raise ValueError("static mixing is blind to the scores: it has no edge functions")
-    if not 0 <= layer < len(op.layers):
-        raise ValueError(f"layer must be 0 to {len(op.layers) - 1} in order {op.config.order}, got {layer}")
-    chosen: EdgeLayer = op.layers[layer]  # type: ignore[assignment]
-    return chosen
+    layers = op.edge_layers
+    if not 0 <= layer < len(layers):
+        raise ValueError(f"layer must be 0 to {len(layers) - 1} in order {op.config.order}, got {layer}")
+    return layers[layer]
 
 
 def _quantiles(values: Tensor) -> Tensor:

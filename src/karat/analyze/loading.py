@@ -74,7 +74,7 @@ class Run:
             splits.class_names = tuple(map(str, range(int(self.facts["num_classes"]))))
         splits = splits if split == "eval" else dataclasses.replace(splits, eval=splits.train)
         size = getattr(splits.eval, "length", None)
-        total = int(size) if size is not None else len(splits.eval)  # type: ignore[arg-type]
+        total = int(size) if size is not None else len(splits.eval)  # type: ignore[arg-type]  # a stream says how long it is
         return Data(
             s.data,
             splits,

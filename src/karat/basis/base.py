@@ -63,7 +63,7 @@ class Basis(ABC):
     def __str__(self) -> str:
         shown = [
             (field.name, value)
-            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]  # subclasses are dataclasses
             if not isinstance(value := getattr(self, field.name), str) or value != field.default
         ]
         options = ",".join(f"{key}={_exact(value)}" for key, value in shown)

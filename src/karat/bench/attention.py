@@ -60,7 +60,7 @@ def ways(
         if not config.has_edges:  # nothing to choose an implementation for
             candidates["karat"] = op.attend
             break
-        u = op.layers[0].packed()  # type: ignore[operator]
+        u = op.edge_layers[0].packed()
         if load(impl).unsupported(probe, u, config.edge_basis) is None:
             candidates[f"karat {impl}"] = op.attend
     return candidates

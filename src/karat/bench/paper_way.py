@@ -39,7 +39,7 @@ def attend(
         )
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     scores = q @ k.transpose(-2, -1) * factor
-    layer = op.layers[0]
-    hidden = basis_contraction(scores, layer.packed(), layer.basis, impl="reference")  # type: ignore[operator, arg-type]
+    layer = op.edge_layers[0]
+    hidden = basis_contraction(scores, layer.packed(), layer.basis, impl="reference")
     sigma = hidden if op.W is None else torch.einsum("bhkr,hnr->bhkn", hidden, op.W)
     return sigma @ v

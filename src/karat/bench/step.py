@@ -32,13 +32,13 @@ def build(name: str, way: str, attention: str, **kwargs: object) -> nn.Module:
         model: nn.Module = timm.create_model(name, num_classes=10, **kwargs)
         for module in model.modules():
             if hasattr(module, "fused_attn"):
-                module.fused_attn = way == "softmax SDPA"  # type: ignore[assignment]
+                module.fused_attn = way == "softmax SDPA"  # type: ignore[assignment]  # no submodule
         return model
-    model = create_model(name, attention=attention, num_classes=10, **kwargs)  # type: ignore[arg-type]
+    model = create_model(name, attention=attention, num_classes=10, **kwargs)  # type: ignore[arg-type]  # sizes
     if way == "paper's way":
         for module in model.modules():
             if isinstance(module, KArAtOperator):
-                module.attend = paper_way.attend.__get__(module)  # type: ignore[method-assign]
+                module.attend = paper_way.attend.__get__(module)  # type: ignore[method-assign]  # of this one
     return model
 
 

@@ -194,7 +194,7 @@ def _size(image: dict[str, Any], number: int, path: Path) -> tuple[int, int]:
     size = image.get("height"), image.get("width")
     if not all(isinstance(side, int) and side > 0 for side in size):
         raise ValueError(f"{path}: image {number} has height {size[0]!r} and width {size[1]!r}")
-    return size  # type: ignore[return-value]
+    return size  # type: ignore[return-value]  # checked above
 
 
 def _find(name: str, folders: Sequence[Path], path: Path) -> Path:

@@ -55,7 +55,7 @@ class Detector(MaskRCNN):
 
     def __init__(self, backbone: SimpleFeaturePyramid, num_classes: int, recipe: DetectRecipe) -> None:
         channels, side = backbone.out_channels, recipe.img_size
-        stride = int(backbone.trunk.stride)  # type: ignore[arg-type]
+        stride = int(backbone.trunk.stride)  # type: ignore[arg-type]  # a number in Trunk
         super().__init__(
             backbone,
             None,  # the predictors below say it; the background is class 0

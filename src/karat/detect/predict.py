@@ -44,7 +44,7 @@ def predict_images(
         raise ValueError(f"score={score}: give a value in [0, 1]")
     detector, settings, categories = load_run(folder, weights)
     if device is not None:
-        settings = replace(settings, device=device)  # type: ignore[arg-type]
+        settings = replace(settings, device=device)  # type: ignore[arg-type]  # checked by Settings
     accelerator = create_accelerator(settings)
     detector.to(accelerator.device)
     target = output or folder / "predictions"

@@ -29,7 +29,7 @@ class SimpleFeaturePyramid(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.out_channels = channels
-        width = int(trunk.num_features)  # type: ignore[arg-type]
+        width = int(trunk.num_features)  # type: ignore[arg-type]  # a number in timm's models
         self.levels = nn.ModuleList(_level(width, scale, channels) for scale in SCALES)
 
     def forward(self, images: Tensor, sizes: Sequence[tuple[int, int]] | None = None) -> dict[str, Tensor]:

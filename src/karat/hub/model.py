@@ -149,7 +149,7 @@ class KArAtModel(
         )
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override]  # takes more
         cls,
         pretrained_model_name_or_path: str | Path,
         *,

@@ -34,7 +34,7 @@ def train_command(settings: Settings) -> str:
     words = ["karat", "train", "--recipe", settings.preset]
     changed = [(settings, defaults, NOT_TOLD), (settings.recipe, defaults.recipe, frozenset[str]())]
     for mine, theirs, skipped in changed:
-        for f in dataclasses.fields(mine):  # type: ignore[arg-type]
+        for f in dataclasses.fields(mine):  # type: ignore[arg-type]  # both are dataclasses
             value = getattr(mine, f.name)
             if f.name not in skipped and _plain(value) != _plain(getattr(theirs, f.name)):
                 words += _option(f.name, value)

@@ -140,7 +140,7 @@ def from_pretrained(kind: type[Model], name_or_folder: str | Path, **options: An
     if spec is None:
         raise ValueError(f"{name_or_folder} has no {SETTING!r} in its config: load it with {kind.__name__} itself")
 
-    class Converted(kind):  # type: ignore[valid-type,misc]
+    class Converted(kind):  # type: ignore[valid-type,misc]  # a base chosen at run time
         """`kind`, with its operators from the start, so that transformers' loader fills them too."""
 
         def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:

@@ -96,7 +96,7 @@ class SplineLinear(nn.Module):
         return self._uniform
 
     # torch.compile calls it while it traces and guards what it finds; torch.export shows it no values, see the hook
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
     def _look_at_knots(self) -> None:
         state = _state(self.knots)
         if state is None or state == self._seen:

@@ -260,7 +260,7 @@ def _splits(parts: dict[str, Any], counts: dict[str, int], title: str, streaming
 
     if not streaming:
         sources: list[Source] = [RowSource(part, f"{title}:{split}") for split, part in parts.items()]
-        names = sources[0].class_names  # type: ignore[attr-defined]
+        names = sources[0].class_names  # type: ignore[attr-defined]  # a RowSource has them
         if names is None:
             names = tuple(str(i) for i in range(int(max(source.labels.max() for source in sources)) + 1))
         pair = sources if len(sources) == 2 else hold_out(sources[0])

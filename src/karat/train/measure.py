@@ -45,7 +45,7 @@ def evaluate_run(
     """
     settings, facts = runs.read_config(folder)
     if device is not None:
-        settings = replace(settings, device=device)  # type: ignore[arg-type]
+        settings = replace(settings, device=device)  # type: ignore[arg-type]  # checked by Settings
     accelerator = create_accelerator(settings)
     model = load_run(folder, weights)
     side = settings.img_size or input_size(settings.model)

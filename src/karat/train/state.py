@@ -52,7 +52,7 @@ def load_model_state(accelerator: Accelerator, model: nn.Module, weights: dict[s
         for name, tensor in expected.items():
             if name not in weights or weights[name].shape != tensor.shape:
                 raise ValueError(f"{source} does not fit the model at {name!r}")
-        sharded.set_model_state_dict(model, weights, options=WHOLE)  # type: ignore[arg-type]
+        sharded.set_model_state_dict(model, weights, options=WHOLE)  # type: ignore[arg-type]  # the options are these
         return
     load_weights(bare(accelerator, model), weights, source)
 
