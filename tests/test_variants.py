@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from karat import KArAtConfig, KArAtOperator, controls, simplex_projection
 from karat.config_checks import NORMALISATIONS, POSITIONS
+from karat.distill.closed_form import Rows, fit_operator
 from test_operator import Attend, error, layer_sum, make_mask, qkv
 
 B, H, N, D = 2, 2, 6, 5
@@ -190,12 +191,31 @@ def test_static_mixing_is_what_is_left_without_edges() -> None:
     torch.testing.assert_close(operator.attend(q, k, v), static.attend(q, k, v))
 
 
-@pytest.mark.parametrize("position", [p for p in POSITIONS if p])
-def test_the_query_s_place_starts_as_absent(position: str) -> None:
-    plain, placed = KArAtOperator(H, N, "g2b,rank=3"), KArAtOperator(H, N, f"g2b,rank=3,position={position}")
-    assert placed.load_state_dict(plain.state_dict(), strict=False).missing_keys == ["C"]
+@pytest.mark.parametrize("settings", ["position=gain", "position=query,init=paper"])
+def test_the_query_s_place_starts_as_absent(settings: str) -> None:
+    placed = KArAtOperator(H, N, f"g2b,rank=3,{settings}")
+    plain = KArAtOperator(H, N, "g2b,rank=3")
+    plain.load_state_dict({name: value for name, value in placed.state_dict().items() if name != "C"})
     scores = torch.randn(B, H, N, N)
     assert torch.equal(plain(scores), placed(scores))
+
+
+def test_a_term_of_the_query_s_place_starts_as_strong_as_the_sums() -> None:
+    op = KArAtOperator(8, 65, "g3b,position=query")
+    assert op.C is not None
+    assert op.C.square().mean().item() == pytest.approx(1, abs=0.05)
+    both = op(torch.randn(8, 8, 65, 65)).square().sum(-1).mean()
+    nn.init.zeros_(op.C)
+    sums = op(torch.randn(8, 8, 65, 65)).square().sum(-1).mean()
+    assert (sums / both).item() == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_converted_operator_has_no_term_of_the_query_s_place() -> None:
+    op = KArAtOperator(H, N, "g2b,rank=3,position=query")
+    scores = torch.randn(B, H, N, N)
+    fit_operator(op, lambda: iter([Rows(scores, scores.softmax(-1), torch.randn(B, H, N, 4))]))
+    assert op.C is not None
+    assert (op.C == 0).all()
 
 
 @pytest.mark.parametrize("spec", ["g2b,position=query", "g2b,position=gain", *STATIC[:2]])
@@ -281,6 +301,9 @@ STARTS = [
     "silu+dog-b,rank=None,order=Pointwise,edge_scales=True",
     "g3b,normalise=rms",
     "g3b,normalise=rms,simplex=rank",
+    "g3b,position=query",
+    "g3b,position=query,normalise=rms",
+    "g3b,position=query,simplex=rank",
     "g3b,input=probabilities,normalise=rms,position=query",
     "static-b",
     "static-b,rank=None",

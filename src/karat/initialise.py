@@ -43,8 +43,8 @@ def initialise(op: KArAtOperator) -> None:
         nn.init.zeros_(op.gate)
     for layer in op.edge_layers:
         _draw(layer, op.config.init)
-    if op.C is not None:  # beside edges it starts as absent; alone it's what mixes
-        nn.init.zeros_(op.C) if op.edge_layers else nn.init.normal_(op.C)
+    if op.C is not None:
+        nn.init.normal_(op.C) if _mixes_places(op) else nn.init.zeros_(op.C)
     if op.config.init == "paper":
         if op.W is not None:
             bound = op.W.shape[-1] ** -0.5
@@ -59,6 +59,14 @@ def initialise(op: KArAtOperator) -> None:
         _scale_last(op, _output_power(op).rsqrt())
     if op.config.init_scale != 1.0:
         _scale_last(op, torch.full((len(op.karat_heads),), op.config.init_scale))
+
+
+def _mixes_places(op: KArAtOperator) -> bool:
+    """Whether C takes part from the start: alone, or added to sums that have unit power as its own numbers have.
+
+    A gain starts as absent. Where C starts at zero beside a gate that does so too it hardly learns.
+    """
+    return not op.edge_layers or (op.config.position == "query" and op.config.init == "default")
 
 
 def _output_power(op: KArAtOperator) -> Tensor:
@@ -94,13 +102,12 @@ def _hidden_power(op: KArAtOperator) -> Tensor:
         C = op.C.double()
         return C.transpose(-2, -1) @ C / op.num_tokens
     mean, power = _moments(op.edge_layers[0], _inputs(op))
-    steps: list[Callable[[Tensor], Tensor]] = []
     if op.config.normalise is not None:
-        steps.append(NORMALISATIONS[op.config.normalise])
+        mean, power = _moments_after(NORMALISATIONS[op.config.normalise], mean, power)
+    if op.config.position == "query":
+        mean, power = _moments_with_places(mean, power, op)
     if op.config.simplex == "rank":
-        steps.append(simplex_projection)
-    for step in steps:
-        mean, power = _moments_after(step, mean, power)
+        mean, power = _moments_after(simplex_projection, mean, power)
     return power
 
 
@@ -200,6 +207,15 @@ def _moments_after(step: Callable[[Tensor], Tensor], mean: Tensor, power: Tensor
     noise = torch.randn(len(mean), SAMPLES, mean.shape[-1], dtype=mean.dtype, device=mean.device)
     s = step(mean.unsqueeze(1) + noise @ root.transpose(-2, -1))
     return s.mean(1), s.transpose(-2, -1) @ s / SAMPLES
+
+
+def _moments_with_places(mean: Tensor, power: Tensor, op: KArAtOperator) -> tuple[Tensor, Tensor]:
+    """E[y] (H,R) and E[y yᵀ] (H,R,R) of y = x + C_k over all queries k, given those of x."""
+    assert op.C is not None
+    C = op.C.double()
+    average = C.mean(1)
+    crossed = mean.unsqueeze(-1) * average.unsqueeze(-2)
+    return mean + average, power + crossed + crossed.transpose(-2, -1) + C.transpose(-2, -1) @ C / op.num_tokens
 
 
 def _sampled_power(op: KArAtOperator) -> Tensor:

@@ -75,6 +75,8 @@ def fit_operator(op: KArAtOperator, rows: Source, ridge: float = 1e-4) -> Tensor
     sees the scores themselves.
     """
     check_fits(op.config)
+    if op.C is not None:  # the rows are softmax's, which has no term of the query's place
+        op.C.zero_()
     if op.order is FULL:
         return _fit_outputs(op, rows, ridge, hidden=False)
     if op.config.order == "WPhi":
