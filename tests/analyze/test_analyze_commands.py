@@ -27,6 +27,7 @@ FIGURES = {
     "spectrum": {"spectrum"},
     "functions": {"functions-RUN", "coefficients-RUN"},
     "parts": {"parts-RUN"},
+    "ablation": {"ablation"},
     "landscape": {"surface", "contours"},
     "hessian": {"curvature"},
 }

@@ -16,7 +16,18 @@ from karat.analyze.study import Options
 from karat.options import parse
 
 What = Literal[
-    "curves", "cost", "attention", "spectrum", "functions", "parts", "weights", "landscape", "hessian", "sweep", "peers"
+    "curves",
+    "cost",
+    "attention",
+    "spectrum",
+    "functions",
+    "parts",
+    "ablation",
+    "weights",
+    "landscape",
+    "hessian",
+    "sweep",
+    "peers",
 ]
 Format = Literal["png", "svg", "pdf"]
 

@@ -31,7 +31,7 @@ from karat.analyze.loading import moments, trajectory
 from karat.analyze.parts import parts_of
 from karat.analyze.quality import box_mask, iou, mass_inside, measures, pointing_game
 from karat.analyze.spectrum import spectrum
-from karat.analyze.studies_loss import study_cost, study_hessian, study_landscape
+from karat.analyze.studies_loss import study_ablation, study_cost, study_hessian, study_landscape
 from karat.analyze.study import Study, Subject
 from karat.analyze.sweep import sweep
 from karat.analyze.symbolic import Formula, fit_formula
@@ -291,6 +291,7 @@ STUDIES: dict[str, Callable[[Sequence[Subject]], Study]] = {
     "spectrum": study_spectrum,
     "functions": study_functions,
     "parts": study_parts,
+    "ablation": study_ablation,
     "weights": study_weights,
     "landscape": study_landscape,
     "hessian": study_hessian,

@@ -1,4 +1,4 @@
-"""Studies of the loss around trained weights and of what a model costs."""
+"""Studies of the loss around trained weights, without parts of them, and of what a model costs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from karat.analyze import figures
+from karat.analyze.ablation import ablate
 from karat.analyze.cost import (
     PUBLISHED,
     bytes_kept,
@@ -41,6 +42,29 @@ from karat.transfer import teacher_of
 
 FOLDER = "analysis"
 COST_BATCH = 8
+
+
+def study_ablation(subjects: Sequence[Subject]) -> Study:
+    """Top-1 and loss with parts of the learned attention taken away."""
+    study = Study("learned attention taken away")
+    found = {}
+    for s in subjects:
+        samples = s.loss_samples
+        try:
+            found[s.label] = ablate(s.model, samples.images, samples.labels)
+        except ValueError as error:
+            if len(subjects) == 1:
+                raise
+            study.notes.append(f"{s.label}: {error}")
+            continue
+        study.numbers[s.label] = {
+            "images": len(samples.labels),
+            "split": s.options.split,
+            "kept": {name: vars(outcome) for name, outcome in found[s.label].items()},
+        }
+    if found:
+        study.figures["ablation"] = figures.draw_ablation(found)
+    return study
 
 
 def study_landscape(subjects: Sequence[Subject]) -> Study:

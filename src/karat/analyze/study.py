@@ -49,7 +49,7 @@ class Options:
     reach: float = 1.0
     """With random directions: how far the landscape reaches, in lengths of the filters."""
     samples: int = 128
-    """Images that the loss of a landscape is computed on."""
+    """Images that a landscape and an ablation are computed on."""
     split: Literal["train", "eval"] = "train"
     """Which part of the data they come from; without augmentation in either case."""
     eigenvalues: int = 3

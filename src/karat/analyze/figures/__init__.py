@@ -3,6 +3,7 @@
 Save one with `save(figure, "name.svg")`; the ending chooses PNG, SVG or PDF.
 """
 
+from karat.analyze.figures.ablation import draw_ablation
 from karat.analyze.figures.attention import draw_heads, draw_maps, draw_matrices, draw_regions
 from karat.analyze.figures.functions import draw_coefficients, draw_functions
 from karat.analyze.figures.landscape import draw_contours, draw_surface
@@ -14,6 +15,7 @@ from karat.analyze.figures.training import draw_cost, draw_curves, draw_divergen
 
 __all__ = [
     "FORMATS",
+    "draw_ablation",
     "draw_coefficients",
     "draw_contours",
     "draw_cost",
