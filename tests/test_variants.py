@@ -335,4 +335,4 @@ def test_normalised_sums_stay_finite_in_half_precision() -> None:
 
 
 def test_the_configuration_of_an_operator_is_one_of_its_own() -> None:
-    assert KArAtOperator(H, N, "recommended").config == KArAtConfig.parse("g3b,residual=softmax")
+    assert KArAtOperator(H, N, "recommended").config == KArAtConfig.parse("static-b,residual=softmax")

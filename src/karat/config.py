@@ -16,7 +16,7 @@ _LETTERS = {"blockwise": "b", "universal": "u"}
 STATIC, ROW = "static", "row"
 
 # Names for what a configuration is recommended for; `str` gives the explicit form.
-ALIASES = {"recommended": "g3b,residual=softmax"}
+ALIASES = {"recommended": "static-b,residual=softmax"}
 
 
 @dataclass(frozen=True)
