@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -58,7 +59,8 @@ class MlpStep:
 
     def settings(self, name: str) -> Settings:
         """Of a contender's model."""
-        return contender(name, Settings(model=self.model, **(SMALL_MODEL if self.small else {})))  # type: ignore[arg-type]
+        sizes: dict[str, Any] = SMALL_MODEL if self.small else {}
+        return contender(name, Settings(model=self.model, **sizes))
 
     def build(self, name: str) -> nn.Module:
         """A contender's model."""

@@ -8,6 +8,7 @@ so that names in the state dict stay the same; the operator is injected. ADAPTER
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from inspect import signature
 from typing import Any, NamedTuple
@@ -144,7 +145,7 @@ class _AroundOperator(_TakenOver):
         return out.transpose(1, 2).flatten(2)
 
 
-class _Tokens(_TakenOver):
+class _Tokens(_TakenOver, ABC):
     """What timm's `Attention` and `MHSA` may have beside the projections: norms and a gate."""
 
     def __init__(self, attn: Any) -> None:
@@ -154,9 +155,9 @@ class _Tokens(_TakenOver):
         self.norm = getattr(attn, "norm", nn.Identity())
         self.gate: nn.Module | None = getattr(attn, "gate", None)
 
+    @abstractmethod
     def _attend(self, inputs: AttentionInputs) -> Tensor:
-        """(B,H,N,D) heads' inputs -> (B,N,H·D); what the classes below, which are the ones that are made, differ in."""
-        raise NotImplementedError
+        """(B,H,N,D) heads' inputs -> (B,N,H·D)."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x (B,N,C); attn_mask boolean (True = takes part) or additive, broadcastable to (B,H,N,N)."""

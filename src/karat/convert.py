@@ -70,7 +70,7 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
     The index in this list is what `KArAtConfig.blocks` means: for ViT and ConViT the block, for Swin the block
     counted through all stages.
     """
-    known = (*ADAPTERS, *KEPT, *OURS)
+    known: tuple[type[nn.Module], ...] = (*ADAPTERS, *KEPT, *OURS)
     return [AttentionSite(name, module) for name, module in model.named_modules() if isinstance(module, known)]
 
 

@@ -17,6 +17,7 @@ from karat.train.build import input_size
 from karat.train.compare import RESULT
 from karat.train.data import Data, open_splits
 from karat.train.data_augment import Fit, Normalise, decode
+from karat.train.data_sources import size_of
 from karat.train.files import read_json
 from karat.train.measure import load_run
 from karat.train.settings import Settings
@@ -73,8 +74,7 @@ class Run:
         if not splits.class_names:  # a stream that doesn't name them
             splits.class_names = tuple(map(str, range(int(self.facts["num_classes"]))))
         splits = splits if split == "eval" else dataclasses.replace(splits, eval=splits.train)
-        size = getattr(splits.eval, "length", None)
-        total = int(size) if size is not None else len(splits.eval)  # type: ignore[arg-type]  # a stream says how long it is
+        total = size_of(splits.eval)
         return Data(
             s.data,
             splits,

@@ -44,7 +44,9 @@ def settings_of(attention: str) -> dict[str, Any]:
     flat = dataclasses.asdict(config) | ({"mlp": mlp} if mlp else {})
     if config.is_softmax:
         return flat
-    family, options = re.fullmatch(r"(\w+)(?:\((.*)\))?", config.basis).groups()  # type: ignore[union-attr]
+    spec = re.fullmatch(r"(\w+)(?:\((.*)\))?", config.basis)
+    assert spec is not None  # a configuration has read it
+    family, options = spec.groups()
     flat["basis"] = family
     for option in filter(None, (options or "").split(",")):
         name, value = option.split("=")

@@ -100,6 +100,7 @@ def _combine(paths: Sequence[Path], centre: Weights, mixes: Tensor) -> tuple[Dir
 
 def _read(path: Path, name: str) -> Tensor:
     with safe_open(path, framework="pt") as file:
-        if name not in file.keys():  # noqa: SIM118  not a mapping
+        names = file.keys()
+        if name not in names:
             raise ValueError(f"{path} has no {name!r}, which the model has: it belongs to another model")
         return file.get_tensor(name)

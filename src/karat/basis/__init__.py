@@ -52,7 +52,7 @@ def _parse(spec: str, families: tuple[tuple[str, type[Basis]], ...]) -> Basis:
     if name not in known_families:
         raise ValueError(f"unknown basis {name!r}; choose one of {', '.join(known_families)}")
     family = known_families[name]
-    known = [field.name for field in dataclasses.fields(family)]  # type: ignore[arg-type]  # families are dataclasses
+    known = [field.name for field in dataclasses.fields(family)]
     options: dict[str, int | float | str] = {}
     for part in filter(None, (part.strip() for part in (arguments or "").split(","))):
         key, equals, text = (piece.strip() for piece in part.partition("="))

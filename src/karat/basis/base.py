@@ -28,6 +28,7 @@ class EdgeParameter(NamedTuple):
     default_std: tuple[float, ...] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
 class Basis(ABC):
     """A family of learnable univariate functions φ(x; u), one per edge, with F parameters u each.
 
@@ -63,7 +64,7 @@ class Basis(ABC):
     def __str__(self) -> str:
         shown = [
             (field.name, value)
-            for field in dataclasses.fields(self)  # type: ignore[arg-type]  # subclasses are dataclasses
+            for field in dataclasses.fields(self)
             if not isinstance(value := getattr(self, field.name), str) or value != field.default
         ]
         options = ",".join(f"{key}={_exact(value)}" for key, value in shown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import timm
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from karat.bench import paper_way
 from karat.bench.timing import Timing, alternate
 from karat.models import create_model
-from karat.operator import KArAtOperator
+from karat.operator import karat_operators
 
 # The pairs that the targets speak of: model, learnable attention.
 PAIRS = {
@@ -25,21 +26,35 @@ PAIRS = {
 SOFTMAX_WAYS = ("softmax eager", "softmax SDPA")
 
 
-def build(name: str, way: str, attention: str, **kwargs: object) -> nn.Module:
+def build(name: str, way: str, attention: str, **kwargs: Any) -> nn.Module:
     """The model with one way of computing attention: softmax eager, softmax SDPA, paper's way, karat."""
     torch.manual_seed(0)
     if way in SOFTMAX_WAYS:
         model: nn.Module = timm.create_model(name, num_classes=10, **kwargs)
-        for module in model.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = way == "softmax SDPA"  # type: ignore[assignment]  # no submodule
+        fuse_softmax(model, way == "softmax SDPA")
         return model
-    model = create_model(name, attention=attention, num_classes=10, **kwargs)  # type: ignore[arg-type]  # sizes
+    model = create_model(name, attention=attention, num_classes=10, **kwargs)
     if way == "paper's way":
-        for module in model.modules():
-            if isinstance(module, KArAtOperator):
-                module.attend = paper_way.attend.__get__(module)  # type: ignore[method-assign]  # of this one
+        operator: Any  # whose method is replaced
+        for operator in karat_operators(model).values():
+            operator.attend = paper_way.attend.__get__(operator)
     return model
+
+
+def fuse_softmax(model: nn.Module, fused: bool) -> bool:
+    """Let timm's softmax attention call PyTorch's fused kernel, or three plain operations; whether there is any."""
+    switched = [module for module in model.modules() if hasattr(module, "fused_attn")]
+    module: Any  # timm's, with a switch
+    for module in switched:
+        module.fused_attn = fused
+    return bool(switched)
+
+
+def image_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width of the images that a timm model's patch embedding takes."""
+    embedding: Any = model.patch_embed
+    height, width = embedding.img_size
+    return height, width
 
 
 def step_of(
@@ -59,7 +74,7 @@ def step_of(
     of `batches` passes.
     """
     model = model.to(device).train()
-    size: tuple[int, int] = (side, side) if side is not None else model.patch_embed.img_size  # type: ignore[union-attr, assignment]
+    size = (side, side) if side is not None else image_size(model)
     images = torch.randn(batch, channels, *size, device=device).contiguous(memory_format=memory_format)
     labels = torch.randint(0, 10, (batch,), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

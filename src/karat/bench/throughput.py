@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from karat.bench.step import SOFTMAX_WAYS, build
+from karat.bench.step import SOFTMAX_WAYS, build, image_size
 from karat.bench.timing import Timing, alternate
 
 
@@ -27,6 +27,5 @@ def measure(
 ) -> dict[str, Timing]:
     """Seconds of one inference batch, softmax both ways and karat, in one alternating run."""
     models = {way: build(name, way, attention).to(device).eval() for way in (*SOFTMAX_WAYS, "karat")}
-    size = models["karat"].patch_embed.img_size  # type: ignore[union-attr]
-    images = torch.randn(batch, 3, *size, device=device)  # type: ignore[misc]
+    images = torch.randn(batch, 3, *image_size(models["karat"]), device=device)
     return alternate({way: partial(_infer, model, images, amp) for way, model in models.items()}, rounds)

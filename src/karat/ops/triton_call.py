@@ -72,7 +72,7 @@ class Call:
     @property
     def settings(self) -> tuple[int | float | bool, ...]:
         """The family's fields, in order, as numbers."""
-        values = [getattr(self.family, field.name) for field in dataclasses.fields(self.family)]  # type: ignore[arg-type]
+        values = [getattr(self.family, field.name) for field in dataclasses.fields(self.family)]
         return tuple(value == "score" if isinstance(value, str) else value for value in values)
 
     @property

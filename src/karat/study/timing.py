@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from karat.bench.step import step_of
+from karat.bench.step import fuse_softmax, step_of
 from karat.bench.timing import alternate, environment
 from karat.study.plan import Plan, Variant, with_epochs
 from karat.train import files, randomness, runs
@@ -183,13 +183,12 @@ def _steps(
         batches=settings.grad_accum_steps,
         memory_format=memory_format,
     )
-    switched = [module for module in model.modules() if hasattr(module, "fused_attn")]
-    if not switched:
-        return {"own": step}
 
     def taken(fused: bool) -> float:
-        for module in switched:
-            module.fused_attn = fused  # type: ignore[assignment]  # no submodule
+        fuse_softmax(model, fused)
         return step()
+
+    if not fuse_softmax(model, True):
+        return {"own": step}
 
     return {"fused softmax": partial(taken, True), "plain softmax": partial(taken, False)}

@@ -60,7 +60,9 @@ def _scatter(axes: Axes, points: Sequence[Point], label: str, marker: str, *, fa
 
 def _label(axes: Axes, points: Sequence[Point]) -> None:
     """Each point's name in the first place beside it, within the axes, that no other name or point has."""
-    scale = 72 / axes.get_figure(root=True).dpi  # type: ignore[union-attr]  # axes drawn on
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    scale = 72 / figure.dpi
     centres = [axes.transData.transform((point.params_M, point.top1)) * scale for point in points]
     window = axes.get_window_extent()
     frame = window.x0 * scale, window.y0 * scale, window.x1 * scale, window.y1 * scale
