@@ -64,7 +64,7 @@ def initialise(op: KArAtOperator) -> None:
 def _mixes_places(op: KArAtOperator) -> bool:
     """Whether C takes part from the start: alone, or added to sums that have unit power as its own numbers have.
 
-    A gain starts as absent. So that the sum holds static mixing from the start, C is drawn: at zero beside a gate of zero
+    A gain starts as absent. C is drawn so that the sum holds static mixing at once: at zero beside a gate of zero
     it left the curve of a training what it is without C.
     """
     return not op.edge_layers or (op.config.position == "query" and op.config.init == "default")
