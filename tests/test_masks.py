@@ -36,8 +36,12 @@ def test_few_keys_in_bfloat16_are_plain_products_on_a_cpu(kind: str) -> None:
     if kind not in ("bias", "both"):
         bias = None
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    with torch.autocast("cpu", torch.bfloat16):  # which would keep P in float32
+    kept: list[Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
         out = softmax_attention(q, k, v, 0.3, bias, mask)
+    assert {x.dtype for x in kept if x.is_floating_point()} == {torch.bfloat16}
+    assert any(x.shape[-2:] == (17, 17) for x in kept if x.is_floating_point())  # P
     exact = [x.detach().double().requires_grad_() for x in inputs]
     full = softmax_attention(*exact, 0.3, None if bias is None else bias.double(), mask)  # type: ignore[arg-type]
     grad = torch.randn(out.shape, dtype=torch.float64)
@@ -48,6 +52,13 @@ def test_few_keys_in_bfloat16_are_plain_products_on_a_cpu(kind: str) -> None:
         strict=True,
     ):
         assert (ours.double() - theirs).norm() < 2e-2 * theirs.norm()
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_queries_in_half_precision_take_keys_and_values_in_float32(half: torch.dtype) -> None:
+    q, k, v, _, mask = half_precision(half, 17, True)
+    out = softmax_attention(q, k.float(), v.float(), 0.3, None, mask)
+    assert torch.equal(out, softmax_attention(q.float(), k.float(), v.float(), 0.3, None, mask).to(half))
 
 
 def test_few_keys_in_bfloat16_are_dropped_as_in_float32() -> None:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from karat import KArAtConfig, KArAtOperator, controls, simplex_projection
 from karat.config_checks import NORMALISATIONS, POSITIONS
 from karat.distill.closed_form import Rows, fit_operator
+from karat.initialise import _moments_with_places as moments_with_places
 from test_operator import Attend, error, layer_sum, make_mask, qkv
 
 B, H, N, D = 2, 2, 6, 5
@@ -210,12 +211,32 @@ def test_a_term_of_the_query_s_place_starts_as_strong_as_the_sums() -> None:
     assert (sums / both).item() == pytest.approx(0.5, abs=0.1)
 
 
+def test_moments_with_places_are_those_over_all_queries() -> None:
+    op = KArAtOperator(2, 3, "g2b,rank=2,position=query")
+    assert op.C is not None
+    x = torch.randn(1000, 2, 2, dtype=torch.float64) + 1
+    y = (x.unsqueeze(2) + op.C.detach().double()).transpose(0, 1).flatten(1, 2)  # of all queries
+    mean, power = moments_with_places(x.mean(0), torch.einsum("shr,sht->hrt", x, x) / len(x), op)
+    torch.testing.assert_close(mean, y.mean(1))
+    torch.testing.assert_close(power, y.mT @ y / y.shape[1])
+
+
 def test_a_converted_operator_has_no_term_of_the_query_s_place() -> None:
     op = KArAtOperator(H, N, "g2b,rank=3,position=query")
     scores = torch.randn(B, H, N, N)
     fit_operator(op, lambda: iter([Rows(scores, scores.softmax(-1), torch.randn(B, H, N, 4))]))
     assert op.C is not None
     assert (op.C == 0).all()
+
+
+@pytest.mark.parametrize("spec", STATIC)
+def test_what_has_no_edge_functions_is_not_fitted(spec: str) -> None:
+    op = outspoken(KArAtOperator(H, N, f"{spec},residual=softmax"))
+    before = {name: value.clone() for name, value in op.state_dict().items()}
+    scores = torch.randn(B, H, N, N)
+    with pytest.raises(ValueError, match="no edge functions to fit"):
+        fit_operator(op, lambda: iter([Rows(scores, scores.softmax(-1), torch.randn(B, H, N, 4))]))
+    assert all(torch.equal(value, before[name]) for name, value in op.state_dict().items())
 
 
 @pytest.mark.parametrize("spec", ["g2b,position=query", "g2b,position=gain", *STATIC[:2]])

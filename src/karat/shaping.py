@@ -23,7 +23,7 @@ def root_mean_square(hidden: Tensor) -> Tensor:
 # normalise=...
 NORMALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {"rms": root_mean_square}
 
-# position=...: sums (B,H,M,R) and the term of each query's place, C (H,M,R), zero at the start.
+# position=...: sums (B,H,M,R) and the term of each query's place, C (H,M,R); `karat.initialise` says how it starts.
 POSITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "query": lambda hidden, C: hidden + C,
     "gain": lambda hidden, C: hidden * (1 + C),

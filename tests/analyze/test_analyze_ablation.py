@@ -73,3 +73,9 @@ def test_without_its_learned_part_a_residual_model_is_the_softmax_model() -> Non
 def test_models_without_such_parts(name: str, attention: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ablate(small_model(name, attention), images(name), torch.zeros(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize(("count", "labelled"), [(1, 1), (5, 4), (0, 0)])
+def test_means_over_images_want_two_with_a_label_each(count: int, labelled: int) -> None:
+    with pytest.raises(ValueError, match=f"{count} images with {labelled} labels"):
+        ablate(small_model("vit", "g2b"), images("vit", 5)[:count], torch.zeros(labelled, dtype=torch.long))

@@ -35,6 +35,7 @@ def test_names_keep_their_order() -> None:
         "PhiPhi",
     )
     assert sweep([("morlet-b", 1.0), ("dog-b", 2.0)], "basis").values == ("morlet", "dog")
+    assert sweep([("silu+dog-b", 1.0), ("dog-b", 2.0)]).values == ("silu+dog", "dog")
 
 
 def test_a_setting_that_does_not_differ_is_refused() -> None:

@@ -151,3 +151,9 @@ def test_refining_keeps_a_frozen_layer_frozen() -> None:
     layer = SplineLinear(3, 2, grid=2).requires_grad_(False)
     layer.refine(2)
     assert not layer.coefficients.requires_grad
+
+
+def test_splines_of_other_knots_are_other_bases() -> None:
+    first, second = (KnotSpline(torch.linspace(0, end, 8).expand(2, -1), 3) for end in (1.0, 2.0))
+    assert first != second
+    assert {first: 1}.get(second) is None

@@ -9,13 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from karat.analyze.landscape import evaluate
 from karat.attention import AttentionInputs, KArAtAttention, KArAtWindowAttention
 from karat.masks import safe_softmax
-
-BATCH = 128
 
 # What is left of the learned part of attention, given it (B,H',M,N) and its mean over images (1,H',M,N).
 KEPT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -43,18 +41,26 @@ def ablate(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Outcom
     was taken away there. Everything else, MLPs and projections, was trained with the whole and isn't trained again: a
     loss of accuracy says that the part is used, not that a model trained without it would lack as much.
 
-    Raises ValueError for a model without learned attention, or with attention in windows, whose means over images mix
-    the windows.
+    Raises ValueError for a model without learned attention of its own, or with attention in windows, whose means over
+    images mix the windows, and for less than two images or images without a label each.
     """
+    if len(images) < 2 or len(images) != len(labels):
+        raise ValueError(
+            f"{len(images)} images with {len(labels)} labels: a mean over images wants two or more, with a label each; "
+            "give e.g. --samples 128"
+        )
     modules = [module for module in model.modules() if isinstance(module, (KArAtAttention, KArAtWindowAttention))]
     if not modules:
-        raise ValueError(f"{type(model).__name__} has softmax attention in every block: there is nothing to take away")
+        raise ValueError(
+            f"{type(model).__name__} has no learned attention of its own, so there is nothing to take away; this needs "
+            "one with learnable attention, such as g3b"
+        )
     if any(isinstance(module, KArAtWindowAttention) for module in modules):
         raise ValueError(
             f"attention of {type(model).__name__} is cut into windows, which have no mean over images; this needs a "
             "ViT, DeiT or ConViT"
         )
-    means = _means(model, modules, images)
+    means = _means(model, modules, images, labels)
     return {name: _evaluate(model, modules, means, kept, images, labels) for name, kept in KEPT.items()}
 
 
@@ -87,17 +93,7 @@ def _attending(modules: list[Any], ways: list[Callable[[AttentionInputs], Tensor
             module.__dict__.pop("_attend", None)
 
 
-def _passes(model: nn.Module, images: Tensor) -> Iterator[Tensor]:
-    training = model.training
-    try:
-        with torch.no_grad():
-            for batch in images.split(BATCH):
-                yield model.eval()(batch)
-    finally:
-        model.train(training)
-
-
-def _means(model: nn.Module, modules: list[Any], images: Tensor) -> list[Tensor]:
+def _means(model: nn.Module, modules: list[Any], images: Tensor, labels: Tensor) -> list[Tensor]:
     """The mean over images of each module's learned part, (1,H',M,N)."""
     sums: list[Tensor | float] = [0.0] * len(modules)
 
@@ -107,8 +103,7 @@ def _means(model: nn.Module, modules: list[Any], images: Tensor) -> list[Tensor]
         return _joined(modules[index], fixed, learned)
 
     with _attending(modules, [partial(see, index) for index in range(len(modules))]):
-        for _ in _passes(model, images):
-            pass
+        evaluate(model, images, labels)
     return [torch.as_tensor(total) / len(images) for total in sums]
 
 
@@ -132,6 +127,5 @@ def _evaluate(
         return _joined(module, fixed, kept(learned, mean))
 
     with _attending(modules, [partial(attend, *pair) for pair in zip(modules, means, strict=True)]):
-        logits = torch.cat(list(_passes(model, images))).float()
-    right = (logits.argmax(1) == labels).float().mean()
-    return Outcome(100 * float(right), float(F.cross_entropy(logits, labels)))
+        loss, top1 = evaluate(model, images, labels)
+    return Outcome(top1, loss)

@@ -62,8 +62,9 @@ def study_ablation(subjects: Sequence[Subject]) -> Study:
             "split": s.options.split,
             "kept": {name: vars(outcome) for name, outcome in found[s.label].items()},
         }
-    if found:
-        study.figures["ablation"] = figures.draw_ablation(found)
+    if not found:
+        raise ValueError("; ".join(study.notes))
+    study.figures["ablation"] = figures.draw_ablation(found)
     return study
 
 

@@ -44,7 +44,7 @@ def settings_of(attention: str) -> dict[str, Any]:
     flat = dataclasses.asdict(config) | ({"mlp": mlp} if mlp else {})
     if config.is_softmax:
         return flat
-    spec = re.fullmatch(r"(\w+)(?:\((.*)\))?", config.basis)
+    spec = re.fullmatch(r"((?:\w+\+)*\w+)(?:\((.*)\))?", config.basis)
     assert spec is not None  # a configuration has read it
     family, options = spec.groups()
     flat["basis"] = family

@@ -28,7 +28,7 @@ class EdgeParameter(NamedTuple):
     default_std: tuple[float, ...] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)  # families that are dataclasses generate their own
 class Basis(ABC):
     """A family of learnable univariate functions φ(x; u), one per edge, with F parameters u each.
 
