@@ -14,6 +14,7 @@ from karat.config import KArAtConfig
 from karat.convert import karatize
 from karat.kan.mlp import replace_mlp
 from karat.kan.peers import DEEP_KAN, register_peers
+from karat.positions import SINCOS, start_as_sincos
 from karat.spec import parse_call
 
 PREFIX = "karat_"
@@ -57,7 +58,8 @@ def create_model(
             "mlp" or None keeps the model's own. With pretrained=True, grkan takes over the MLPs' weights.
         timm_kwargs: passed on to timm: num_classes, img_size, patch_size, embed_dim, depth, pretrained, ...
             pretrained=True loads the softmax model's weights and draws the operators anew, and so does
-            checkpoint_path, except that for registered names it loads the whole converted model.
+            checkpoint_path, except that for registered names it loads the whole converted model. Ours is
+            pos_embed="sincos": position embeddings that start as sines and cosines (`karat.positions`).
 
     Raises:
         ValueError: a name that timm doesn't know, or what `karat.karatize` refuses. ModelArgumentsError, a kind of it:
@@ -72,6 +74,11 @@ def create_model(
     if "(" in name:
         name, settings = parse_call(name)
         timm_kwargs = settings | timm_kwargs
+    sincos = timm_kwargs.get("pos_embed") == SINCOS
+    if sincos:
+        del timm_kwargs["pos_embed"]
+        if timm_kwargs.get("pretrained") or timm_kwargs.get("checkpoint_path"):
+            raise ValueError("pos_embed=sincos would undo the position embeddings that are loaded: leave one out")
     bare = name.split(".")[0]
     if ":" not in name and not timm.is_model(bare):
         near = difflib.get_close_matches(bare, timm.list_models(), n=3)
@@ -85,6 +92,8 @@ def create_model(
         config = None
     else:
         model = _from_timm(name, **timm_kwargs)
+    if sincos:
+        start_as_sincos(model)
     if mlp is not None:
         replace_mlp(model, mlp, take_over=bool(timm_kwargs.get("pretrained")))
     return model if config is None else karatize(model, config)
