@@ -16,6 +16,7 @@ def start_as_sincos(model: nn.Module) -> None:
     The D numbers of the patch at (y, x) are sin(y ω), sin(x ω), cos(y ω), cos(x ω), with the D/4 frequencies
     ω_i = 10000^(−4i/D) (Chen et al. 2021; for ViT, Beyer et al. 2022). Their mean square is 1/2, where timm's draws
     have 4e-4. Those of class and register tokens start at zero. All are trained.
+    Weights that are loaded later, as by `karat train --init`, replace them.
 
     Raises ValueError for a model without such embeddings, or of a width that is no multiple of 4.
 
@@ -26,7 +27,7 @@ def start_as_sincos(model: nn.Module) -> None:
     """
     embedding = getattr(model, "pos_embed", None)
     patches = getattr(model, "patch_embed", None)
-    if not isinstance(embedding, nn.Parameter) or patches is None:
+    if not isinstance(embedding, nn.Parameter) or embedding.ndim != 3 or patches is None:
         raise ValueError(
             f"{type(model).__name__} has no learned position embedding for pos_embed=sincos to start: take a ViT, "
             "DeiT or ConViT"

@@ -42,7 +42,7 @@ def ablate(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Outcom
     loss of accuracy says that the part is used, not that a model trained without it would lack as much.
 
     Raises ValueError for a model without learned attention of its own, or with attention in windows, whose means over
-    images mix the windows, and for less than two images or images without a label each.
+    images mix the windows, and for fewer than two images or images without a label each.
     """
     if len(images) < 2 or len(images) != len(labels):
         raise ValueError(
