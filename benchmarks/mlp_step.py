@@ -24,9 +24,9 @@ from karat.bench.memory import MIB
 from karat.bench.results import Rows
 from karat.bench.step import step_of
 from karat.bench.timing import alternate
-from karat.train.build import build_model, input_size
 from karat.train.compare import contender, count_operations
 from karat.train.memory import peak_resident
+from karat.train.run_model import build_model, input_size
 from karat.train.settings import SMALL_MODEL, Settings
 
 CLASSES = 10

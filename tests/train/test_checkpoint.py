@@ -13,7 +13,7 @@ from torch import nn
 
 from karat.train import checkpoint, files, runs
 from karat.train.engine import Trainer, train
-from karat.train.measure import load_run
+from karat.train.run_model import load_run
 
 
 def some_checkpoint(step: int = 3) -> checkpoint.Checkpoint:

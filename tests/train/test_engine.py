@@ -18,9 +18,9 @@ from PIL import Image
 from rich.console import Console
 
 from karat.train import checkpoint, files, runs, step, watch
-from karat.train.build import plain_model
 from karat.train.engine import Trainer, train
 from karat.train.faults import TrainingDiverged
+from karat.train.run_model import plain_model
 from karat.train.snapshot import take
 
 

@@ -19,7 +19,7 @@ from karat.paper import compare, rows, run_row
 from karat.train import files, runs
 from karat.train.compare import count_operations
 from karat.train.engine import Trainer, train
-from karat.train.measure import load_run
+from karat.train.run_model import load_run
 from karat.train.settings import Settings
 from karat.transfer import teacher_of
 

@@ -13,13 +13,12 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from karat.train import runs
-from karat.train.build import input_size
 from karat.train.compare import RESULT
 from karat.train.data import Data, open_splits
 from karat.train.data_augment import Fit, Normalise, decode
 from karat.train.data_sources import size_of
 from karat.train.files import read_json
-from karat.train.measure import load_run
+from karat.train.run_model import input_size, load_run
 from karat.train.settings import Settings
 
 WEIGHTS = ("last", "best", "ema")

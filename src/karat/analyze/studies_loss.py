@@ -35,8 +35,8 @@ from karat.analyze.study import Study, Subject
 from karat.analyze.trajectory import Direction, Plane, principal_plane
 from karat.flops import multiply_adds, teacher_multiply_adds
 from karat.train import runs
-from karat.train.build import build_model
 from karat.train.files import digest
+from karat.train.run_model import build_model
 from karat.train.settings import Settings
 from karat.transfer import teacher_of
 

@@ -78,7 +78,7 @@ class KArAtModel(
         num_classes: None means one for each of class_names, or 1000 without names. img_size: None means the model's
         own. pretrained=True starts from timm's weights, which the saved model then brings along.
         """
-        from karat.train.build import input_size
+        from karat.train.run_model import input_size
 
         bare = model.split(".")[0]
         if attention is None:

@@ -11,10 +11,9 @@ from karat.hub import storage
 from karat.hub.config import ModelConfig
 from karat.hub.model import KArAtModel
 from karat.train import files, runs
-from karat.train.build import input_size
 from karat.train.data_augment import statistics
-from karat.train.measure import load_run
 from karat.train.recipes import get_recipe
+from karat.train.run_model import input_size, load_run
 from karat.train.settings import Settings
 
 # Where a run lies, how it is kept and by how many processes its data is loaded says nothing about the model.

@@ -15,7 +15,8 @@ from karat.bench.step import fuse_softmax, step_of
 from karat.bench.timing import alternate, environment
 from karat.study.plan import Plan, Variant, with_epochs
 from karat.train import files, randomness, runs
-from karat.train.build import build_model, checkpoint_gradients, input_size
+from karat.train.build import checkpoint_gradients
+from karat.train.run_model import build_model, input_size
 from karat.train.settings import Settings
 
 TIMES = "times.json"

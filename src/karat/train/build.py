@@ -1,4 +1,4 @@
-"""The parts of a training run that settings describe: accelerator, model, losses, mixing, optimiser."""
+"""The parts of a training run that settings describe: accelerator, losses, mixing, optimiser, and all together."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
-from timm import get_pretrained_cfg, is_model
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from karat.config import KArAtConfig
-from karat.models import create_model
-from karat.train.data import DEFAULT_SIZE
 from karat.train.ema import WeightAverage
 from karat.train.init import Fate
 from karat.train.optim import create_optimizer, create_schedule
@@ -26,7 +23,6 @@ from karat.train.processes import leave_at_exit
 from karat.train.randomness import seed_everything
 from karat.train.recipes import Recipe
 from karat.train.run_settings import RunSettings
-from karat.train.settings import Settings
 from karat.train.state import bare
 from karat.train.task import Objective, Task
 
@@ -55,48 +51,6 @@ def create_accelerator(settings: RunSettings) -> Accelerator:
     if settings.amp_dtype == "float16" and accelerator.device.type == "cpu":  # accelerate would go on in float32
         raise ValueError("amp_dtype=float16 needs a GPU: on the CPU give bfloat16 or float32")
     return accelerator
-
-
-def input_size(model: str) -> int:
-    """The side of the images that timm's model of this name takes; 224 where it does not say."""
-    name = model.removeprefix("karat_").partition("(")[0]  # deep_kan(order=5) has settings behind its name
-    cfg = get_pretrained_cfg(name) if is_model(name.split(".")[0]) else None
-    return cfg.input_size[-1] if cfg is not None else DEFAULT_SIZE
-
-
-def build_model(settings: Settings, num_classes: int, in_chans: int, folder: Path | None = None) -> nn.Module:
-    """The model of a run, on the CPU, initialised from torch's present random state.
-
-    folder: the run's, where it is there already: it keeps the teacher of a student.
-    """
-    return with_teacher(plain_model(settings, num_classes, in_chans), settings, in_chans, folder)
-
-
-def with_teacher(model: nn.Module, settings: Settings, in_chans: int, folder: Path | None) -> nn.Module:
-    """The model with the attention of the settings' teacher in place of its own, where they name one."""
-    if settings.teacher is None:
-        return model
-    from karat.train.transfer import attach  # it loads the teacher through this module
-
-    return attach(model, settings, folder, in_chans)
-
-
-def plain_model(settings: Settings, num_classes: int, in_chans: int) -> nn.Module:
-    """The model that the settings describe, with attention of its own; ValueError for patches larger than images."""
-    side = settings.img_size or input_size(settings.model)
-    if settings.patch_size is not None and settings.patch_size > side:
-        raise ValueError(
-            f"patch_size={settings.patch_size} is larger than the images of {settings.model}, {side} pixels"
-        )
-    recipe = settings.recipe
-    extra: dict[str, Any] = settings.model_kwargs()
-    if recipe.drop:
-        extra["drop_rate"] = recipe.drop
-    if recipe.drop_path:
-        extra["drop_path_rate"] = recipe.drop_path
-    return create_model(
-        settings.model, attention=settings.attention, num_classes=num_classes, in_chans=in_chans, **extra
-    )
 
 
 def create_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:

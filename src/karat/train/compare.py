@@ -19,8 +19,8 @@ from karat.kan.mlp import parse_mlp
 from karat.kan.peers import DEEP_KAN
 from karat.spec import parse_call
 from karat.train import files, randomness, runs
-from karat.train.build import build_model, input_size
 from karat.train.engine import Trainer
+from karat.train.run_model import build_model, input_size
 from karat.train.run_settings import slug
 from karat.train.settings import Settings, resolve
 

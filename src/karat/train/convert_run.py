@@ -21,13 +21,14 @@ from karat.distill import DistillOptions, FitOptions, distill, fit_operators, me
 from karat.distill.closed_form import check_fits
 from karat.options import parse
 from karat.train import checkpoint, files, memory, runs
-from karat.train.build import build_model, create_accelerator, input_size
+from karat.train.build import create_accelerator
 from karat.train.checkpoint import load_weights
 from karat.train.data import Data, load_data, open_splits
 from karat.train.data_sources import size_of
 from karat.train.evaluate import evaluate
 from karat.train.images import Images
 from karat.train.recipes import get_recipe
+from karat.train.run_model import build_model, input_size
 from karat.train.settings import AUTO, Settings, preset_for, resolve
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from karat.config import KArAtConfig
 from karat.train import files, runs
 from karat.train.optim import operator_parameters
+from karat.train.run_model import load_run
 from karat.train.run_settings import RunSettings
 
 LOADED, RESIZED, FRESH, DROPPED = "loaded", "resized", "fresh", "dropped"
@@ -95,8 +96,6 @@ def read_model(source: str, settings: RunSettings) -> tuple[nn.Module, bool] | N
 
 
 def _read_run(folder: Path, settings: RunSettings) -> tuple[nn.Module, bool]:
-    from karat.train.measure import load_run  # it builds models, and those may begin here
-
     theirs, _ = runs.read_config(folder)
     return load_run(folder), same_operators(settings.attention, theirs.attention)
 

@@ -6,26 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from karat.train import runs
-from karat.train.build import build_model, create_accelerator, input_size
-from karat.train.checkpoint import load_weights
+from karat.train.build import create_accelerator
 from karat.train.data import load_data
 from karat.train.evaluate import evaluate
 from karat.train.files import write_json
+from karat.train.run_model import input_size, load_run
 from karat.transfer import teacher_of
-
-
-def load_run(folder: Path, weights: str = "last") -> nn.Module:
-    """A run's model with its weights ("last", "best" or "ema"), in evaluation mode, on the CPU.
-
-    Raises ValueError when the folder is no run, or its weights are missing or were tampered with.
-    """
-    settings, facts = runs.read_config(folder)
-    model = build_model(settings, facts["num_classes"], facts["in_chans"], folder)
-    load_weights(model, runs.read_weights(folder, weights), str(runs.weights_path(folder, weights)))
-    return model.eval()
 
 
 def evaluate_run(

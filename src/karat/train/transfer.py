@@ -11,36 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from karat.kan.peers import DEEP_KAN
 from karat.train import checkpoint, files, runs
-from karat.train.build import input_size
+from karat.train.run_model import teacher_folder
 from karat.train.settings import AUTO, Settings
-from karat.transfer import transfer_attention
-
-
-def teacher_folder(settings: Settings, folder: Path | None) -> Path:
-    """Where the teacher lies: in the run that keeps it, else where the settings say."""
-    kept = None if folder is None else folder / runs.TEACHER
-    return kept if kept is not None and runs.is_run(kept) else Path(str(settings.teacher))
-
-
-def attach(model: nn.Module, settings: Settings, folder: Path | None, in_chans: int) -> nn.Module:
-    """Give a student's blocks the attention of its teacher; ValueError where that is missing or does not fit."""
-    from karat.train.measure import load_run
-
-    where = teacher_folder(settings, folder)
-    if not runs.is_run(where):
-        raise ValueError(f"the teacher {where} is no run's folder: train it first, or name another")
-    if folder is not None and where.resolve() == folder.resolve():
-        raise ValueError(f"{folder} names itself as its teacher: it was overwritten, train it again from another one")
-    side = settings.img_size or input_size(settings.model)
-    random = torch.get_rng_state()  # building the teacher draws weights that its own then replace
-    teacher = load_run(where)
-    torch.set_rng_state(random)
-    return transfer_attention(model, teacher, torch.zeros(1, in_chans, side, side))
 
 
 def keep(settings: Settings, folder: Path) -> None:
