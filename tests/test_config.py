@@ -115,6 +115,8 @@ FAMILIES = {
     | {"simplex": st.sampled_from([choice for choice in SIMPLEX if choice != "row"])},
     "other orders": edges | {"order": st.sampled_from(["PhiW", "PhiPhi"])},
     "pointwise": edges | {"order": st.just("Pointwise"), "rank": st.none()},
+    "pointwise with places": edges
+    | {"order": st.just("Pointwise"), "rank": st.integers(1, 99), "position": st.just("query")},
 }
 
 
@@ -162,7 +164,9 @@ def test_unknown_values_are_named(setting: str) -> None:
         ("silu+dog-b,init_scale=2,order=PhiW", "edge_scales=True makes its size learnable"),
         ("g3b,score_gradient=1e999", "score_gradient must be a number >= 0, got inf"),
         ("g3b,order=Pointwise", "no rank: write rank=None, not 12"),
-        ("g3b,order=Pointwise,rank=None,position=query", "position=query acts on the R sums before W"),
+        ("g3b,order=Pointwise,rank=None,position=query", "is static mixing: give its rank"),
+        ("g3b,order=Pointwise,position=gain", "position=gain acts on the R sums before W"),
+        ("g3b,order=Pointwise,position=query,normalise=rms", "normalise=rms acts on the R sums before W"),
         ("g3b,order=PhiW,normalise=rms", "normalise=rms acts on the R sums before W"),
         ("g3b,rank=None,normalise=rms", "it needs order='WPhi' and a rank"),
         ("static", "can't read the attention 'static'"),

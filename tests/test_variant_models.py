@@ -14,7 +14,13 @@ from karat.train.optim import parameter_groups
 from karat.train.recipes import RECIPES
 from small_models import images, small_model
 
-KINDS = ("g3b", "g2u,rank=None,order=Pointwise", "static-b", "static-u,rank=None")
+KINDS = (
+    "g3b",
+    "g2u,rank=None,order=Pointwise",
+    "g2u,rank=2,order=Pointwise,position=query",
+    "static-b",
+    "static-u,rank=None",
+)
 STARTS = ("", ",gate=block", ",gate=1,init_scale=0")
 BEGIN_AS_SOFTMAX = [
     *(f"{kind},residual=softmax{start}" for kind in KINDS for start in STARTS),

@@ -26,7 +26,8 @@ POINTWISE = [
     f"{basis}-b,rank=None,order=Pointwise" for basis in (*BASES, "silu+fourier(grid=1)", "shannon(window=key)")
 ]
 STATIC = ["static-b,rank=3", "static-b,rank=None", "row-b,rank=None"]
-KINDS = ["g2b,rank=3,position=query", "g2b,rank=None,order=Pointwise", *STATIC]
+PLACED = "g2b,rank=3,order=Pointwise,position=query"
+KINDS = ["g2b,rank=3,position=query", "g2b,rank=None,order=Pointwise", PLACED, *STATIC]
 COMBINED = [
     *(f"{kind},residual=softmax{gate}" for kind in KINDS for gate in ("", ",gate=block", ",gate=0.7")),
     *(f"{kind},simplex=row" for kind in KINDS),
@@ -34,7 +35,7 @@ COMBINED = [
     "g2b,rank=3,input=probabilities,normalise=rms,residual=softmax,score_gradient=0.5",
     "g2b,rank=None,order=Pointwise,input=probabilities,base=gelu,edge_scales=True",
 ]
-VARIANTS = [*SHAPED, *PROBABILITIES, *POINTWISE, *STATIC, *COMBINED]
+VARIANTS = [*SHAPED, *PROBABILITIES, *POINTWISE, PLACED, *STATIC, *COMBINED]
 
 
 def outspoken(op: KArAtOperator) -> KArAtOperator:
@@ -56,6 +57,7 @@ def written_out(op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tenso
         sigma = (C if W is None else torch.einsum("hkp,hnp->hkn", C, W)).expand_as(x)
     elif config.order == "Pointwise":
         sigma = torch.stack([op.edges(x[:, h])[..., h, 0, 0] for h in range(x.shape[1])], dim=1)
+        sigma = sigma if C is None else sigma + torch.einsum("hkp,hnp->hkn", C, W)
     elif config.rank is None:
         sigma = layer_sum(op, x, 0, allowed)
     elif config.order == "PhiW":
@@ -124,8 +126,11 @@ def test_gradcheck(spec: str) -> None:
 
 @pytest.mark.parametrize("kind", ["none", "keys"])
 @pytest.mark.parametrize("basis", ["fourier(grid=2)", "silu+bspline(grid=3,order=2)"])
-def test_a_pointwise_operator_streams_many_keys(basis: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    op = KArAtOperator(H, N, f"{basis}-b,rank=None,order=Pointwise").double()
+@pytest.mark.parametrize(("rank", "places"), [(None, ""), (3, ",position=query")])
+def test_a_pointwise_operator_streams_many_keys(
+    rank: int | None, places: str, basis: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = KArAtOperator(H, N, f"{basis}-b,rank={rank},order=Pointwise{places}").double()
     q, k, v = qkv()
     mask = make_mask(kind)
     formed = op.attend(q, k, v, mask=mask)
@@ -146,6 +151,16 @@ def test_a_pointwise_operator_knows_no_position() -> None:
     assert sum(parameter.numel() for parameter in op.parameters()) == H * 6
     scores, order = torch.randn(B, H, N, N, dtype=torch.float64), torch.randperm(N)
     torch.testing.assert_close(op(scores[..., order]), op(scores)[..., order])
+
+
+def test_places_beside_a_pointwise_operator_begin_as_strong_as_it() -> None:
+    op = KArAtOperator(H, N, PLACED).double()
+    static = KArAtOperator(H, N, "static-b,rank=3").double()
+    static.load_state_dict({"W": op.W, "C": op.C})
+    scores = torch.randn(4096, H, N, N, dtype=torch.float64)
+    places = static(scores[:1])
+    power = torch.stack([(op(scores) - places).square().sum(-1).mean((0, 2)), places.square().sum(-1).mean((0, 2))])
+    torch.testing.assert_close(power[0], power[1], rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize("streamed_from", [1, 1024])
@@ -289,7 +304,7 @@ def test_softmax_beside_keeps_its_gradient() -> None:
 
 @pytest.mark.parametrize(("gate", "shape"), [("head", (2,)), ("block", (1,)), ("1.0,init_scale=0.0", None)])
 @pytest.mark.parametrize(
-    "kind", ["g3b", "g2b,rank=None,order=Pointwise", "static-b", "static-b,rank=None", "row-b,rank=None"]
+    "kind", ["g3b", "g2b,rank=None,order=Pointwise", PLACED, "static-b", "static-b,rank=None", "row-b,rank=None"]
 )
 def test_gates_that_begin_as_softmax(kind: str, gate: str, shape: tuple[int] | None) -> None:
     op = KArAtOperator(3, N, f"{kind},residual=softmax,gate={gate},softmax_heads=1")
@@ -301,7 +316,7 @@ def test_gates_that_begin_as_softmax(kind: str, gate: str, shape: tuple[int] | N
     assert max(float(p.grad.abs().max()) for p in op.parameters() if p.grad is not None) > 0
 
 
-ALL_FORMS = [*(f"g2b,{form}" for form in FORMS), "dog-b,rank=None", "g2b,rank=None,order=Pointwise", *STATIC]
+ALL_FORMS = [*(f"g2b,{form}" for form in FORMS), "dog-b,rank=None", "g2b,rank=None,order=Pointwise", PLACED, *STATIC]
 ALL_FORMS += ["g2b,rank=3,simplex=rank", "g2b,rank=3,order=PhiPhi,base=silu,edge_scales=True", "g2b,rank=3,init=paper"]
 
 
@@ -320,6 +335,8 @@ STARTS = [
     *(f"{basis}-b,{form},input=probabilities" for basis in ("fourier(grid=3)", "dog", "bspline") for form in FORMS),
     *(f"{basis}-b,rank=None,order=Pointwise" for basis in ("fourier(grid=3)", "morlet", "rational")),
     "silu+dog-b,rank=None,order=Pointwise,edge_scales=True",
+    "g3b,order=Pointwise,position=query",
+    "dog-b,order=Pointwise,position=query,input=probabilities",
     "g3b,normalise=rms",
     "g3b,normalise=rms,simplex=rank",
     "g3b,position=query",

@@ -29,7 +29,8 @@ class KArAtConfig:
             one learned row a head, σ_kn = W_n, blind to scores and queries.
         rank: R of the low-rank operator; None is the full N×N operator (order WPhi only, no W).
         order: "WPhi" (W∘Φ), "PhiW" (Φ∘W), "PhiPhi" (Φ₂∘Φ₁), or "Pointwise": σ_kn = φ(A_kn), one function a head
-            that all keys share, no W, rank=None.
+            that all keys share, no W, rank=None; with a rank and position="query", static mixing of that rank is
+            added, σ_kn = φ(A_kn) + Σ_p W_np C_kp.
         sharing: "blockwise", each block its own operator, or "universal", one for all blocks.
         base: base activation b: "zero", "identity", "silu" or "gelu".
         edge_scales: learnable s_f (and s_b where b isn't zero) per edge; "published" registers s_b always, as

@@ -89,15 +89,20 @@ def _full_rank(config: KArAtConfig) -> str | None:
 
 
 def _pointwise(config: KArAtConfig) -> str | None:
-    if config.order != "Pointwise" or config.rank is None:
+    if config.order != "Pointwise" or (config.rank is None) == (config.position is None):
         return None
+    if config.position is not None:
+        return f"position={config.position} beside a function that all keys share is static mixing: give its rank"
     return f"order='Pointwise' has one function a head and no rank: write rank=None, not {config.rank!r}"
 
 
 def _before_w(config: KArAtConfig) -> str | None:
     if config.simplex == "rank" and config.order != "WPhi":
         return f"simplex='rank' acts before W in order WPhi; order {config.order!r} takes simplex='row'"
-    asked = _set(config, ("normalise", "position"))
+    if config.order == "Pointwise" and config.position == "query":
+        asked = _set(config, ("normalise",))  # places are added to the function's value
+    else:
+        asked = _set(config, ("normalise", "position"))
     if asked and (config.order != "WPhi" or config.rank is None):
         return f"{asked} acts on the R sums before W: it needs order='WPhi' and a rank, not None"
     return None

@@ -1,8 +1,9 @@
 """Operators that lack what the others have: keys told apart, eyes for the scores, queries told apart.
 
-They say where a gain comes from. `Pointwise` learns a function of the scores and knows no position; `Static` mixes
-positions and is blind to the scores, as the random Synthesizer is (Tay et al. 2020, arXiv 2005.00743); `Row` doesn't
-even tell queries apart. Beside softmax or in place of heads they take all the settings that make sense for them.
+They say where a gain comes from. `Pointwise` learns a function of the scores and knows no position, or adds static
+mixing to it; `Static` mixes positions and is blind to the scores, as the random Synthesizer is (Tay et al. 2020, arXiv
+2005.00743); `Row` doesn't even tell queries apart. Beside softmax or in place of heads they take all the settings that
+make sense for them.
 """
 
 from __future__ import annotations
@@ -59,11 +60,14 @@ class Pointwise(Order):
 
     def attend(self, op, q, k, v, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
         layer = op.edge_layers[0]
-        formed = op.config.input == "probabilities" or k.shape[2] < STREAMED_FROM
-        if formed or not isinstance(layer.basis, LinearBasis):
+        if not self._streams(op, k):
             return super().attend(op, q, k, v, scale, bias, mask, sums)
         u = layer.packed().to(v.dtype) * v.unsqueeze(2)  # U_f,n = c_f v_n: (H,F,1,1), (B,H,1,N,D) -> (B,H,F,N,D)
         return basis_attention(q, k, u, layer.basis, scale=scale, bias=bias, mask=mask, impl=op.config.impl)
+
+    def _streams(self, op: KArAtOperator, k: Tensor) -> bool:
+        many = op.config.input != "probabilities" and k.shape[2] >= STREAMED_FROM
+        return many and isinstance(op.edge_layers[0].basis, LinearBasis)
 
 
 class StaticFull(Order):
@@ -134,7 +138,22 @@ def _for_each_image(op: KArAtOperator, like: Tensor) -> Tensor:
     return op.C.to(like.dtype).expand(like.shape[0], *op.C.shape)
 
 
-LOW_RANK: dict[str, Order] = {**ORDERS, STATIC: Static()}
+class PointwiseWithPlaces(Pointwise):
+    """σ = φ(A) + C Wᵀ: what scores and places bring where neither looks at the other."""
+
+    projector_shape: ClassVar[str | None] = "NR"
+
+    def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
+        assert op.C is not None
+        places = op.C.to(scores.dtype) @ op.projector_as(scores).transpose(-2, -1)  # (H,N,N)
+        return super().hidden_of_scores(op, scores, mask) + (places if mask is None else torch.where(mask, places, 0))
+
+    def attend(self, op, q, k, v, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
+        out = super().attend(op, q, k, v, scale, bias, mask, sums)
+        return out + LOW_RANK[STATIC].apply(op, v, v) if self._streams(op, k) else out
+
+
+LOW_RANK: dict[str, Order] = {**ORDERS, "Pointwise": PointwiseWithPlaces(), STATIC: Static()}
 FULL_RANK: dict[str, Order] = {"WPhi": FULL, "Pointwise": Pointwise(), STATIC: StaticFull(), ROW: Row()}
 
 

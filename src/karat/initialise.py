@@ -56,6 +56,9 @@ def initialise(op: KArAtOperator) -> None:
         if op.order.layer_shapes[:1] == ("NR",):  # Φ̂ first: each of its R numbers starts with unit power
             layer = op.edge_layers[0]
             _scale(layer, _moments(layer, _inputs(op))[1].diagonal(dim1=-2, dim2=-1).rsqrt().unsqueeze(1))
+        if _adds_to_edges(op):  # each part with unit power
+            _scale_edges(op, _edges_power(op)[1].rsqrt())
+            _scale_projector(op, _places(op).square().sum(-1).mean(-1).rsqrt())
         _scale_last(op, _output_power(op).rsqrt())
     if op.config.init_scale != 1.0:
         _scale_last(op, torch.full((len(op.karat_heads),), op.config.init_scale))
@@ -75,6 +78,9 @@ def _output_power(op: KArAtOperator) -> Tensor:
     if op.order.projector_shape == "N1":  # W is all there is
         assert op.W is not None
         return op.W.double().square().sum((-2, -1))
+    if _adds_to_edges(op):
+        (mean, power), places = _edges_power(op), _places(op)
+        return power + 2 * mean * places.sum(-1).mean(-1) + places.square().sum(-1).mean(-1)
     if op.order.projector_shape == "NR":  # W last
         assert op.W is not None
         W = op.W.double()
@@ -83,9 +89,8 @@ def _output_power(op: KArAtOperator) -> Tensor:
         assert op.C is not None
         return op.C.double().square().sum(-1).mean(-1)
     last = op.edge_layers[-1]
-    if op.order.gives_sigma:  # a layer of edges alone, each output the sum of all that one row of scores gives
-        outputs = _moments(last, _inputs(op), diagonal=True)[1].sum(-1)
-        return outputs * (op.num_tokens / last.outputs)
+    if op.order.gives_sigma:
+        return _edges_power(op)[1]
     sees_few = op.num_tokens <= FEW_TOKENS or last.inputs > op.num_tokens
     if sees_few or op.config.input != "scores":
         return _sampled_power(op)
@@ -94,6 +99,26 @@ def _output_power(op: KArAtOperator) -> Tensor:
         spread = (power.diagonal(dim1=-2, dim2=-1) - mean.square()).clamp(min=0).sqrt()
         return _moments(last, lambda z: mean + spread * z, diagonal=True)[1].sum(-1)
     return _moments(last, diagonal=True)[1].sum(-1)
+
+
+def _adds_to_edges(op: KArAtOperator) -> bool:
+    """Whether W has no part in what the edges give: order Pointwise with places."""
+    return op.order.gives_sigma and bool(op.edge_layers) and op.W is not None
+
+
+def _edges_power(op: KArAtOperator) -> tuple[Tensor, Tensor]:
+    """E of one σ_kn, averaged over n, and E Σ_n σ_kn², (H,) each, where edges alone give σ: each output the sum of
+    all that one row of scores gives."""
+    last = op.edge_layers[-1]
+    mean, power = _moments(last, _inputs(op), diagonal=True)
+    return mean.mean(-1), power.sum(-1) * (op.num_tokens / last.outputs)
+
+
+def _places(op: KArAtOperator) -> Tensor:
+    """C Wᵀ (H,N,N)."""
+    assert op.C is not None
+    assert op.W is not None
+    return op.C.double() @ op.W.double().transpose(-2, -1)
 
 
 def _hidden_power(op: KArAtOperator) -> Tensor:
@@ -120,15 +145,25 @@ def _inputs(op: KArAtOperator) -> Inputs:
 
 
 def _scale_last(op: KArAtOperator, factor: Tensor) -> None:
-    """Multiply σ by factor (H,) through its last map: W, the last layer's amplitudes, or σ itself if it's static."""
+    """Multiply σ by factor (H,) through its last map: W, the last layer's amplitudes, both where they add up, or C."""
+    if _adds_to_edges(op):
+        _scale_edges(op, factor)
     if op.order.projector_shape in ("NR", "N1"):
-        assert op.W is not None
-        op.W.mul_(factor.to(op.W)[:, None, None])
+        _scale_projector(op, factor)
     elif op.edge_layers:
-        _scale(op.edge_layers[-1], factor[:, None, None])
+        _scale_edges(op, factor)
     else:
         assert op.C is not None
         op.C.mul_(factor.to(op.C)[:, None, None])
+
+
+def _scale_edges(op: KArAtOperator, factor: Tensor) -> None:
+    _scale(op.edge_layers[-1], factor[:, None, None])
+
+
+def _scale_projector(op: KArAtOperator, factor: Tensor) -> None:
+    assert op.W is not None
+    op.W.mul_(factor.to(op.W)[:, None, None])
 
 
 def _draw(layer: EdgeLayer, init: str) -> None:
