@@ -126,6 +126,7 @@ BAD = {
     "analyze functions RUN --head 7": "head 7 isn't there",
     "analyze functions SOFTMAX": "no learnable attention",
     "analyze parts SOFTMAX": "no learnable attention",
+    "analyze ablation SOFTMAX": "no learned attention of its own",
     "analyze parts RUN --images 1": "two images or more",
     "analyze attention RUN --box 0 0 4 4": "name it with --image",
     "analyze attention RUN --image PICTURE --box 4 4 0 0": "is empty",
@@ -158,6 +159,16 @@ def test_bad_input_is_one_line(
     assert error.startswith("karat: ")
     assert error.count("\n") == 1
     assert BAD[line].replace("FOLDER", str(tmp_path)) in error
+
+
+def test_several_models_with_nothing_to_take_away_are_one_line(
+    softmax_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [shutil.copytree(softmax_run, tmp_path / name) for name in ("a", "b")]
+    assert main(["analyze", "ablation", *map(str, runs)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.count("no learned attention of its own") == 2
 
 
 @pytest.mark.parametrize("what", ["attention", "spectrum", "functions"])
