@@ -64,6 +64,7 @@ def test_words_count_the_blocks_that_can_be_converted() -> None:
 
 
 SHARED = ["g2u,rank=None,order=Pointwise", "static-u,rank=2", "static-u,rank=None", "g2u,position=gain,normalise=rms"]
+SHARED += ["g2u,rank=2,order=Pointwise,position=query"]
 SHARED += ["g2u,residual=softmax,gate=block", "g2u,input=probabilities,score_gradient=0.5"]
 
 

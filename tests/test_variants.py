@@ -34,6 +34,7 @@ COMBINED = [
     "g2b,rank=3,normalise=rms,position=gain,simplex=rank",
     "g2b,rank=3,input=probabilities,normalise=rms,residual=softmax,score_gradient=0.5",
     "g2b,rank=None,order=Pointwise,input=probabilities,base=gelu,edge_scales=True",
+    f"{PLACED},input=probabilities,base=gelu,edge_scales=True",
 ]
 VARIANTS = [*SHAPED, *PROBABILITIES, *POINTWISE, PLACED, *STATIC, *COMBINED]
 
@@ -108,7 +109,7 @@ def test_rows_that_see_nothing_give_nothing(spec: str) -> None:
         assert gradient is None or gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("spec", [*SHAPED[::3], *PROBABILITIES[::3], *POINTWISE, *STATIC, *COMBINED[:3]])
+@pytest.mark.parametrize("spec", [*SHAPED[::3], *PROBABILITIES[::3], *POINTWISE, PLACED, *STATIC, *COMBINED[:3]])
 def test_gradcheck(spec: str) -> None:
     op = outspoken(KArAtOperator(1, 3, spec).double())
     names, parameters = zip(*op.named_parameters(), strict=True)
@@ -153,14 +154,24 @@ def test_a_pointwise_operator_knows_no_position() -> None:
     torch.testing.assert_close(op(scores[..., order]), op(scores)[..., order])
 
 
-def test_places_beside_a_pointwise_operator_begin_as_strong_as_it() -> None:
-    op = KArAtOperator(H, N, PLACED).double()
+@pytest.mark.parametrize("base", ["zero", "silu"])
+def test_places_beside_a_pointwise_operator_begin_as_strong_as_it(base: str) -> None:
+    op = KArAtOperator(H, N, f"{PLACED},base={base}").double()
     static = KArAtOperator(H, N, "static-b,rank=3").double()
     static.load_state_dict({"W": op.W, "C": op.C})
     scores = torch.randn(4096, H, N, N, dtype=torch.float64)
     places = static(scores[:1])
     power = torch.stack([(op(scores) - places).square().sum(-1).mean((0, 2)), places.square().sum(-1).mean((0, 2))])
     torch.testing.assert_close(power[0], power[1], rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("init", ["default", "paper"])
+def test_places_of_a_pointwise_operator_that_starts_at_zero_learn(init: str) -> None:
+    op = KArAtOperator(H, N, f"{PLACED},residual=softmax,gate=1,init_scale=0,init={init}")
+    op.attend(*qkv(torch.float32)).square().sum().backward()
+    assert op.W is not None
+    assert op.W.grad is not None
+    assert op.W.grad.norm() > 0
 
 
 @pytest.mark.parametrize("streamed_from", [1, 1024])
@@ -244,17 +255,17 @@ def test_a_converted_operator_has_no_term_of_the_query_s_place() -> None:
     assert (op.C == 0).all()
 
 
-@pytest.mark.parametrize("spec", STATIC)
-def test_what_has_no_edge_functions_is_not_fitted(spec: str) -> None:
+@pytest.mark.parametrize("spec", [*STATIC, "g2b,rank=None,order=Pointwise", PLACED])
+def test_what_has_no_edge_functions_of_its_keys_is_not_fitted(spec: str) -> None:
     op = outspoken(KArAtOperator(H, N, f"{spec},residual=softmax"))
     before = {name: value.clone() for name, value in op.state_dict().items()}
     scores = torch.randn(B, H, N, N)
-    with pytest.raises(ValueError, match="no edge functions to fit"):
+    with pytest.raises(ValueError, match=r"no edge functions to fit|that all keys share can't be fitted"):
         fit_operator(op, lambda: iter([Rows(scores, scores.softmax(-1), torch.randn(B, H, N, 4))]))
     assert all(torch.equal(value, before[name]) for name, value in op.state_dict().items())
 
 
-@pytest.mark.parametrize("spec", ["g2b,position=query", "g2b,position=gain", *STATIC[:2]])
+@pytest.mark.parametrize("spec", ["g2b,position=query", "g2b,position=gain", PLACED, *STATIC[:2]])
 def test_places_of_queries_ask_for_all_of_them(spec: str) -> None:
     op = KArAtOperator(H, N, spec)
     q, k, v = qkv(torch.float32)
@@ -264,7 +275,15 @@ def test_places_of_queries_ask_for_all_of_them(spec: str) -> None:
         op(torch.zeros(B, H, 3, N))
 
 
-@pytest.mark.parametrize("form", [*FORMS, "rank=None,order=Pointwise", "rank=3,input=probabilities"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        *FORMS,
+        "rank=None,order=Pointwise",
+        "rank=3,order=Pointwise,position=query",
+        "rank=3,input=probabilities",
+    ],
+)
 def test_the_gradient_through_the_scores_is_scaled(form: str) -> None:
     q, k, v = (x.requires_grad_() for x in qkv())
     bias = torch.randn(1, H, N, N, dtype=torch.float64, requires_grad=True)

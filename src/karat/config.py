@@ -48,7 +48,7 @@ class KArAtConfig:
         normalise: None, or "rms": each query's R sums Φ̂(A)_k are divided by their root mean square.
         position: None, "query", Φ̂(A)_k,p + C_k,p, or "gain", Φ̂(A)_k,p · (1 + C_k,p), with learnable C (H,N,R) for
             the query's place; after `normalise`. A gain starts at zero, the other as strong as the sums (at zero with
-            init="paper"). Self-attention only.
+            init="paper"). In order Pointwise "query" adds static mixing. Self-attention only.
         score_gradient: factor of the gradient that the operator sends to q, k and bias through the scores; 0.0: it
             reads the scores without shaping them. Softmax's own gradient stays whole.
         position_bias: None, or "relative": a learnable bias for each head and offset of two tokens, added to the

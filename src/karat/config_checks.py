@@ -89,11 +89,14 @@ def _full_rank(config: KArAtConfig) -> str | None:
 
 
 def _pointwise(config: KArAtConfig) -> str | None:
-    if config.order != "Pointwise" or (config.rank is None) == (config.position is None):
+    if config.order != "Pointwise" or (config.rank is None) == (config.position != "query"):
         return None
-    if config.position is not None:
-        return f"position={config.position} beside a function that all keys share is static mixing: give its rank"
-    return f"order='Pointwise' has one function a head and no rank: write rank=None, not {config.rank!r}"
+    if config.rank is None:
+        return "position=query beside a function that all keys share is static mixing: give its rank"
+    return (
+        f"order='Pointwise' has one function a head and no rank: write rank=None, not {config.rank!r}, or add "
+        "position='query', static mixing of that rank"
+    )
 
 
 def _before_w(config: KArAtConfig) -> str | None:

@@ -60,14 +60,11 @@ class Pointwise(Order):
 
     def attend(self, op, q, k, v, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
         layer = op.edge_layers[0]
-        if not self._streams(op, k):
+        formed = op.config.input == "probabilities" or k.shape[2] < STREAMED_FROM
+        if formed or not isinstance(layer.basis, LinearBasis):
             return super().attend(op, q, k, v, scale, bias, mask, sums)
         u = layer.packed().to(v.dtype) * v.unsqueeze(2)  # U_f,n = c_f v_n: (H,F,1,1), (B,H,1,N,D) -> (B,H,F,N,D)
         return basis_attention(q, k, u, layer.basis, scale=scale, bias=bias, mask=mask, impl=op.config.impl)
-
-    def _streams(self, op: KArAtOperator, k: Tensor) -> bool:
-        many = op.config.input != "probabilities" and k.shape[2] >= STREAMED_FROM
-        return many and isinstance(op.edge_layers[0].basis, LinearBasis)
 
 
 class StaticFull(Order):
@@ -108,8 +105,36 @@ class Static(StaticFull):
         return ORDERS["WPhi"].sigma(op, hidden)
 
     def apply(self, op: KArAtOperator, hidden: Tensor, v: Tensor) -> Tensor:
+        return _places_product(op, v)
+
+
+class PointwiseWithPlaces(Order):
+    """σ = φ(A) + C Wᵀ: what scores and places bring where neither looks at the other."""
+
+    streams_scores: ClassVar[bool] = False
+    layer_shapes: ClassVar[tuple[str, ...]] = Pointwise.layer_shapes
+    projector_shape: ClassVar[str | None] = "NR"
+    gives_sigma: ClassVar[bool] = True
+
+    def hidden(self, op, q, k, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
+        return self._with_places(op, POINTWISE.hidden(op, q, k, scale, bias, mask, sums), mask)
+
+    def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
+        return self._with_places(op, POINTWISE.hidden_of_scores(op, scores, mask), mask)
+
+    def _with_places(self, op: KArAtOperator, sigma: Tensor, mask: Tensor | None) -> Tensor:
         assert op.C is not None
-        return shared_product(op.C.to(v.dtype), shared_product(op.projector_as(v).transpose(-2, -1), v))
+        places = op.C.to(sigma.dtype) @ op.projector_as(sigma).transpose(-2, -1)  # (H,N,N)
+        return sigma + (places if mask is None else torch.where(mask, places, 0))
+
+    def sigma(self, op: KArAtOperator, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def apply(self, op: KArAtOperator, hidden: Tensor, v: Tensor) -> Tensor:
+        return hidden @ v
+
+    def attend(self, op, q, k, v, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
+        return POINTWISE.attend(op, q, k, v, scale, bias, mask, sums) + _places_product(op, v)
 
 
 class Row(Order):
@@ -132,29 +157,21 @@ class Row(Order):
         return ORDERS["WPhi"].apply(op, hidden, v)
 
 
+def _places_product(op: KArAtOperator, v: Tensor) -> Tensor:
+    """C Wᵀ v (B,H,N,D)."""
+    assert op.C is not None
+    return shared_product(op.C.to(v.dtype), shared_product(op.projector_as(v).transpose(-2, -1), v))
+
+
 def _for_each_image(op: KArAtOperator, like: Tensor) -> Tensor:
     """C in the precision of `like` (B,...), the same for each image: (B,H,N,·)."""
     assert op.C is not None
     return op.C.to(like.dtype).expand(like.shape[0], *op.C.shape)
 
 
-class PointwiseWithPlaces(Pointwise):
-    """σ = φ(A) + C Wᵀ: what scores and places bring where neither looks at the other."""
-
-    projector_shape: ClassVar[str | None] = "NR"
-
-    def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
-        assert op.C is not None
-        places = op.C.to(scores.dtype) @ op.projector_as(scores).transpose(-2, -1)  # (H,N,N)
-        return super().hidden_of_scores(op, scores, mask) + (places if mask is None else torch.where(mask, places, 0))
-
-    def attend(self, op, q, k, v, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
-        out = super().attend(op, q, k, v, scale, bias, mask, sums)
-        return out + LOW_RANK[STATIC].apply(op, v, v) if self._streams(op, k) else out
-
-
+POINTWISE = Pointwise()
 LOW_RANK: dict[str, Order] = {**ORDERS, "Pointwise": PointwiseWithPlaces(), STATIC: Static()}
-FULL_RANK: dict[str, Order] = {"WPhi": FULL, "Pointwise": Pointwise(), STATIC: StaticFull(), ROW: Row()}
+FULL_RANK: dict[str, Order] = {"WPhi": FULL, "Pointwise": POINTWISE, STATIC: StaticFull(), ROW: Row()}
 
 
 def order_of(config: KArAtConfig) -> Order:

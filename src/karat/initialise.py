@@ -56,21 +56,24 @@ def initialise(op: KArAtOperator) -> None:
         if op.order.layer_shapes[:1] == ("NR",):  # Φ̂ first: each of its R numbers starts with unit power
             layer = op.edge_layers[0]
             _scale(layer, _moments(layer, _inputs(op))[1].diagonal(dim1=-2, dim2=-1).rsqrt().unsqueeze(1))
-        if _adds_to_edges(op):  # each part with unit power
+        if _adds_to_edges(op):
             _scale_edges(op, _edges_power(op)[1].rsqrt())
-            _scale_projector(op, _places(op).square().sum(-1).mean(-1).rsqrt())
+            _match_places(op)
         _scale_last(op, _output_power(op).rsqrt())
+        if _adds_to_edges(op):  # anew: a base activation without a scale stays what it is
+            _match_places(op)
     if op.config.init_scale != 1.0:
         _scale_last(op, torch.full((len(op.karat_heads),), op.config.init_scale))
 
 
 def _mixes_places(op: KArAtOperator) -> bool:
-    """Whether C takes part from the start: alone, or added to sums that have unit power as its own numbers have.
+    """Whether C takes part from the start: alone, as a factor of W alone, or added to sums that have unit power as its
+    own numbers have.
 
     A gain starts as absent. C is drawn so that the sum holds static mixing at once: at zero beside a gate of zero
     it left the curve of a training what it is without C.
     """
-    return not op.edge_layers or (op.config.position == "query" and op.config.init == "default")
+    return not op.edge_layers or _adds_to_edges(op) or (op.config.position == "query" and op.config.init == "default")
 
 
 def _output_power(op: KArAtOperator) -> Tensor:
@@ -80,14 +83,14 @@ def _output_power(op: KArAtOperator) -> Tensor:
         return op.W.double().square().sum((-2, -1))
     if _adds_to_edges(op):
         (mean, power), places = _edges_power(op), _places(op)
-        return power + 2 * mean * places.sum(-1).mean(-1) + places.square().sum(-1).mean(-1)
+        return power + 2 * mean * places.sum(-1).mean(-1) + _rows_power(places)
     if op.order.projector_shape == "NR":  # W last
         assert op.W is not None
         W = op.W.double()
         return torch.einsum("hnp,hpr,hnr->h", W, _hidden_power(op), W)
     if not op.edge_layers:
         assert op.C is not None
-        return op.C.double().square().sum(-1).mean(-1)
+        return _rows_power(op.C.double())
     last = op.edge_layers[-1]
     if op.order.gives_sigma:
         return _edges_power(op)[1]
@@ -119,6 +122,16 @@ def _places(op: KArAtOperator) -> Tensor:
     assert op.C is not None
     assert op.W is not None
     return op.C.double() @ op.W.double().transpose(-2, -1)
+
+
+def _rows_power(sigma: Tensor) -> Tensor:
+    """Σ_n σ_kn² (H,), the mean over rows."""
+    return sigma.square().sum(-1).mean(-1)
+
+
+def _match_places(op: KArAtOperator) -> None:
+    """Give C Wᵀ the power that the edges have."""
+    _scale_projector(op, (_edges_power(op)[1] / _rows_power(_places(op))).sqrt())
 
 
 def _hidden_power(op: KArAtOperator) -> Tensor:

@@ -81,7 +81,7 @@ class KArAtOperator(nn.Module):
 
     @property
     def projector(self) -> Tensor | None:
-        """W: (H',N,R) in order WPhi, (H',R,N) in PhiW, None otherwise."""
+        """W: (H',R,N) in order PhiW, (H',N,1) of a row, (H',N,R) elsewhere; None where there is none."""
         return self.W
 
     def projector_as(self, x: Tensor) -> Tensor:

@@ -94,8 +94,9 @@ def resample_operator(
     """Carry one operator to another token grid, in place (SPEC §9).
 
     Token axes are, by order: WPhi Φ's keys and W's N; full rank Φ's keys and outputs; PhiW W's N and Φ's outputs;
-    PhiPhi Φ₁'s keys and Φ₂'s outputs; and of C, where there is one, its queries. The same grid and prefix leave the
-    operator untouched, bit for bit; otherwise its parameters are new objects: build the optimiser afterwards.
+    PhiPhi Φ₁'s keys and Φ₂'s outputs; static mixing, alone or in order Pointwise, and a row W's N; and of C, where
+    there is one, its queries. The same grid and prefix leave the operator untouched, bit for bit; otherwise its
+    parameters are new objects: build the optimiser afterwards.
 
     Args:
         op: the operator.

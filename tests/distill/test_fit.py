@@ -59,7 +59,14 @@ def test_every_setting_can_be_fitted(attention: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "attention", ["static-b", "g2b,rank=None,order=Pointwise", "g2b,normalise=rms", "g2b,input=probabilities"]
+    "attention",
+    [
+        "static-b",
+        "g2b,rank=None,order=Pointwise",
+        "g2b,order=Pointwise,position=query",
+        "g2b,normalise=rms",
+        "g2b,input=probabilities",
+    ],
 )
 def test_what_has_no_closed_form_says_so(attention: str) -> None:
     with pytest.raises(ValueError, match="can't be fitted to softmax in closed form; use another attention, or resid"):

@@ -40,7 +40,7 @@ ORDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dog, PhiPhi, row": ("vit", "dog-u,order=PhiPhi,simplex=row", TINY),
     "position, rms, half a gradient": ("vit", "g2b,normalise=rms,position=gain,score_gradient=0.5", TINY),
     "probabilities": ("vit", "g2b,rank=3,input=probabilities,residual=softmax,gate=0.5", TINY),
-    "pointwise": ("vit", "g2b,rank=None,order=Pointwise,position_bias=relative", TINY),
+    "pointwise": ("vit", "g2b,rank=3,order=Pointwise,position=query,position_bias=relative", TINY),
     "row": ("vit", "row-b,rank=None,residual=softmax", TINY),
     "static": ("vit", "static-b,rank=3,residual=softmax,gate=block", TINY),
     "grkan": ("vit", "g2b", {**TINY, "mlp": "grkan(groups=4)"}),

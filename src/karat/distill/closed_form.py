@@ -71,12 +71,14 @@ def fit_operator(op: KArAtOperator, rows: Source, ridge: float = 1e-4) -> Tensor
         rows: gives the rows anew each time it's called (twice for orders with two maps).
         ridge: λ of the regression as a share of the mean feature's power.
 
-    Raises ValueError where there are no rows, and for an operator without edge functions or of which no part that is
-    linear in its parameters sees the scores themselves.
+    Raises ValueError where there are no rows, and for an operator without edge functions, with one that all keys
+    share, or of which no part that is linear in its parameters sees the scores themselves.
     """
     check_fits(op.config)
     if not op.edge_layers:
         raise ValueError(f"{op.config} has no edge functions to fit: name a basis, e.g. g3b")
+    if op.config.order == "Pointwise":
+        raise ValueError(f"{op.config}: a function that all keys share can't be fitted; use order='WPhi'")
     if op.C is not None:  # neither a term nor a gain of the query's place takes part in the regression
         op.C.zero_()
     if op.order is FULL:

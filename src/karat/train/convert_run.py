@@ -20,6 +20,7 @@ from karat.convert import karatize
 from karat.distill import DistillOptions, FitOptions, distill, fit_operators, measure_blocks
 from karat.distill.closed_form import check_fits
 from karat.options import parse
+from karat.resample import resample_tokens
 from karat.train import checkpoint, files, memory, runs
 from karat.train.build import create_accelerator
 from karat.train.checkpoint import load_weights
@@ -182,8 +183,6 @@ def _teacher(options: Convert) -> tuple[Settings, nn.Module | None, dict[str, An
         load_weights(teacher, runs.read_weights(path, options.weights), str(runs.weights_path(path, options.weights)))
         side = theirs.img_size or input_size(theirs.model)
         if options.img_size is not None and options.img_size != side:
-            from karat.resample import resample_tokens
-
             resample_tokens(teacher, img_size=options.img_size)
             settings = replace(settings, img_size=options.img_size)
         return settings, teacher, facts

@@ -20,6 +20,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from karat.config import KArAtConfig
+from karat.resample import resample_tokens
 from karat.train import files, runs
 from karat.train.optim import operator_parameters
 from karat.train.run_model import load_run
@@ -116,8 +117,6 @@ def _side(model: nn.Module) -> int | None:
 def _on_grid(source: nn.Module, same_operator: bool, side: int | None) -> Source:
     before = {name: tensor.shape for name, tensor in source.state_dict().items()}
     if side is not None and _side(source) not in (None, side):
-        from karat.resample import resample_tokens
-
         resample_tokens(source, img_size=side)
     weights = source.state_dict()
     resized = frozenset(name for name, tensor in weights.items() if tensor.shape != before.get(name))

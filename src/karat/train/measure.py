@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from karat.resample import resample_tokens
 from karat.train import runs
 from karat.train.build import create_accelerator
 from karat.train.data import load_data
@@ -37,8 +38,6 @@ def evaluate_run(
     model = load_run(folder, weights)
     side = settings.img_size or input_size(settings.model)
     if img_size is not None and img_size != side:
-        from karat.resample import resample_tokens
-
         model, side = resample_tokens(model, img_size=img_size), img_size
         teacher = teacher_of(model)
         if teacher is not None:

@@ -54,10 +54,22 @@ def build_model(settings: Settings, num_classes: int, in_chans: int, folder: Pat
 
 
 def with_teacher(model: nn.Module, settings: Settings, in_chans: int, folder: Path | None) -> nn.Module:
-    """The model with the attention of the settings' teacher in place of its own, where they name one."""
+    """The model with the attention of the settings' teacher in place of its own, where they name one.
+
+    Raises ValueError where the teacher is missing or does not fit.
+    """
     if settings.teacher is None:
         return model
-    return _attach(model, settings, folder, in_chans)
+    where = teacher_folder(settings, folder)
+    if not runs.is_run(where):
+        raise ValueError(f"the teacher {where} is no run's folder: train it first, or name another")
+    if folder is not None and where.resolve() == folder.resolve():
+        raise ValueError(f"{folder} names itself as its teacher: it was overwritten, train it again from another one")
+    side = settings.img_size or input_size(settings.model)
+    random = torch.get_rng_state()  # building the teacher draws weights that its own then replace
+    teacher = load_run(where)
+    torch.set_rng_state(random)
+    return transfer_attention(model, teacher, torch.zeros(1, in_chans, side, side))
 
 
 def load_run(folder: Path, weights: str = "last") -> nn.Module:
@@ -75,17 +87,3 @@ def teacher_folder(settings: Settings, folder: Path | None) -> Path:
     """Where the teacher lies: in the run that keeps it, else where the settings say."""
     kept = None if folder is None else folder / runs.TEACHER
     return kept if kept is not None and runs.is_run(kept) else Path(str(settings.teacher))
-
-
-def _attach(model: nn.Module, settings: Settings, folder: Path | None, in_chans: int) -> nn.Module:
-    """Give a student's blocks the attention of its teacher; ValueError where that is missing or does not fit."""
-    where = teacher_folder(settings, folder)
-    if not runs.is_run(where):
-        raise ValueError(f"the teacher {where} is no run's folder: train it first, or name another")
-    if folder is not None and where.resolve() == folder.resolve():
-        raise ValueError(f"{folder} names itself as its teacher: it was overwritten, train it again from another one")
-    side = settings.img_size or input_size(settings.model)
-    random = torch.get_rng_state()  # building the teacher draws weights that its own then replace
-    teacher = load_run(where)
-    torch.set_rng_state(random)
-    return transfer_attention(model, teacher, torch.zeros(1, in_chans, side, side))
