@@ -35,7 +35,7 @@ def write_results(
     page = f"{table.markdown(rows, plan.baseline)}\n{table.markdown_curves(rows)}"
     files.write_text(plan.folder / PAGE, page)
     _write_comparison(plan, rows)
-    console.print(table.console_table(rows, plan.baseline, plan.title))
+    console.print(table.console_table(rows, plan.baseline, plan.title, console.width))
     drawn = draw_figures(rows, plan.baseline)
     paths = [save(figure, plan.folder / f"{name}.png") for name, figure in drawn.items()]
     for path in (plan.folder / STUDY, plan.folder / PAGE, *paths):

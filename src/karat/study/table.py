@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 
 from rich.table import Table
 
@@ -12,6 +13,7 @@ from karat.study.rows import Row
 from karat.study.statistics import Difference, Mean
 
 NOTHING = "–"
+NAME_WIDTH = 18  # the least that names get in a terminal
 Cell = Callable[[Row], str | None]
 
 
@@ -48,14 +50,25 @@ def columns(rows: Sequence[Row], baseline: str) -> list[Column]:
     return [column for column in found if any(column.cell(row) is not None for row in rows)]
 
 
-def console_table(rows: Sequence[Row], baseline: str, title: str) -> Table:
-    """For the terminal."""
-    chosen = columns(rows, baseline)
-    drawn = Table(title=title, title_justify="left")
-    for index, column in enumerate(chosen):
-        drawn.add_column(column.heading, justify="left" if index == 0 else "right", overflow="fold")
+def console_table(rows: Sequence[Row], baseline: str, title: str, width: int) -> Table:
+    """For a terminal of this width: names may be folded, numbers not; columns that don't fit are left to the page."""
+    name, *others = columns(rows, baseline)
+    room = width - NAME_WIDTH - 4  # a column's frame and padding take 3, the table's 1 more
+    chosen = {}  # with the width that a column needs
+    for column in others:
+        cells = [column.cell(row) or NOTHING for row in rows]
+        needed = max(map(len, [*column.heading.split(), *cells]))
+        if needed + 3 <= room:
+            chosen[column] = needed
+            room -= needed + 3
+    left_out = len(others) - len(chosen)
+    caption = f"{left_out} more columns in the Markdown page" if left_out else None
+    drawn = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    drawn.add_column(name.heading, overflow="fold")
+    for column, needed in chosen.items():
+        drawn.add_column(fill(column.heading, needed), justify="right", no_wrap=True)
     for row in rows:
-        drawn.add_row(*[column.cell(row) or NOTHING for column in chosen])
+        drawn.add_row(*[column.cell(row) or NOTHING for column in (name, *chosen)])
     return drawn
 
 
