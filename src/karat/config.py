@@ -7,6 +7,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from karat.basis import Basis, parse_basis, with_base
 from karat.config_checks import check
@@ -169,7 +170,7 @@ class KArAtConfig:
         if name in ALIASES:
             name, *usual = _split(ALIASES[name])
             options = usual + options
-        settings: dict[str, object] = {}
+        settings: dict[str, Any] = {}
         short = re.fullmatch(r"g(\d+)([bu])", name)
         long = re.fullmatch(r"(.+)-([bu])", name)
         if short:
@@ -191,7 +192,7 @@ class KArAtConfig:
             if not equals or key not in known:
                 raise ValueError(f"can't read the option {option!r} of {spec!r}; known options: {', '.join(known)}")
             settings[key] = _value(text)
-        return cls(**settings)  # type: ignore[arg-type]  # values are checked by __post_init__
+        return cls(**settings)
 
     @classmethod
     def explicit(cls, spec: str) -> str:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from karat.basis import LinearBasis
 from karat.config import ROW, STATIC, KArAtConfig
+from karat.inputs import Seen
 from karat.ops import basis_attention
-from karat.orders import FULL, ORDERS, Order
+from karat.orders import FULL, ORDERS, Order, SumsOverKeys, summed
 from karat.products import shared_product
 
 if TYPE_CHECKING:
@@ -35,11 +36,12 @@ class Pointwise(Order):
     projector_shape: ClassVar[str | None] = None
     gives_sigma: ClassVar[bool] = True
 
-    def hidden(self, op, q, k, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
+    def hidden(
+        self, op: KArAtOperator, seen: Seen, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+    ) -> Tensor:
         if op.config.input == "probabilities":  # they are the queries already, beside unit vectors as keys
-            return self.hidden_of_scores(op, q, mask)
-        scores = q @ k.transpose(-2, -1) * scale
-        return self.hidden_of_scores(op, scores if bias is None else scores + bias, mask)
+            return self.hidden_of_scores(op, seen.q, mask)
+        return self.hidden_of_scores(op, seen.scores(), mask)
 
     def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
         """φ of every score: to basis attention each is a query of width one beside a single key, 1."""
@@ -58,13 +60,15 @@ class Pointwise(Order):
     def apply(self, op: KArAtOperator, hidden: Tensor, v: Tensor) -> Tensor:
         return hidden @ v
 
-    def attend(self, op, q, k, v, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
+    def attend(
+        self, op: KArAtOperator, seen: Seen, v: Tensor, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+    ) -> Tensor:
         layer = op.edge_layers[0]
-        formed = op.config.input == "probabilities" or k.shape[2] < STREAMED_FROM
+        formed = op.config.input == "probabilities" or seen.k.shape[2] < STREAMED_FROM
         if formed or not isinstance(layer.basis, LinearBasis):
-            return super().attend(op, q, k, v, scale, bias, mask, sums)
+            return super().attend(op, seen, v, mask, sums)
         u = layer.packed().to(v.dtype) * v.unsqueeze(2)  # U_f,n = c_f v_n: (H,F,1,1), (B,H,1,N,D) -> (B,H,F,N,D)
-        return basis_attention(q, k, u, layer.basis, scale=scale, bias=bias, mask=mask, impl=op.config.impl)
+        return summed(op, u, layer.basis, seen, mask)
 
 
 class StaticFull(Order):
@@ -77,8 +81,10 @@ class StaticFull(Order):
     position_shape: ClassVar[str | None] = "NN"
     gives_sigma: ClassVar[bool] = True
 
-    def hidden(self, op, q, k, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
-        return _for_each_image(op, q)
+    def hidden(
+        self, op: KArAtOperator, seen: Seen, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+    ) -> Tensor:
+        return _for_each_image(op, seen.q)
 
     def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
         return _for_each_image(op, scores)
@@ -108,33 +114,20 @@ class Static(StaticFull):
         return _places_product(op, v)
 
 
-class PointwiseWithPlaces(Order):
+class PointwiseWithPlaces(Pointwise):
     """σ = φ(A) + C Wᵀ: what scores and places bring where neither looks at the other."""
 
-    streams_scores: ClassVar[bool] = False
-    layer_shapes: ClassVar[tuple[str, ...]] = Pointwise.layer_shapes
     projector_shape: ClassVar[str | None] = "NR"
-    gives_sigma: ClassVar[bool] = True
-
-    def hidden(self, op, q, k, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
-        return self._with_places(op, POINTWISE.hidden(op, q, k, scale, bias, mask, sums), mask)
 
     def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
-        return self._with_places(op, POINTWISE.hidden_of_scores(op, scores, mask), mask)
-
-    def _with_places(self, op: KArAtOperator, sigma: Tensor, mask: Tensor | None) -> Tensor:
         assert op.C is not None
-        places = op.C.to(sigma.dtype) @ op.projector_as(sigma).transpose(-2, -1)  # (H,N,N)
-        return sigma + (places if mask is None else torch.where(mask, places, 0))
+        places = op.C.to(scores.dtype) @ op.projector_as(scores).transpose(-2, -1)  # (H,N,N)
+        return super().hidden_of_scores(op, scores, mask) + (places if mask is None else torch.where(mask, places, 0))
 
-    def sigma(self, op: KArAtOperator, hidden: Tensor) -> Tensor:
-        return hidden
-
-    def apply(self, op: KArAtOperator, hidden: Tensor, v: Tensor) -> Tensor:
-        return hidden @ v
-
-    def attend(self, op, q, k, v, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
-        return POINTWISE.attend(op, q, k, v, scale, bias, mask, sums) + _places_product(op, v)
+    def attend(
+        self, op: KArAtOperator, seen: Seen, v: Tensor, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+    ) -> Tensor:
+        return POINTWISE.attend(op, seen, v, mask, sums) + _places_product(op, v)
 
 
 class Row(Order):
@@ -144,8 +137,10 @@ class Row(Order):
     layer_shapes: ClassVar[tuple[str, ...]] = ()
     projector_shape: ClassVar[str | None] = "N1"
 
-    def hidden(self, op, q, k, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
-        return q.new_ones(*q.shape[:3], 1)
+    def hidden(
+        self, op: KArAtOperator, seen: Seen, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+    ) -> Tensor:
+        return seen.q.new_ones(*seen.q.shape[:3], 1)
 
     def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
         return scores.new_ones(*scores.shape[:3], 1)

@@ -18,6 +18,11 @@ class Seen(NamedTuple):
     scale: float
     bias: Tensor | None
 
+    def scores(self) -> Tensor:
+        """scale · q kᵀ + bias: (B,H,M,N)."""
+        scores = self.q @ self.k.transpose(-2, -1) * self.scale
+        return scores if self.bias is None else scores + self.bias
+
 
 def relative_probabilities(scores: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(scores) times the number of keys that the row may see, (B,H,M,N): uniform attention is 1.
@@ -39,8 +44,7 @@ def probabilities_as_products(seen: Seen, mask: Tensor | None) -> Seen:
 
     So every order of the operator, streamed or not, takes them as it takes scores; N×N numbers an image and head.
     """
-    scores = seen.q @ seen.k.transpose(-2, -1) * seen.scale
-    scores = scores if seen.bias is None else scores + seen.bias
+    scores = seen.scores()
     P = relative_probabilities(scores.to(torch.promote_types(scores.dtype, torch.float32)), mask).to(seen.q.dtype)
     unit = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
     return Seen(P, unit.expand(*P.shape[:2], -1, -1), 1.0, None)

@@ -172,40 +172,33 @@ class KArAtOperator(nn.Module):
         mask: Tensor | None,
         dropout_p: float,
     ) -> Tensor:
+        given = Seen(q, k, scale, bias)
         if dropout_p > 0:
-            seen = self._seen(q, k, scale, bias, mask)
-            sigma = self._finished(self.order.sigma(self, self.order.hidden(self, *seen, mask)), mask)
+            hidden = self.order.hidden(self, self._seen(given, mask), mask)
+            sigma = self._finished(self.order.sigma(self, hidden), mask)
             if self.config.residual:
-                scores = q @ k.transpose(-2, -1) * scale
-                sigma = safe_softmax(scores if bias is None else scores + bias, mask) + self._gated(sigma)
+                sigma = safe_softmax(given.scores(), mask) + self._gated(sigma)
             return F.dropout(sigma, dropout_p) @ v
         if not self.config.residual:
-            return self._operator_attend(q, k, v, scale, bias, mask)
+            return self._operator_attend(given, v, mask)
         if not self._shares_scores:
-            out = self._operator_attend(q, k, v, scale, bias, mask)
+            out = self._operator_attend(given, v, mask)
             return softmax_attention(q, k, v, scale, bias, mask) + self._gated(out)
         both = BesideSoftmax(v, self.config.score_gradient)  # one pass over the scores for both parts (SPEC §10)
-        out = self._operator_attend(q, k, v, scale, bias, mask, both)
+        out = self._operator_attend(given, v, mask, both)
         return both.attended + self._gated(out)
 
     def _operator_attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        sums: SumsOverKeys = basis_attention,
+        self, given: Seen, v: Tensor, mask: Tensor | None, sums: SumsOverKeys = basis_attention
     ) -> Tensor:
         """The operator's part, without softmax and gate; its first layer sums by `sums`."""
         order = self.order
-        if not isinstance(sums, BesideSoftmax):  # which sees the scores as they are and scales their gradient itself
-            q, k, scale, bias = self._seen(q, k, scale, bias, mask)
+        # Beside softmax in one pass the scores are seen as they are, and their gradient is scaled there.
+        seen = given if isinstance(sums, BesideSoftmax) else self._seen(given, mask)
         if self.config.simplex != "row" and (mask is None or mask.shape[2] == 1):  # a mask of keys
             kept = v if mask is None else torch.where(mask.transpose(-2, -1), v, 0)
-            return order.attend(self, q, k, kept, scale, bias, mask, sums)
-        hidden = order.hidden(self, q, k, scale, bias, mask, sums)
+            return order.attend(self, seen, kept, mask, sums)
+        hidden = order.hidden(self, seen, mask, sums)
         if self.config.simplex != "row" and not order.gives_sigma and mask is not None:
             patterns = row_patterns(mask)
             if patterns is not None:  # O_k = hidden_k · (what v becomes under k's kind of mask), kind by kind
@@ -223,11 +216,11 @@ class KArAtOperator(nn.Module):
         sigma = self._finished(self.order.sigma(self, self.order.hidden_of_scores(self, seen, mask)), mask)
         return safe_softmax(scores, mask) + self._gated(sigma) if self.config.residual else sigma
 
-    def _seen(self, q: Tensor, k: Tensor, scale: float, bias: Tensor | None, mask: Tensor | None) -> Seen:
+    def _seen(self, given: Seen, mask: Tensor | None) -> Seen:
         """What the edge functions see, by the settings `input` and `score_gradient`."""
-        q, k = (scale_gradient(x, self.config.score_gradient) for x in (q, k))
-        bias = None if bias is None else scale_gradient(bias, self.config.score_gradient)
-        seen = Seen(q, k, scale, bias)
+        q, k = (scale_gradient(x, self.config.score_gradient) for x in (given.q, given.k))
+        bias = None if given.bias is None else scale_gradient(given.bias, self.config.score_gradient)
+        seen = Seen(q, k, given.scale, bias)
         return probabilities_as_products(seen, mask) if self.config.input == "probabilities" else seen
 
     @property

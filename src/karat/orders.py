@@ -14,6 +14,7 @@ from torch import Tensor
 
 from karat.basis import Basis, LinearBasis
 from karat.edges import EdgeLayer
+from karat.inputs import Seen
 from karat.ops import basis_attention, basis_contraction, joint_attention
 from karat.products import product_for_tokens, shared_product
 from karat.shaping import shaped
@@ -53,7 +54,18 @@ class BesideSoftmax:
         self.v = v
         self.score_gradient = score_gradient
 
-    def __call__(self, q, k, u, basis, *, scale, bias, mask, impl):  # type: ignore[no-untyped-def]
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        u: Tensor,
+        basis: str | Basis,
+        *,
+        scale: float | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        impl: str,
+    ) -> Tensor:
         self.attended, sums = joint_attention(
             q,
             k,
@@ -84,14 +96,7 @@ class Order(ABC):
 
     @abstractmethod
     def hidden(
-        self,
-        op: KArAtOperator,
-        q: Tensor,
-        k: Tensor,
-        scale: float,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        sums: SumsOverKeys = basis_attention,
+        self, op: KArAtOperator, seen: Seen, mask: Tensor | None, sums: SumsOverKeys = basis_attention
     ) -> Tensor:
         """What the scores scale·qkᵀ + bias become before the last map: (B,H,M,R), or σ itself at full rank."""
 
@@ -108,31 +113,22 @@ class Order(ABC):
         """σ v (B,H,M,D), without σ where the identity of SPEC §8 allows it."""
 
     def attend(
-        self,
-        op: KArAtOperator,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        sums: SumsOverKeys = basis_attention,
+        self, op: KArAtOperator, seen: Seen, v: Tensor, mask: Tensor | None, sums: SumsOverKeys = basis_attention
     ) -> Tensor:
         """σ(scale·qkᵀ + bias) v; the mask is one of keys, already applied to v."""
-        return self.apply(op, self.hidden(op, q, k, scale, bias, mask, sums), v)
+        return self.apply(op, self.hidden(op, seen, mask, sums), v)
 
 
-def _stream(
-    op: KArAtOperator,
-    q: Tensor,
-    k: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    sums: SumsOverKeys,
-) -> Tensor:
+def _stream(op: KArAtOperator, seen: Seen, mask: Tensor | None, sums: SumsOverKeys) -> Tensor:
     first = op.edge_layers[0]
-    return sums(q, k, first.packed(), first.basis, scale=scale, bias=bias, mask=mask, impl=op.config.impl)
+    return summed(op, first.packed(), first.basis, seen, mask, sums)
+
+
+def summed(
+    op: KArAtOperator, u: Tensor, basis: Basis, seen: Seen, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+) -> Tensor:
+    """Basis attention to what is seen, with parameters u; by `sums`."""
+    return sums(seen.q, seen.k, u, basis, scale=seen.scale, bias=seen.bias, mask=mask, impl=op.config.impl)
 
 
 def _sum_of_edges(layer: EdgeLayer, scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -168,8 +164,10 @@ class WPhi(Order):
     layer_shapes: ClassVar[tuple[str, ...]] = ("NR",)
     projector_shape: ClassVar[str | None] = "NR"
 
-    def hidden(self, op, q, k, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
-        return self._shaped(op, _stream(op, q, k, scale, bias, mask, sums))
+    def hidden(
+        self, op: KArAtOperator, seen: Seen, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+    ) -> Tensor:
+        return self._shaped(op, _stream(op, seen, mask, sums))
 
     def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
         return self._shaped(op, _sum_of_edges(op.edge_layers[0], scores, mask))
@@ -194,8 +192,10 @@ class Full(Order):
     projector_shape: ClassVar[str | None] = None
     gives_sigma: ClassVar[bool] = True
 
-    def hidden(self, op, q, k, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
-        return _stream(op, q, k, scale, bias, mask, sums)
+    def hidden(
+        self, op: KArAtOperator, seen: Seen, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+    ) -> Tensor:
+        return _stream(op, seen, mask, sums)
 
     def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
         return _sum_of_edges(op.edge_layers[0], scores, mask)
@@ -206,12 +206,13 @@ class Full(Order):
     def apply(self, op: KArAtOperator, hidden: Tensor, v: Tensor) -> Tensor:
         return hidden @ v
 
-    def attend(self, op, q, k, v, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
+    def attend(
+        self, op: KArAtOperator, seen: Seen, v: Tensor, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+    ) -> Tensor:
         layer = op.edge_layers[0]
         if not isinstance(layer.basis, LinearBasis):  # the identity needs linearity; σ is streamed, then multiplied
-            return super().attend(op, q, k, v, scale, bias, mask, sums)
-        u = _values_as_parameters(layer.packed(), v)
-        return sums(q, k, u, layer.basis, scale=scale, bias=bias, mask=mask, impl=op.config.impl)
+            return super().attend(op, seen, v, mask, sums)
+        return summed(op, _values_as_parameters(layer.packed(), v), layer.basis, seen, mask, sums)
 
 
 class PhiW(Order):
@@ -225,11 +226,12 @@ class PhiW(Order):
     layer_shapes: ClassVar[tuple[str, ...]] = ("RN",)
     projector_shape: ClassVar[str | None] = "RN"
 
-    def hidden(self, op, q, k, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
-        pairs = mask is not None and mask.shape[2] > 1
-        if pairs:
-            scores = q @ k.transpose(-2, -1) * scale
-            return self.hidden_of_scores(op, scores if bias is None else scores + bias, mask)
+    def hidden(
+        self, op: KArAtOperator, seen: Seen, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+    ) -> Tensor:
+        if mask is not None and mask.shape[2] > 1:
+            return self.hidden_of_scores(op, seen.scores(), mask)
+        q, k, scale, bias = seen
         if mask is not None:
             k = torch.where(mask.transpose(-2, -1), k, 0)
         projected = q @ shared_product(op.projector_as(k), k).transpose(-2, -1) * scale  # (B,H,M,R)
@@ -257,8 +259,10 @@ class PhiPhi(PhiW):
     layer_shapes: ClassVar[tuple[str, ...]] = ("NR", "RN")
     projector_shape: ClassVar[str | None] = None
 
-    def hidden(self, op, q, k, scale, bias, mask, sums=basis_attention):  # type: ignore[no-untyped-def]
-        return _stream(op, q, k, scale, bias, mask, sums)
+    def hidden(
+        self, op: KArAtOperator, seen: Seen, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+    ) -> Tensor:
+        return _stream(op, seen, mask, sums)
 
     def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
         return _sum_of_edges(op.edge_layers[0], scores, mask)

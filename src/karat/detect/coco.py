@@ -191,10 +191,10 @@ def _brief(value: Any) -> str:
 
 
 def _size(image: dict[str, Any], number: int, path: Path) -> tuple[int, int]:
-    size = image.get("height"), image.get("width")
-    if not all(isinstance(side, int) and side > 0 for side in size):
-        raise ValueError(f"{path}: image {number} has height {size[0]!r} and width {size[1]!r}")
-    return size  # type: ignore[return-value]  # checked above
+    height, width = image.get("height"), image.get("width")
+    if not (isinstance(height, int) and isinstance(width, int) and min(height, width) > 0):
+        raise ValueError(f"{path}: image {number} has height {height!r} and width {width!r}")
+    return height, width
 
 
 def _find(name: str, folders: Sequence[Path], path: Path) -> Path:

@@ -16,7 +16,7 @@ from karat.detect.recipes import get_recipe
 from karat.detect.settings import DetectSettings
 from karat.options import parse
 from karat.train import runs
-from karat.train.run_settings import AUTO
+from karat.train.run_settings import AUTO, Device
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Evaluate:
     """Images per batch; none: the run's own."""
     workers: int | None = None
     """Processes that load data; none: as the run had."""
-    device: Literal["auto", "cpu"] | None = None
+    device: Device | None = None
     """auto: the accelerator when there is one; none: as the run had."""
 
 
@@ -55,7 +55,7 @@ class Predict:
     """Lowest score that is drawn."""
     output: Path | None = None
     """The folder of the drawings and of predictions.json; none: RUN/predictions."""
-    device: Literal["auto", "cpu"] | None = None
+    device: Device | None = None
     """auto: the accelerator when there is one; none: as the run had."""
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from karat.detect.coco import CocoPart
 from karat.detect.views import View
 from karat.train.data_augment import decode, keyed_randomness, mix
-from karat.train.data_loader import Item, WorkerLoader, reason_of
+from karat.train.data_loader import WorkerLoader, reason_of
 from karat.train.data_order import BadImages, Order
 
 Sample = tuple[Tensor, dict[str, Tensor], list[tuple[str, str]]]  # image, target, unreadable files with the reason
@@ -26,11 +26,11 @@ class _Pictures(Dataset):
     def __init__(self, part: CocoPart, view: View, seed: int) -> None:
         self.part, self.view, self.seed = part, view, seed
 
-    def __getitem__(self, item: Item) -> Sample:
+    def __getitem__(self, item: tuple[int, int, int]) -> Sample:
         epoch, position, index = item
         bad: list[tuple[str, str]] = []
         for step in range(len(self.part) if self.view.train else 1):
-            picture = self.part.pictures[(int(index) + step) % len(self.part)]  # type: ignore[arg-type]
+            picture = self.part.pictures[(index + step) % len(self.part)]
             try:
                 with keyed_randomness(mix(self.seed, epoch, position)):
                     return *self.view(decode(picture.path, 3), picture), bad
@@ -51,10 +51,8 @@ class PictureLoader(WorkerLoader):
     collate = staticmethod(_collate)
 
     def __init__(self, part: CocoPart, view: View, order: Order, bad: BadImages, title: str, workers: int) -> None:
-        super().__init__(
-            order, bad, len(part.categories), title, part, view, in_chans=3, img_size=0, workers=workers  # type: ignore[arg-type]
-        )  # fmt: skip
-        self.views = _Pictures(part, view, order.seed)
+        pictures = _Pictures(part, view, order.seed)
+        super().__init__(order, bad, len(part.categories), title, pictures, workers=workers)
 
     def _checked(self, images: Any, labels: Any, bad: list[tuple[int, str, str]]) -> Any:
         """The batch with its bad images reported and out of the way."""

@@ -15,6 +15,7 @@ from karat.train import runs
 from karat.train.build import create_accelerator
 from karat.train.checkpoint import load_weights
 from karat.train.files import write_json
+from karat.train.run_settings import Device
 
 EVAL = "eval.json"
 
@@ -41,7 +42,7 @@ def evaluate_run(
     images: str | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
-    device: str | None = None,
+    device: Device | None = None,
 ) -> dict[str, Any]:
     """Average precisions of a run on its evaluation images ("eval"), its training images ("train"), or other data.
 

@@ -19,6 +19,7 @@ from karat.detect.views import View
 from karat.train.build import create_accelerator
 from karat.train.data_augment import decode
 from karat.train.files import write_json
+from karat.train.run_settings import Device
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def predict_images(
     weights: str = "last",
     score: float = 0.5,
     output: Path | None = None,
-    device: str | None = None,
+    device: Device | None = None,
 ) -> list[tuple[Path, int]]:
     """Draw each image's detections of at least `score` into `output` (RUN/predictions); (drawing, how many) of each.
 
@@ -44,7 +45,7 @@ def predict_images(
         raise ValueError(f"score={score}: give a value in [0, 1]")
     detector, settings, categories = load_run(folder, weights)
     if device is not None:
-        settings = replace(settings, device=device)  # type: ignore[arg-type]  # checked by Settings
+        settings = replace(settings, device=device)
     accelerator = create_accelerator(settings)
     detector.to(accelerator.device)
     target = output or folder / "predictions"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,14 +113,14 @@ def _fake_backward(
     return dq, dk, dv, du, dbias
 
 
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.basis, ctx.scale, ctx.score_gradient, ctx.impl = inputs
     attended, _, logsumexp = output
     ctx.mark_non_differentiable(logsumexp)
     ctx.save_for_backward(*tensors, attended, logsumexp)
 
 
-def _backward(ctx, grad_attended: Tensor, grad_sums: Tensor, grad_logsumexp: Tensor):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, grad_attended: Tensor, grad_sums: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:5])
     settings = (ctx.basis, ctx.scale, ctx.score_gradient, ctx.impl)
     gradients = joint_attention_backward(grad_attended, grad_sums, *ctx.saved_tensors, *settings, needs)

@@ -7,6 +7,7 @@ the FLOP counter and autocast see basis attention as one thing, on every device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -95,12 +96,12 @@ def empty_gradients(q: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[
     ]
 
 
-def _keep_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, k, u, bias, mask, ctx.basis, ctx.scale, ctx.impl = inputs
     ctx.save_for_backward(q, k, u, bias, mask)
 
 
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, u, bias, mask = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
     gradients = basis_attention_backward(grad, q, k, u, bias, mask, ctx.basis, ctx.scale, ctx.impl, needs)
@@ -108,7 +109,7 @@ def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     return *wanted, None, None, None, None
 
 
-def refuse_second_derivative(ctx, *gradients):  # type: ignore[no-untyped-def]
+def refuse_second_derivative(ctx: Any, *gradients: Tensor) -> NoReturn:
     """Raise RuntimeError: there is none."""
     raise RuntimeError(
         "basis attention has second derivatives in its reference implementation only; use impl='reference'"

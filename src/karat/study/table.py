@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from textwrap import fill
 
 from rich.table import Table
@@ -39,13 +40,10 @@ def columns(rows: Sequence[Row], baseline: str) -> list[Column]:
         Column("parameters (k)", lambda row: _number(_per(row.parameters, 1e3), ",.0f")),
         Column("multiply-adds (M)", lambda row: _number(_per(row.multiply_adds, 1e6), ",.1f")),
         *[
-            Column(f"step, {kind} (ms)", lambda row, kind=kind: _number(_per(row.step.get(kind), 1e-3), ".1f"))  # type: ignore[misc]
+            Column(f"step, {kind} (ms)", partial(_step, kind))
             for kind in dict.fromkeys(kind for row in rows for kind in row.step)
         ],
-        *[
-            Column(heading, lambda row, name=name: _mean(row.measures.get(name), ".3g"))  # type: ignore[misc]
-            for name, heading in HEADINGS.items()
-        ],
+        *[Column(heading, partial(_measure, name)) for name, heading in HEADINGS.items()],
     ]
     return [column for column in found if any(column.cell(row) is not None for row in rows)]
 
@@ -129,6 +127,15 @@ def _equal_time(row: Row) -> str | None:
 def _training_time(row: Row) -> str | None:
     """Of a row that is to train as long as another: how many times as long it does."""
     return None if row.time_ratio is None else f"{row.time_ratio:.2f} × {row.equal_time_to}"
+
+
+def _step(kind: str, row: Row) -> str | None:
+    """Milliseconds of a training step in the precision `kind`."""
+    return _number(_per(row.step.get(kind), 1e-3), ".1f")
+
+
+def _measure(name: str, row: Row) -> str | None:
+    return _mean(row.measures.get(name), ".3g")
 
 
 def _number(value: float | None, form: str) -> str | None:

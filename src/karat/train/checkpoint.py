@@ -119,7 +119,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, s
             if not isinstance(value, Tensor):
                 kind = type(optimizer).__name__
                 raise ValueError(f"{kind} keeps {key!r} as {type(value).__name__}: it can't be saved as safetensors")
-            packed[f"{names[parameter]}/{key}"] = value  # type: ignore[index]
+            packed[f"{names[parameter]}/{key}"] = value  # type: ignore[index]  # the keys are parameters
     return packed
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from karat.options import parse
 from karat.train import runs
 from karat.train.recipes import get_recipe
+from karat.train.run_settings import Device
 from karat.train.settings import AUTO, Settings, preset_for
 
 
@@ -46,7 +47,7 @@ class Evaluate:
     """Images per batch; none: the run's own."""
     workers: int | None = None
     """Processes that load data; none: as the run had."""
-    device: Literal["auto", "cpu"] | None = None
+    device: Device | None = None
     """auto: the accelerator when there is one; none: as the run had."""
 
 

@@ -30,6 +30,7 @@ from karat.train.evaluate import evaluate
 from karat.train.images import Images
 from karat.train.recipes import get_recipe
 from karat.train.run_model import build_model, input_size
+from karat.train.run_settings import Device
 from karat.train.settings import AUTO, Settings, preset_for, resolve
 
 
@@ -81,7 +82,7 @@ class Convert:
     """Processes that load data; 0 loads in the main process."""
     seed: int = 0
     """Seed of the choice of images and of what starts at random."""
-    device: Literal["auto", "cpu"] = "auto"
+    device: Device = "auto"
     """auto: the accelerator when there is one."""
 
     def __post_init__(self) -> None:

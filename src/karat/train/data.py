@@ -28,7 +28,7 @@ from karat.train.data_augment import (
     statistics,
     train_transform,
 )
-from karat.train.data_loader import Loader, ResidentLoader, WorkerLoader, decode_all
+from karat.train.data_loader import Loader, ResidentLoader, Views, WorkerLoader, decode_all
 from karat.train.data_order import BadImages, Order
 from karat.train.data_sources import (
     ArraySource,
@@ -121,17 +121,9 @@ class Data:
         else:
             view = eval_transform(recipe, self.img_size, self.mean, self.std)
         order = self._order(size_of(part), train)
-        return WorkerLoader(
-            order,
-            self._bad,
-            self.num_classes,
-            title,
-            part,
-            view,
-            in_chans=self.in_chans,
-            img_size=self.img_size,
-            workers=self._workers,
-        )
+        source, stream = (None, part) if is_stream(part) else (part, None)
+        views = Views(source, view, self.in_chans, self.img_size, order.seed)
+        return WorkerLoader(order, self._bad, self.num_classes, title, views, stream=stream, workers=self._workers)
 
     def _order(self, n: int, train: bool) -> Order:
         return Order(

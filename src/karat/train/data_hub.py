@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from karat.train.data_folder import EVAL_NAMES, TRAIN_NAMES
-from karat.train.data_sources import Record, Source, Splits, hold_out
+from karat.train.data_sources import Record, Splits, hold_out
 
 SHUFFLE_BUFFER = 2048  # encoded images kept at a time; ImageNet's are 110 kB each on average
 LABEL_KEYS = ("label", "labels", "fine_label", "cls", "target", "class")
@@ -259,8 +259,8 @@ def _splits(parts: dict[str, Any], counts: dict[str, int], title: str, streaming
     import datasets
 
     if not streaming:
-        sources: list[Source] = [RowSource(part, f"{title}:{split}") for split, part in parts.items()]
-        names = sources[0].class_names  # type: ignore[attr-defined]  # a RowSource has them
+        sources = [RowSource(part, f"{title}:{split}") for split, part in parts.items()]
+        names = sources[0].class_names
         if names is None:
             names = tuple(str(i) for i in range(int(max(source.labels.max() for source in sources)) + 1))
         pair = sources if len(sources) == 2 else hold_out(sources[0])

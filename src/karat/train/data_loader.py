@@ -25,7 +25,7 @@ from karat.train.data_augment import (
     pad_crop_flip,
 )
 from karat.train.data_order import BadImages, Order
-from karat.train.data_sources import Record, Source, Stream, is_stream, raise_label
+from karat.train.data_sources import Record, Source, Stream, raise_label
 
 Batch = tuple[Tensor, Tensor]  # images (B,C,S,S) float32, labels (B,) int64
 Item = tuple[int, int, int | Record]  # epoch, position in it, and the sample's index or itself
@@ -33,8 +33,11 @@ UNREADABLE = -1  # stands in the place of a bad image's label between a worker a
 CHUNK = 64  # images that one thread decodes at a time: fewer, and handing them over costs more than decoding
 
 
-class _Views(Dataset):
-    """What a worker process runs: decode and transform. Items are (epoch, position, index or record)."""
+class Views(Dataset):
+    """What a worker process runs: decode and transform. Items are (epoch, position, index or record).
+
+    source: what an index refers to; None where the items are records.
+    """
 
     def __init__(self, source: Source | None, transform: Transform, in_chans: int, size: int, seed: int) -> None:
         self.source, self.transform, self.in_chans, self.size, self.seed = (
@@ -47,7 +50,11 @@ class _Views(Dataset):
 
     def __getitem__(self, item: Item) -> tuple[Tensor, int, str, str | None]:
         epoch, position, which = item
-        record = which if isinstance(which, Record) else self.source[which]  # type: ignore[index]
+        if isinstance(which, Record):
+            record = which
+        else:
+            assert self.source is not None
+            record = self.source[which]
         try:
             image = decode(record.image, self.in_chans)
         except Exception as error:  # a broken file can raise anything from within PIL's codecs
@@ -155,9 +162,9 @@ class WorkerLoader(Loader):
 
     The order is decided here and sent to the workers item by item; a stream is read here too and its
     encoded images are sent, so that neither order nor sharding depends on how many workers there are.
+    views: what a worker runs, given an item.
     """
 
-    views: Dataset[Any]  # what a worker runs
     collate: Callable[[list[Any]], tuple[Any, Any, list[tuple[int, str, str]]]] = staticmethod(_collate)
 
     def __init__(
@@ -166,17 +173,13 @@ class WorkerLoader(Loader):
         bad: BadImages,
         num_classes: int,
         title: str,
-        source: Source | Stream,
-        transform: Transform,
+        views: Dataset[Any],
         *,
-        in_chans: int,
-        img_size: int,
+        stream: Stream | None = None,
         workers: int,
     ) -> None:
         super().__init__(order, bad, num_classes, title)
-        self.stream = source if is_stream(source) else None
-        self.views = _Views(None if is_stream(source) else source, transform, in_chans, img_size, order.seed)
-        self.workers = workers
+        self.views, self.stream, self.workers = views, stream, workers
         self._feed = _Feed(order.batches)
         self._torch_loader: DataLoader | None = None
 
@@ -291,7 +294,7 @@ def decode_all(source: Source, fit: Fit, in_chans: int, bad: BadImages, threads:
             record = source[index]
             try:
                 found.append((fit.decoded(record.image, in_chans), record.label, record.name, ""))
-            except Exception as error:  # as in _Views
+            except Exception as error:  # as in Views
                 found.append((None, record.label, record.name, reason_of(error)))
         return found
 

@@ -172,8 +172,9 @@ def adapt(name: str, found: Tensor, target: Tensor, model: nn.Module) -> Tensor 
         return found
     if name == "pos_embed" and found.ndim == 3 and found.shape[2] == target.shape[2]:
         prefix: Any = getattr(model, "num_prefix_tokens", 1)
+        patches: Any = model.patch_embed
         try:
-            return resample_abs_pos_embed(found, list(model.patch_embed.grid_size), num_prefix_tokens=prefix)  # type: ignore[union-attr, arg-type]
+            return resample_abs_pos_embed(found, list(patches.grid_size), num_prefix_tokens=prefix)
         except (RuntimeError, AssertionError):  # no square number of tokens
             return None
     if name.startswith("patch_embed") and found.ndim == 4 and found.shape[1] == 1:

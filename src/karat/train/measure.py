@@ -13,6 +13,7 @@ from karat.train.data import load_data
 from karat.train.evaluate import evaluate
 from karat.train.files import write_json
 from karat.train.run_model import input_size, load_run
+from karat.train.run_settings import Device
 from karat.transfer import teacher_of
 
 
@@ -24,7 +25,7 @@ def evaluate_run(
     img_size: int | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
-    device: str | None = None,
+    device: Device | None = None,
 ) -> dict[str, Any]:
     """Top-1, top-5 and loss of a run on its evaluation images, or on another data set's; also saved as eval.json.
 
@@ -33,7 +34,7 @@ def evaluate_run(
     """
     settings, facts = runs.read_config(folder)
     if device is not None:
-        settings = replace(settings, device=device)  # type: ignore[arg-type]  # checked by Settings
+        settings = replace(settings, device=device)
     accelerator = create_accelerator(settings)
     model = load_run(folder, weights)
     side = settings.img_size or input_size(settings.model)

@@ -18,6 +18,8 @@ MAY_CHANGE = frozenset(
     | {"workers", "data_dir"}
 )
 
+Device = Literal["auto", "cpu"]
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -58,7 +60,7 @@ class RunSettings:
     """An image that can't be decoded ends the run, or is skipped and counted."""
     amp_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the forward pass; weights stay float32."""
-    device: Literal["auto", "cpu"] = "auto"
+    device: Device = "auto"
     """auto: the accelerator when there is one."""
     grad_accum_steps: int = 1
     """Batches whose gradients are added up before an update."""

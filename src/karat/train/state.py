@@ -41,7 +41,8 @@ def names_of(model: nn.Module) -> dict[nn.Parameter, str]:
 def model_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
     """The model's whole state by bare names; on the main process under FSDP."""
     if is_sharded(accelerator):
-        return dict(sharded.get_model_state_dict(model, options=WHOLE))  # type: ignore[arg-type]
+        whole: dict[str, Any] = dict(sharded.get_model_state_dict(model, options=WHOLE))
+        return whole
     return bare(accelerator, model).state_dict()
 
 
@@ -52,7 +53,7 @@ def load_model_state(accelerator: Accelerator, model: nn.Module, weights: dict[s
         for name, tensor in expected.items():
             if name not in weights or weights[name].shape != tensor.shape:
                 raise ValueError(f"{source} does not fit the model at {name!r}")
-        sharded.set_model_state_dict(model, weights, options=WHOLE)  # type: ignore[arg-type]  # the options are these
+        sharded.set_model_state_dict(model, dict[str, Any](weights), options=WHOLE)
         return
     load_weights(bare(accelerator, model), weights, source)
 
