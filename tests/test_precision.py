@@ -6,8 +6,42 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from torch import Tensor
 
 from karat import create_model
+from karat.operator import KArAtOperator
+
+N = 6
+OPERATORS = (
+    "g2b,rank=3",
+    "g2b,rank=3,order=PhiW",
+    "g2b,rank=3,order=PhiPhi",
+    "g2b,rank=None",
+    "g2b,rank=None,order=Pointwise",
+    "g2b,rank=3,order=Pointwise,position=query",
+    "g2b,rank=3,residual=softmax,gate=0.5",
+    "g2b,rank=3,input=probabilities",
+    "static-b,residual=softmax,gate=0.5",
+)
+MASKS = {
+    "none": None,
+    "keys": torch.arange(N).view(1, 1, 1, N) != 2,
+    "pairs": torch.ones(N, N, dtype=torch.bool).tril().view(1, 1, N, N),
+}
+
+
+@pytest.mark.parametrize("config", OPERATORS)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
+@pytest.mark.parametrize("dropout_p", [0.0, 1e-9], ids=["fast", "with dropout"])
+def test_a_bias_may_be_kept_in_higher_precision(config: str, mask: Tensor | None, dropout_p: float) -> None:
+    torch.manual_seed(0)
+    op = KArAtOperator(2, N, config)
+    q, k, v = (torch.randn(3, 2, N, 4, dtype=torch.bfloat16) for _ in range(3))
+    bias = torch.randn(1, 2, N, N)
+    out = op.attend(q, k, v, bias=bias, mask=mask, dropout_p=dropout_p)
+    assert out.dtype == torch.bfloat16
+    wide = op(q.float() @ k.float().transpose(-2, -1) * 4**-0.5 + bias, mask) @ v.float()
+    torch.testing.assert_close(out.float(), wide, rtol=0.05, atol=0.05)
 
 
 def final_loss(seed: int, autocast: bool) -> float:

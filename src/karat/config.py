@@ -58,7 +58,9 @@ class KArAtConfig:
         init: "default" (the output starts with the variance of V) or "paper".
         init_scale: factor of the operator's initial output; with 0.0 its last map starts at zero (not beside a gate
             that is learned and starts there too: neither would learn).
-        impl: the implementation of basis attention, see `karat.basis_attention`.
+        impl: the implementation of basis attention, see `karat.basis_attention`. Where scores are given or σ is formed
+            through a last layer of edge functions (see `KArAtOperator.attend`) the definition computes it, whatever
+            is named here.
 
     Raises:
         ValueError: a value that isn't one of these, or two that don't go together.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from karat.basis import LinearBasis
 from karat.config import ROW, STATIC, KArAtConfig
-from karat.inputs import Seen
+from karat.inputs import Products
 from karat.ops import basis_attention
 from karat.orders import FULL, ORDERS, Order, SumsOverKeys, summed
 from karat.products import shared_product
@@ -37,7 +37,7 @@ class Pointwise(Order):
     gives_sigma: ClassVar[bool] = True
 
     def hidden(
-        self, op: KArAtOperator, seen: Seen, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+        self, op: KArAtOperator, seen: Products, mask: Tensor | None, sums: SumsOverKeys = basis_attention
     ) -> Tensor:
         if op.config.input == "probabilities":  # they are the queries already, beside unit vectors as keys
             return self.hidden_of_scores(op, seen.q, mask)
@@ -61,7 +61,7 @@ class Pointwise(Order):
         return hidden @ v
 
     def attend(
-        self, op: KArAtOperator, seen: Seen, v: Tensor, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+        self, op: KArAtOperator, seen: Products, v: Tensor, mask: Tensor | None, sums: SumsOverKeys = basis_attention
     ) -> Tensor:
         layer = op.edge_layers[0]
         formed = op.config.input == "probabilities" or seen.k.shape[2] < STREAMED_FROM
@@ -82,7 +82,7 @@ class StaticFull(Order):
     gives_sigma: ClassVar[bool] = True
 
     def hidden(
-        self, op: KArAtOperator, seen: Seen, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+        self, op: KArAtOperator, seen: Products, mask: Tensor | None, sums: SumsOverKeys = basis_attention
     ) -> Tensor:
         return _for_each_image(op, seen.q)
 
@@ -125,7 +125,7 @@ class PointwiseWithPlaces(Pointwise):
         return super().hidden_of_scores(op, scores, mask) + (places if mask is None else torch.where(mask, places, 0))
 
     def attend(
-        self, op: KArAtOperator, seen: Seen, v: Tensor, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+        self, op: KArAtOperator, seen: Products, v: Tensor, mask: Tensor | None, sums: SumsOverKeys = basis_attention
     ) -> Tensor:
         return POINTWISE.attend(op, seen, v, mask, sums) + _places_product(op, v)
 
@@ -138,7 +138,7 @@ class Row(Order):
     projector_shape: ClassVar[str | None] = "N1"
 
     def hidden(
-        self, op: KArAtOperator, seen: Seen, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+        self, op: KArAtOperator, seen: Products, mask: Tensor | None, sums: SumsOverKeys = basis_attention
     ) -> Tensor:
         return seen.q.new_ones(*seen.q.shape[:3], 1)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from karat.masks import safe_softmax
 
 
-class Seen(NamedTuple):
-    """Queries and keys whose products, scale · q kᵀ + bias, the edge functions see."""
+class Products(NamedTuple):
+    """Scores that are not formed yet: queries (B,H,M,D), keys (B,H,N,D), bias broadcastable to (B,H,M,N) or None."""
 
     q: Tensor
     k: Tensor
@@ -19,9 +19,9 @@ class Seen(NamedTuple):
     bias: Tensor | None
 
     def scores(self) -> Tensor:
-        """scale · q kᵀ + bias: (B,H,M,N)."""
+        """scale · q kᵀ + bias: (B,H,M,N), in the queries' precision."""
         scores = self.q @ self.k.transpose(-2, -1) * self.scale
-        return scores if self.bias is None else scores + self.bias
+        return scores if self.bias is None else scores + self.bias.to(scores.dtype)
 
 
 def relative_probabilities(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -39,7 +39,7 @@ def relative_probabilities(scores: Tensor, mask: Tensor | None) -> Tensor:
     return safe_softmax(scores, mask) * count
 
 
-def probabilities_as_products(seen: Seen, mask: Tensor | None) -> Seen:
+def probabilities_as_products(seen: Products, mask: Tensor | None) -> Products:
     """`relative_probabilities` of seen queries and keys, as queries of their own beside unit vectors as keys.
 
     So every order of the operator, streamed or not, takes them as it takes scores; N×N numbers an image and head.
@@ -47,7 +47,7 @@ def probabilities_as_products(seen: Seen, mask: Tensor | None) -> Seen:
     scores = seen.scores()
     P = relative_probabilities(scores.to(torch.promote_types(scores.dtype, torch.float32)), mask).to(seen.q.dtype)
     unit = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
-    return Seen(P, unit.expand(*P.shape[:2], -1, -1), 1.0, None)
+    return Products(P, unit.expand(*P.shape[:2], -1, -1), 1.0, None)
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:

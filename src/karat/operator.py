@@ -10,7 +10,7 @@ from karat.config import KArAtConfig
 from karat.controls import order_of
 from karat.edges import EdgeLayer
 from karat.initialise import initialise
-from karat.inputs import Seen, probabilities_as_products, relative_probabilities, scale_gradient
+from karat.inputs import Products, probabilities_as_products, relative_probabilities, scale_gradient
 from karat.masks import row_patterns, safe_softmax, softmax_attention
 from karat.ops import basis_attention
 from karat.orders import BesideSoftmax, SumsOverKeys
@@ -27,12 +27,12 @@ class KArAtOperator(nn.Module):
 
     Args:
         num_heads: H, all heads.
-        num_tokens: N, the number of keys. The number of queries is free.
+        num_tokens: N, the number of keys. The number of queries is free where they have no places of their own.
         config: the settings, or their short name.
 
-    Parameters: `layers[i]` (an EdgeLayer each), `W` (H',N,R) or (H',R,N) or None, `C` (H',N,R) with a term of the
-    query's position (static mixing: C (H',N,R), at full rank (H',N,N)) or None, `gate` (H',), or (1,) for the whole
-    block, with residual="softmax" and no fixed gate; H' counts the heads that learn.
+    Parameters: `layers[i]` (an EdgeLayer each), `W` (H',N,R), (H',R,N), (H',N,1) of a row, or None, `C` (H',N,R) with a
+    term of the query's position (static mixing: C (H',N,R), at full rank (H',N,N)) or None, `gate` (H',), or (1,) for
+    the whole block, with residual="softmax" and no fixed gate; H' counts the heads that learn.
 
     >>> op = KArAtOperator(num_heads=3, num_tokens=17, config="g3b")
     >>> q, k, v = torch.randn(3, 2, 3, 17, 8).unbind()
@@ -135,9 +135,10 @@ class KArAtOperator(nn.Module):
         """σ(scale · q kᵀ + bias) v: (B,H,M,D), (B,H,N,D), (B,H,N,D) -> (B,H,M,D).
 
         Nothing of size M·N is kept wherever SPEC §8 allows it. σ is formed, and kept for the backward pass, with
-        `dropout_p` > 0, with simplex="row", with a mask of pairs (unless its rows are of at most four kinds and
-        N > 128; always under torch.compile), for bases that aren't linear in their parameters in every order but
-        W∘Φ, and in order Pointwise below 1024 keys. With input="probabilities" these are formed and kept as well.
+        `dropout_p` > 0, with simplex="row", for bases that aren't linear in their parameters in every order but W∘Φ,
+        in order Pointwise below 1024 keys, and with a mask of pairs: at full rank and in order Pointwise always,
+        elsewhere unless its rows are of at most four kinds and N > 128 (always under torch.compile). What the edge
+        functions see is formed and kept as well with input="probabilities", and in order PhiW with a mask of pairs.
 
         Args:
             scale: factor of q·k; None means 1/√D.
@@ -172,7 +173,7 @@ class KArAtOperator(nn.Module):
         mask: Tensor | None,
         dropout_p: float,
     ) -> Tensor:
-        given = Seen(q, k, scale, bias)
+        given = Products(q, k, scale, bias)
         if dropout_p > 0:
             hidden = self.order.hidden(self, self._seen(given, mask), mask)
             sigma = self._finished(self.order.sigma(self, hidden), mask)
@@ -189,7 +190,7 @@ class KArAtOperator(nn.Module):
         return both.attended + self._gated(out)
 
     def _operator_attend(
-        self, given: Seen, v: Tensor, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+        self, given: Products, v: Tensor, mask: Tensor | None, sums: SumsOverKeys = basis_attention
     ) -> Tensor:
         """The operator's part, without softmax and gate; its first layer sums by `sums`."""
         order = self.order
@@ -216,11 +217,11 @@ class KArAtOperator(nn.Module):
         sigma = self._finished(self.order.sigma(self, self.order.hidden_of_scores(self, seen, mask)), mask)
         return safe_softmax(scores, mask) + self._gated(sigma) if self.config.residual else sigma
 
-    def _seen(self, given: Seen, mask: Tensor | None) -> Seen:
+    def _seen(self, given: Products, mask: Tensor | None) -> Products:
         """What the edge functions see, by the settings `input` and `score_gradient`."""
         q, k = (scale_gradient(x, self.config.score_gradient) for x in (given.q, given.k))
         bias = None if given.bias is None else scale_gradient(given.bias, self.config.score_gradient)
-        seen = Seen(q, k, given.scale, bias)
+        seen = Products(q, k, given.scale, bias)
         return probabilities_as_products(seen, mask) if self.config.input == "probabilities" else seen
 
     @property

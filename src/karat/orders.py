@@ -14,7 +14,7 @@ from torch import Tensor
 
 from karat.basis import Basis, LinearBasis
 from karat.edges import EdgeLayer
-from karat.inputs import Seen
+from karat.inputs import Products
 from karat.ops import basis_attention, basis_contraction, joint_attention
 from karat.products import product_for_tokens, shared_product
 from karat.shaping import shaped
@@ -96,9 +96,9 @@ class Order(ABC):
 
     @abstractmethod
     def hidden(
-        self, op: KArAtOperator, seen: Seen, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+        self, op: KArAtOperator, seen: Products, mask: Tensor | None, sums: SumsOverKeys = basis_attention
     ) -> Tensor:
-        """What the scores scale·qkᵀ + bias become before the last map: (B,H,M,R), or σ itself at full rank."""
+        """What the scores scale·qkᵀ + bias become before the last map: (B,H,M,R), or σ itself where `gives_sigma`."""
 
     @abstractmethod
     def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -113,19 +113,24 @@ class Order(ABC):
         """σ v (B,H,M,D), without σ where the identity of SPEC §8 allows it."""
 
     def attend(
-        self, op: KArAtOperator, seen: Seen, v: Tensor, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+        self, op: KArAtOperator, seen: Products, v: Tensor, mask: Tensor | None, sums: SumsOverKeys = basis_attention
     ) -> Tensor:
         """σ(scale·qkᵀ + bias) v; the mask is one of keys, already applied to v."""
         return self.apply(op, self.hidden(op, seen, mask, sums), v)
 
 
-def _stream(op: KArAtOperator, seen: Seen, mask: Tensor | None, sums: SumsOverKeys) -> Tensor:
+def _stream(op: KArAtOperator, seen: Products, mask: Tensor | None, sums: SumsOverKeys) -> Tensor:
     first = op.edge_layers[0]
     return summed(op, first.packed(), first.basis, seen, mask, sums)
 
 
 def summed(
-    op: KArAtOperator, u: Tensor, basis: Basis, seen: Seen, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+    op: KArAtOperator,
+    u: Tensor,
+    basis: Basis,
+    seen: Products,
+    mask: Tensor | None,
+    sums: SumsOverKeys = basis_attention,
 ) -> Tensor:
     """Basis attention to what is seen, with parameters u; by `sums`."""
     return sums(seen.q, seen.k, u, basis, scale=seen.scale, bias=seen.bias, mask=mask, impl=op.config.impl)
@@ -165,7 +170,7 @@ class WPhi(Order):
     projector_shape: ClassVar[str | None] = "NR"
 
     def hidden(
-        self, op: KArAtOperator, seen: Seen, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+        self, op: KArAtOperator, seen: Products, mask: Tensor | None, sums: SumsOverKeys = basis_attention
     ) -> Tensor:
         return self._shaped(op, _stream(op, seen, mask, sums))
 
@@ -193,7 +198,7 @@ class Full(Order):
     gives_sigma: ClassVar[bool] = True
 
     def hidden(
-        self, op: KArAtOperator, seen: Seen, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+        self, op: KArAtOperator, seen: Products, mask: Tensor | None, sums: SumsOverKeys = basis_attention
     ) -> Tensor:
         return _stream(op, seen, mask, sums)
 
@@ -207,7 +212,7 @@ class Full(Order):
         return hidden @ v
 
     def attend(
-        self, op: KArAtOperator, seen: Seen, v: Tensor, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+        self, op: KArAtOperator, seen: Products, v: Tensor, mask: Tensor | None, sums: SumsOverKeys = basis_attention
     ) -> Tensor:
         layer = op.edge_layers[0]
         if not isinstance(layer.basis, LinearBasis):  # the identity needs linearity; σ is streamed, then multiplied
@@ -227,7 +232,7 @@ class PhiW(Order):
     projector_shape: ClassVar[str | None] = "RN"
 
     def hidden(
-        self, op: KArAtOperator, seen: Seen, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+        self, op: KArAtOperator, seen: Products, mask: Tensor | None, sums: SumsOverKeys = basis_attention
     ) -> Tensor:
         if mask is not None and mask.shape[2] > 1:
             return self.hidden_of_scores(op, seen.scores(), mask)
@@ -237,7 +242,7 @@ class PhiW(Order):
         projected = q @ shared_product(op.projector_as(k), k).transpose(-2, -1) * scale  # (B,H,M,R)
         if bias is None:
             return projected
-        bias = bias.expand(*bias.shape[:3], k.shape[2])
+        bias = bias.to(projected.dtype).expand(*bias.shape[:3], k.shape[2])
         bias = bias if mask is None else torch.where(mask, bias, 0)
         return projected + bias @ op.projector_as(bias).transpose(-2, -1)
 
@@ -260,7 +265,7 @@ class PhiPhi(PhiW):
     projector_shape: ClassVar[str | None] = None
 
     def hidden(
-        self, op: KArAtOperator, seen: Seen, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+        self, op: KArAtOperator, seen: Products, mask: Tensor | None, sums: SumsOverKeys = basis_attention
     ) -> Tensor:
         return _stream(op, seen, mask, sums)
 
