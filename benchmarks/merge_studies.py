@@ -2,8 +2,9 @@
 
     python benchmarks/merge_studies.py docs/results/science/study.json docs/results/science/study-float32.json
 
-Prints what `karat compare --study` prints of one folder: a Markdown table, differences to the row named by --baseline,
-and the curves. docs/science.md has its means and deviations from here.
+Prints the Markdown of a study's table, with differences to the row named by --baseline, and the curves; without times,
+multiply-adds and measures, which may differ from machine to machine. docs/science.md has its means and deviations from
+here.
 """
 
 import argparse
@@ -18,10 +19,17 @@ from karat.study.table import markdown, markdown_curves
 
 
 def merged(paths: list[Path], baseline: str) -> list[Row]:
-    """The rows that have runs, in the order of the files; ValueError for one seed twice or a missing baseline."""
+    """The rows that have runs, in the order of the files, seeds of one name joined.
+
+    ValueError for files of different studies, a name with several settings, one seed twice or a missing baseline.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
-    for path in paths:
-        for row in json.loads(path.read_text())["rows"]:
+    studies = [json.loads(path.read_text()) for path in paths]
+    titles = {study["title"] for study in studies}
+    if len(titles) > 1:
+        raise ValueError(f"results of different studies can't be merged: {', '.join(sorted(titles))}")
+    for study in studies:
+        for row in study["rows"]:
             if row["seeds"]:
                 found.setdefault(row["name"], []).append(row)
     if baseline not in found:
@@ -33,6 +41,9 @@ def merged(paths: list[Path], baseline: str) -> list[Row]:
 
 
 def _row(name: str, parts: list[dict[str, Any]], top1: Mean, base: Mean | None) -> Row:
+    settings = {(part["attention"], part["epochs"], part["parameters"]) for part in parts}
+    if len(settings) > 1:
+        raise ValueError(f"{name!r} has attention, epochs and parameters {sorted(settings)}: one row has one setting")
     seeds = tuple(seed for part in parts for seed in part["seeds"])
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"{name!r} has a seed twice: {seeds}")

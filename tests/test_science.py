@@ -1,4 +1,4 @@
-"""docs/science.md says what the results beside it hold: every mean, deviation and curve of its tables."""
+"""docs/science.md says what the results beside it hold: its tables of accuracies, cell by cell."""
 
 from __future__ import annotations
 
@@ -7,15 +7,31 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "science"
-PAGE = (ROOT / "docs" / "science.md").read_text(encoding="utf-8")
-STUDIES = [["study.json", "study-float32.json"], ["study-192.json"], ["study-384.json"]]
-MEANS_ALONE = ("timm's start", "Xavier's start")  # their tables have no epochs
-MEANS_ALONE_AT_DIM_96 = (*MEANS_ALONE, "sine-cosine positions")
+PAGE = (ROOT / "docs" / "science.md").read_text(encoding="utf-8").splitlines()
+DIM_96 = ("study.json", "study-float32.json")
+OTHER_TABLES = ("timm's start", "Xavier's start", "sine-cosine positions")  # of rows that the first table leaves out
+# What the page calls a row, where that isn't its name.
+LABELS = {
+    "softmax, as long as static beside it": "softmax, five epochs",
+    "softmax, as long as G1B beside it": "softmax, six epochs",
+    "beside softmax: one row, times 30": "beside softmax: one row, gate fixed at 30, weights from zero",
+    "beside softmax: one row, at 30 times the rate": (
+        "beside softmax: one row, its weights at 30 times the learning rate"
+    ),
+    "first half: G3B": "first half of the blocks: G3B",
+    "instead of softmax: G3B, paper's initialisation": "instead of softmax: G3B, the paper's initialisation",
+    "softmax, widened": "softmax, widened to {dim}",
+    "sine-cosine positions: softmax": "softmax, sine-cosine positions",
+    "sine-cosine positions: beside softmax, static, rank 12": "beside softmax: static, rank 12, sine-cosine positions",
+    "sine-cosine positions: beside softmax, G1B, rank 24": "beside softmax: G1B, rank 24, sine-cosine positions",
+}
+STATIC, G1B, G3B = "beside softmax: static, rank 12", "beside softmax: G1B, rank 24", "beside softmax: G3B"
 
 
 @pytest.fixture(scope="module")
@@ -30,23 +46,101 @@ def merge_studies() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("names", STUDIES, ids=lambda names: names[0])
-def test_the_page_has_every_row_of_the_results(names: list[str], merge_studies: ModuleType) -> None:
-    rows = merge_studies.merged([RESULTS / name for name in names], "softmax")
-    assert len(rows) >= 5
-    for row in rows:
-        deviation = "" if row.top1.deviation is None else f" ± {row.top1.deviation:.2f}"
-        assert f"{row.top1.mean:.2f}{deviation}" in PAGE, row.name
-        if not row.name.startswith(MEANS_ALONE_AT_DIM_96 if len(names) > 1 else MEANS_ALONE):
-            assert f"| {len(row.seeds)} | " + " | ".join(f"{value:.2f}" for value in row.curve[:3]) in PAGE, row.name
+def table(beginning: str) -> list[list[str]]:
+    """The cells of the page's table whose first line begins so, without its heading."""
+    (start,) = [number for number, line in enumerate(PAGE) if line.startswith(beginning)]
+    rows = []
+    for line in PAGE[start + 2 :]:
+        if not line.startswith("|"):
+            return rows
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def runs_of(merge_studies: ModuleType, *names: str) -> dict[str, Any]:
+    return {row.name: row for row in merge_studies.merged([RESULTS / name for name in names], "softmax")}
+
+
+def label(name: str, dim: int) -> str:
+    return LABELS.get(name, name).format(dim=dim)
+
+
+def mean(row: Any) -> str:
+    return f"{row.top1.mean:.2f}" + ("" if row.top1.deviation is None else f" ± {row.top1.deviation:.2f}")
+
+
+def counted(row: Any) -> str:
+    return f"{mean(row)} ({len(row.seeds)})"
+
+
+def curve(row: Any) -> list[str]:
+    """Top-1 after each epoch; the last one with its deviation."""
+    return [*(f"{value:.2f}" for value in row.curve[:-1]), mean(row)]
+
+
+def test_the_table_of_dim_96(merge_studies: ModuleType) -> None:
+    rows = runs_of(merge_studies, *DIM_96)
+    expected = {}
+    for name, row in rows.items():
+        if not name.startswith(OTHER_TABLES):
+            *first, fourth = curve(row)[:4]
+            later = curve(row)[4:]
+            fourth = f"{fourth}, then {', '.join(later)}" if later else fourth
+            expected[label(name, 102)] = [str(len(row.seeds)), *first, fourth, f"{row.parameters / 1e3:,.0f}"]
+    assert {name: cells for name, *cells in table("| variant | runs |")} == expected
+
+
+def test_the_first_trials_table(merge_studies: ModuleType) -> None:
+    rows = {label(name, 102): row for name, row in runs_of(merge_studies, *DIM_96).items()}
+    found = table("| variant | first trial |")
+    assert len(found) == 9
+    for name, _, here in found:
+        row = rows[name]
+        assert here == (f"{row.curve[2]:.2f}" if "pointwise" in name else mean(row)), name
+
+
+def test_the_table_of_positions(merge_studies: ModuleType) -> None:
+    strong = ["sine-cosine positions: " + name for name in ("softmax", *(n.replace(":", ",") for n in (STATIC, G1B)))]
+    expected = []
+    for dim, name in ((96, "study-float32.json"), (192, "study-192.json")):
+        rows = runs_of(merge_studies, name)
+        for kind, names in (
+            ("timm's, deviation 0.02", ("softmax", STATIC, G1B)),
+            ("sines and cosines", strong),
+        ):
+            expected.append([str(dim), kind, *(counted(rows[n]) if n in rows else "–" for n in names)])
+    assert table("| dim | position embeddings |") == expected
+
+
+def test_the_table_of_starts(merge_studies: ModuleType) -> None:
+    rows = runs_of(merge_studies, *DIM_96)
+    columns = ("softmax", G3B, STATIC, "beside softmax: one row")
+    for start, *cells in table("| start |"):
+        for name, cell in zip(columns, cells, strict=True):
+            if start == "torch's" and name.endswith("one row"):
+                row = rows["beside softmax: one row, at 30 times the rate"]
+                assert cell == f"{mean(row)} at 30 times the rate ({len(row.seeds)})"
+                continue
+            row = rows.get(name if start == "torch's" else f"{start} start: {name.replace(':', ',')}")
+            assert cell == ("–" if row is None else counted(row)), (start, name)
+
+
+def test_the_table_of_larger_models(merge_studies: ModuleType) -> None:
+    expected = []
+    for dim in (192, 384):
+        for place, (name, row) in enumerate(runs_of(merge_studies, f"study-{dim}.json").items()):
+            cells = [*curve(row), *[""] * (5 - len(row.curve))]
+            expected.append(["" if place else str(dim), label(name, 198), str(len(row.seeds)), *cells])
+    assert sorted(table("| dim | variant |")) == sorted(expected)
 
 
 def test_seeds_of_several_files_are_one_row(tmp_path: Path, merge_studies: ModuleType) -> None:
-    def study(name: str, seeds: list[int], curves: list[list[float]]) -> Path:
-        row = {"name": "softmax", "attention": "softmax", "epochs": 2, "seeds": seeds, "curves": curves}
+    def study(name: str, seeds: list[int], curves: list[list[float]], title: str = "a study", epochs: int = 2) -> Path:
+        row = {"name": "softmax", "attention": "softmax", "epochs": epochs, "seeds": seeds, "curves": curves}
         empty = row | {"name": "waits", "seeds": [], "curves": []}
+        rows = [row | {"amp_dtype": "float32", "parameters": 5}, empty]
         path = tmp_path / name
-        path.write_text(json.dumps({"rows": [row | {"amp_dtype": "float32", "parameters": 5}, empty]}))
+        path.write_text(json.dumps({"title": title, "rows": rows}))
         return path
 
     first, second = study("a", [0, 1], [[1.0, 2.0], [2.0, 4.0]]), study("b", [2], [[3.0, 6.0]])
@@ -57,3 +151,7 @@ def test_seeds_of_several_files_are_one_row(tmp_path: Path, merge_studies: Modul
         merge_studies.merged([first, first], "softmax")
     with pytest.raises(ValueError, match="no run of 'waits'"):
         merge_studies.merged([first], "waits")
+    with pytest.raises(ValueError, match="different studies"):
+        merge_studies.merged([first, study("c", [2], [[3.0, 6.0]], title="another")], "softmax")
+    with pytest.raises(ValueError, match="one row has one setting"):
+        merge_studies.merged([first, study("d", [2], [[3.0, 6.0, 7.0]], epochs=3)], "softmax")
