@@ -98,6 +98,8 @@ def test_what_cannot_be_used_is_named(named: str) -> None:
         ("[[variants]]\nattention = 'softmax'", "--seeds 0", "seeds=0"),
         ("[[variants]]\nattention = 'softmax'", "--only-table --time", "leave one of them out"),
         ("[[variants]]\nattention = 'softmax'", "softmax --only-table", "leave 'softmax' out"),
+        ("[[variants]]\nattention = 'softmax'", "--only-table --no-measure", "leave --no-measure out"),
+        ("[[variants]]\nattention = 'softmax'", "--time --no-measure", "leave --no-measure out"),
         ("[[variants]]\nattention = 'softmax'", "--rounds 3", "give it with --time"),
         ("[[variants]]\nattention = 'softmax'", "g3b --time", "no variant 'g3b'"),
         ("[[variants]]\nattention = 'g3b,blocks=(9,)'\n[settings]\ndepth = 2", "--output out", "there is no block 9"),

@@ -137,6 +137,8 @@ def _refuse_idle_options(parsed: Compare) -> None:
         raise ValueError("--only-table measures nothing, and --time writes the table too: leave one of them out")
     if parsed.only_table and parsed.attentions:
         raise ValueError(f"--only-table writes all rows: leave {', '.join(map(repr, parsed.attentions))} out")
+    if not parsed.measure and (parsed.only_table or parsed.time):
+        raise ValueError(f"--{'only-table' if parsed.only_table else 'time'} measures no run: leave --no-measure out")
     if parsed.rounds is not None and not parsed.time:
         raise ValueError(f"--rounds {parsed.rounds} is of step times: give it with --time")
 
