@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,6 +70,17 @@ def mean(row: Any) -> str:
     return f"{row.top1.mean:.2f}" + ("" if row.top1.deviation is None else f" ± {row.top1.deviation:.2f}")
 
 
+def signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def pooled_deviation(rows: Iterable[Any]) -> float:
+    """Of a run about the mean of its row, over all rows with several runs."""
+    several = [row for row in rows if len(row.seeds) > 1]
+    squares = sum(row.top1.deviation**2 * (len(row.seeds) - 1) for row in several)
+    return (squares / sum(len(row.seeds) - 1 for row in several)) ** 0.5
+
+
 def counted(row: Any) -> str:
     return f"{mean(row)} ({len(row.seeds)})"
 
@@ -78,25 +90,37 @@ def curve(row: Any) -> list[str]:
     return [*(f"{value:.2f}" for value in row.curve[:-1]), mean(row)]
 
 
+def rows_of_the_first_table(merge_studies: ModuleType) -> dict[str, Any]:
+    """By the page's names."""
+    found = runs_of(merge_studies, *DIM_96).items()
+    return {label(name, 102): row for name, row in found if not name.startswith(OTHER_TABLES)}
+
+
 def test_the_table_of_dim_96(merge_studies: ModuleType) -> None:
-    rows = runs_of(merge_studies, *DIM_96)
     expected = {}
-    for name, row in rows.items():
-        if not name.startswith(OTHER_TABLES):
-            *first, fourth = curve(row)[:4]
-            later = curve(row)[4:]
-            fourth = f"{fourth}, then {', '.join(later)}" if later else fourth
-            expected[label(name, 102)] = [str(len(row.seeds)), *first, fourth, f"{row.parameters / 1e3:,.0f}"]
+    for name, row in rows_of_the_first_table(merge_studies).items():
+        *first, fourth = curve(row)[:4]
+        later = curve(row)[4:]
+        fourth = f"{fourth}, then {', '.join(later)}" if later else fourth
+        expected[name] = [str(len(row.seeds)), *first, fourth, f"{row.parameters / 1e3:,.0f}"]
     assert {name: cells for name, *cells in table("| variant | runs |")} == expected
 
 
 def test_the_first_trials_table(merge_studies: ModuleType) -> None:
-    rows = {label(name, 102): row for name, row in runs_of(merge_studies, *DIM_96).items()}
-    found = table("| variant | first trial |")
-    assert len(found) == 9
-    for name, _, here in found:
-        row = rows[name]
-        assert here == (f"{row.curve[2]:.2f}" if "pointwise" in name else mean(row)), name
+    rows = rows_of_the_first_table(merge_studies)
+    softmax, deviation = rows["softmax"], pooled_deviation(rows.values())
+    page = table("| variant | first trial |")
+    assert page[0] == ["softmax", "59.1", "–", mean(softmax), "–", "–"]
+    assert len(page) == 9
+    for name, there, gain_there, *here in page[1:]:
+        row, epoch, softmax_there = rows[name], 3, 59.1
+        if "pointwise" in name:
+            epoch, softmax_there = 2, 56.7
+        gains = float(there) - softmax_there, row.curve[epoch] - softmax.curve[epoch]
+        error = deviation * (2 + 1 / len(row.seeds) + 1 / len(softmax.seeds)) ** 0.5  # of four numbers, two single runs
+        assert gain_there == signed(gains[0]), name
+        top1 = f"{row.curve[epoch]:.2f}" if epoch == 2 else mean(row)
+        assert here == [top1, signed(gains[1]), f"{signed(gains[1] - gains[0])} ± {error:.1f}"], name
 
 
 def test_the_table_of_positions(merge_studies: ModuleType) -> None:
