@@ -142,8 +142,8 @@ def test_the_table_of_starts(merge_studies: ModuleType) -> None:
     for start, *cells in table("| start |"):
         for name, cell in zip(columns, cells, strict=True):
             if start == "torch's" and name.endswith("one row"):
-                row = rows["beside softmax: one row, at 30 times the rate"]
-                assert cell == f"{mean(row)} at 30 times the rate ({len(row.seeds)})"
+                fast = rows["beside softmax: one row, at 30 times the rate"]
+                assert cell == f"{counted(rows[name])}, {mean(fast)} at 30 times the rate ({len(fast.seeds)})"
                 continue
             row = rows.get(name if start == "torch's" else f"{start} start: {name.replace(':', ',')}")
             assert cell == ("–" if row is None else counted(row)), (start, name)
@@ -156,6 +156,19 @@ def test_the_table_of_larger_models(merge_studies: ModuleType) -> None:
             cells = [*curve(row), *[""] * (5 - len(row.curve))]
             expected.append(["" if place else str(dim), label(name, 198), str(len(row.seeds)), *cells])
     assert sorted(table("| dim | variant |")) == sorted(expected)
+
+
+def test_the_table_of_measures() -> None:
+    rows = {row["name"]: row for row in json.loads((RESULTS / "study-float32.json").read_text())["rows"]}
+    digits = {"largest_eigenvalue": 0, "loss_rise": 3, "map_faithfulness": 3, "map_entropy": 3}
+    page = table("| variant | curvature |")
+    assert len(page) == 5
+    for name, *cells in page:
+        measures = {key: rows[name]["measures"][key] for key in digits}
+        assert cells == [
+            f"{m['mean']:.{n}f}" + ("" if m["deviation"] is None else f" ± {m['deviation']:.{n}f}")
+            for m, n in zip(measures.values(), digits.values(), strict=True)
+        ], name
 
 
 def test_seeds_of_several_files_are_one_row(tmp_path: Path, merge_studies: ModuleType) -> None:
