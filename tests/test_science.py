@@ -1,4 +1,4 @@
-"""docs/science.md says what the results beside it hold: its tables of accuracies, cell by cell."""
+"""docs/science.md says what the results beside it hold: its tables, cell by cell, and what it infers from them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy import stats
+
+from karat.study.statistics import difference
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "science"
 PAGE = (ROOT / "docs" / "science.md").read_text(encoding="utf-8").splitlines()
+SENTENCES = " ".join(line.strip() for line in PAGE)
 DIM_96 = ("study.json", "study-float32.json")
 OTHER_TABLES = ("timm's start", "Xavier's start", "sine-cosine positions")  # of rows that the first table leaves out
 # What the page calls a row, where that isn't its name.
@@ -96,6 +102,11 @@ def rows_of_the_first_table(merge_studies: ModuleType) -> dict[str, Any]:
     return {label(name, 102): row for name, row in found if not name.startswith(OTHER_TABLES)}
 
 
+def last_of_the_trial(name: str) -> tuple[int, float]:
+    """How far the first trial trained the row, its last epoch counted from 0, and that trial's softmax there."""
+    return (2, 56.7) if "pointwise" in name else (3, 59.1)
+
+
 def test_the_table_of_dim_96(merge_studies: ModuleType) -> None:
     expected = {}
     for name, row in rows_of_the_first_table(merge_studies).items():
@@ -113,14 +124,53 @@ def test_the_first_trials_table(merge_studies: ModuleType) -> None:
     assert page[0] == ["softmax", "59.1", "–", mean(softmax), "–", "–"]
     assert len(page) == 9
     for name, there, gain_there, *here in page[1:]:
-        row, epoch, softmax_there = rows[name], 3, 59.1
-        if "pointwise" in name:
-            epoch, softmax_there = 2, 56.7
+        row = rows[name]
+        epoch, softmax_there = last_of_the_trial(name)
         gains = float(there) - softmax_there, row.curve[epoch] - softmax.curve[epoch]
         error = deviation * (2 + 1 / len(row.seeds) + 1 / len(softmax.seeds)) ** 0.5  # of four numbers, two single runs
         assert gain_there == signed(gains[0]), name
         top1 = f"{row.curve[epoch]:.2f}" if epoch == 2 else mean(row)
         assert here == [top1, signed(gains[1]), f"{signed(gains[1] - gains[0])} ± {error:.1f}"], name
+
+
+def test_the_first_trial_taken_together(merge_studies: ModuleType) -> None:
+    rows = rows_of_the_first_table(merge_studies)
+    softmax, page = rows["softmax"], table("| variant | first trial |")[1:]
+    differences, counts = [], []
+    for name, there, *_ in page:
+        epoch, softmax_there = last_of_the_trial(name)
+        here = rows[name].curve[epoch] - softmax.curve[epoch]
+        differences.append(here - (float(there) - softmax_there))
+        counts.append(len(rows[name].seeds))
+    # In units of a run's variance: each row's own runs, and the two softmaxes that all rows share.
+    covariance = np.diag(1 + 1 / np.array(counts)) + 1 + 1 / len(softmax.seeds)
+    d, freedom = np.array(differences), sum(len(row.seeds) - 1 for row in rows.values())
+    deviation = pooled_deviation(rows.values())
+    f = d @ np.linalg.solve(covariance, d) / len(d) / deviation**2
+    p = stats.f.sf(f, len(d), freedom)
+    assert f"(F = {f:.1f} with {len(d)} and {freedom} degrees of freedom, p = {p:.2f})" in SENTENCES
+    errors = np.abs(d) / deviation / np.diag(covariance) ** 0.5
+    assert (errors < 2).sum() == 7
+    assert f"seven of the eight gains differ by less than two errors and one by {errors.max():.1f}" in SENTENCES
+
+
+def test_the_highest_operator_against_static_mixing(merge_studies: ModuleType) -> None:
+    rows = rows_of_the_first_table(merge_studies)
+    static, operator = rows["beside softmax: static, rank 36"], rows[f"{G1B}, and the query's place"]
+    several = [row for name, row in rows.items() if "G" in name and len(row.seeds) > 1]
+    assert max(several, key=lambda row: row.top1.mean) is operator
+    gap = difference(operator.top1, static.top1)
+    assert (
+        f"{mean(operator)}, {gap.difference:.1f} ± {gap.standard_error:.1f} points or {gap.deviations:.1f}" in SENTENCES
+    )
+    assert f"(± {pooled_deviation(rows.values()) * (2 / 3) ** 0.5:.1f} if runs scatter by the pooled" in SENTENCES
+    later = [
+        fmean(curve[-1] for seed, curve in zip(row.seeds, row.curves, strict=True) if seed)
+        for row in (operator, static)
+    ]
+    assert "the two end at {:.1f} and {:.1f}".format(*later) in SENTENCES
+    equal = difference(rows[G1B].top1, static.top1)
+    assert f"the two end {abs(equal.difference):.1f} ± {equal.standard_error:.1f} points apart" in SENTENCES
 
 
 def test_the_table_of_positions(merge_studies: ModuleType) -> None:

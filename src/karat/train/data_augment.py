@@ -64,16 +64,16 @@ def keyed_randomness(key: int) -> Iterator[None]:
     """
     in_worker = get_worker_info() is not None
     if not in_worker:
-        before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+        before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  the state that transforms draw from
     random.seed(key)
-    np.random.seed(key & 0xFFFFFFFF)  # noqa: NPY002
+    np.random.seed(key & 0xFFFFFFFF)  # noqa: NPY002  as above
     torch.default_generator.manual_seed(key)
     try:
         yield
     finally:
         if not in_worker:
             random.setstate(before[0])
-            np.random.set_state(before[1])  # noqa: NPY002
+            np.random.set_state(before[1])  # noqa: NPY002  as above
             torch.set_rng_state(before[2])
 
 
