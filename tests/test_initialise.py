@@ -1,4 +1,4 @@
-"""The default start: O = σ(A)V has the variance of V's entries; the paper's draws."""
+"""The default start: O = σ(A)V as large as softmax's mean of V, or as V beside softmax; the paper's draws."""
 
 from __future__ import annotations
 
@@ -15,12 +15,23 @@ FORMS = [(None, "WPhi"), *((rank, order) for rank in (2, 12, 40) for order in ("
 @pytest.mark.parametrize("tokens", [9, 65])
 @pytest.mark.parametrize(("rank", "order"), FORMS)
 @pytest.mark.parametrize("basis", SPECS)
-def test_output_starts_with_the_variance_of_v(basis: str, rank: int | None, order: str, tokens: int) -> None:
+def test_output_starts_as_large_as_a_mean_of_the_values(basis: str, rank: int | None, order: str, tokens: int) -> None:
     op = KArAtOperator(8, tokens, KArAtConfig(basis=basis, rank=rank, order=order))
     with torch.no_grad():
         sigma = op(torch.randn(8, 8, 48, tokens))
         out = sigma @ torch.randn(8, 8, tokens, 16)
-    assert out.var().item() == pytest.approx(1, abs=0.2)
+    assert out.var().item() * tokens == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("order", ["WPhi", "PhiW", "PhiPhi"])
+def test_beside_softmax_the_operator_starts_as_large_as_the_values(order: str) -> None:
+    op = KArAtOperator(8, 65, f"g3b,order={order},residual=softmax,gate=1.0")
+    alone = KArAtOperator(8, 65, f"g3b,order={order}")
+    scores = torch.randn(4, 8, 64, 65)
+    with torch.no_grad():
+        learned = op(scores) - scores.softmax(-1)
+        assert learned.square().sum(-1).mean().item() == pytest.approx(1, abs=0.2)
+        assert alone(scores).square().sum(-1).mean().item() * 65 == pytest.approx(1, abs=0.2)
 
 
 @pytest.mark.parametrize("tokens", [197, 785])
@@ -29,7 +40,7 @@ def test_at_the_sizes_of_vision_transformers(tokens: int) -> None:
         op = KArAtOperator(3, tokens, config)
         q, k, v = torch.randn(3, 2, 3, tokens, 64).unbind()
         with torch.no_grad():
-            assert op.attend(q, k, v).var().item() == pytest.approx(1, abs=0.2)
+            assert op.attend(q, k, v).var().item() * tokens == pytest.approx(1, abs=0.2)
 
 
 @pytest.mark.parametrize("settings", [{"edge_scales": True}, {"edge_scales": True, "base": "silu"}, {"base": "gelu"}])
@@ -37,14 +48,14 @@ def test_with_scales_and_base(settings: dict) -> None:
     for order in ("WPhi", "PhiW", "PhiPhi") if settings.get("edge_scales") else ("WPhi",):
         op = KArAtOperator(8, 65, KArAtConfig(order=order, **settings))
         with torch.no_grad():
-            power = op(torch.randn(4, 8, 64, 65)).square().sum(-1).mean().item()
+            power = op(torch.randn(4, 8, 64, 65)).square().sum(-1).mean().item() * 65
         assert power == pytest.approx(1, abs=0.2)
 
 
 def test_simplex_before_w() -> None:
     op = KArAtOperator(8, 65, "g3b,simplex=rank")
     with torch.no_grad():
-        assert op(torch.randn(4, 8, 64, 65)).square().sum(-1).mean().item() == pytest.approx(1, abs=0.2)
+        assert op(torch.randn(4, 8, 64, 65)).square().sum(-1).mean().item() * 65 == pytest.approx(1, abs=0.2)
 
 
 def test_paper_draws() -> None:

@@ -151,11 +151,11 @@ def test_dropping_a_token_is_what_masking_it_was() -> None:
 
 def test_sequences_are_grids_of_one_row() -> None:
     op = KArAtOperator(2, 10, "g2b").double()
-    weights = op.W.detach().clone()
+    weights = op.projector.detach().clone()
     karat.resample_operator(op, 10, 20)
     assert op.num_tokens == 20
     along = F.interpolate(weights.mT[:, :, None], (1, 20), mode="bicubic")[:, :, 0].mT / 2
-    torch.testing.assert_close(op.W.detach(), along)
+    torch.testing.assert_close(op.projector.detach(), along)
 
 
 def test_shapes_of_wavelets_are_interpolated_but_not_scaled() -> None:
@@ -164,10 +164,11 @@ def test_shapes_of_wavelets_are_interpolated_but_not_scaled() -> None:
         op.layers[0].translation.fill_(0.3)
         op.layers[0].dilation.fill_(2.0)
         op.layers[0].weight.fill_(1.0)
+        op.layers[0].factor.fill_(1.0)
     layer = karat.resample_operator(op, OLD, (8, 10)).layers[0]
     torch.testing.assert_close(layer.translation.detach(), torch.full((1, 1, 80, 12), 0.3))
     torch.testing.assert_close(layer.dilation.detach(), torch.full((1, 1, 80, 12), 2.0))
-    torch.testing.assert_close(layer.weight.detach(), torch.full((1, 1, 80, 12), 0.25))
+    torch.testing.assert_close(layer.values()["weight"].detach(), torch.full((1, 1, 80, 12), 0.25))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -354,14 +355,14 @@ def test_places_of_queries_are_carried_unscaled(spec: str) -> None:
                 flatten(matrix, shape)
     scores = torch.tensor([-1.3, 0.2, 0.9], dtype=torch.float64)[:1, None]
     expected = op(scores.expand(1, 2, math.prod(OLD), math.prod(OLD))).sum(-1)[..., :1]
-    C = None if op.C is None or op.W is None else op.C[:, :1].clone()
+    C = None if op.C is None or op.W is None else op.places[:, :1].clone()
     grid = OLD
     for new in NEW:
         karat.resample_operator(op, grid, new)
         grid, n = new, math.prod(new)
         torch.testing.assert_close(op(scores.expand(1, 2, n, n)).sum(-1), expected.expand(1, 2, n))
         if C is not None:
-            torch.testing.assert_close(op.C, C.expand(-1, n, -1))
+            torch.testing.assert_close(op.places, C.expand(-1, n, -1))
 
 
 @pytest.mark.parametrize("spec", NEW_FORMS)
@@ -376,4 +377,5 @@ def test_the_new_forms_keep_prefix_tokens_and_the_same_grid(spec: str) -> None:
     fresh = KArAtOperator(2, 23, spec).state_dict()
     assert {name: value.shape for name, value in op.state_dict().items()} == {n: v.shape for n, v in fresh.items()}
     if op.C is not None:
-        assert torch.equal(op.C[:, 0, : 1 if op.W is None else None], values["C"][:, 0, : 1 if op.W is None else None])
+        columns = slice(1 if op.W is None else None)
+        assert torch.equal(op.places[:, 0, columns], (values["C"] * values["C_factor"])[:, 0, columns])

@@ -93,8 +93,7 @@ class StaticFull(Order):
         return hidden
 
     def apply(self, op: KArAtOperator, hidden: Tensor, v: Tensor) -> Tensor:
-        assert op.C is not None
-        return shared_product(op.C.to(v.dtype), v)
+        return shared_product(op.places_as(v), v)
 
 
 class Static(StaticFull):
@@ -120,8 +119,7 @@ class PointwiseWithPlaces(Pointwise):
     projector_shape: ClassVar[str | None] = "NR"
 
     def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
-        assert op.C is not None
-        places = op.C.to(scores.dtype) @ op.projector_as(scores).transpose(-2, -1)  # (H,N,N)
+        places = op.places_as(scores) @ op.projector_as(scores).transpose(-2, -1)  # (H,N,N)
         return super().hidden_of_scores(op, scores, mask) + (places if mask is None else torch.where(mask, places, 0))
 
     def attend(
@@ -154,14 +152,13 @@ class Row(Order):
 
 def _places_product(op: KArAtOperator, v: Tensor) -> Tensor:
     """C Wᵀ v (B,H,N,D)."""
-    assert op.C is not None
-    return shared_product(op.C.to(v.dtype), shared_product(op.projector_as(v).transpose(-2, -1), v))
+    return shared_product(op.places_as(v), shared_product(op.projector_as(v).transpose(-2, -1), v))
 
 
 def _for_each_image(op: KArAtOperator, like: Tensor) -> Tensor:
     """C in the precision of `like` (B,...), the same for each image: (B,H,N,·)."""
-    assert op.C is not None
-    return op.C.to(like.dtype).expand(like.shape[0], *op.C.shape)
+    C = op.places_as(like)
+    return C.expand(like.shape[0], *C.shape)
 
 
 POINTWISE = Pointwise()

@@ -61,7 +61,9 @@ def _view(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> KArAtOperator:
         own.inputs, own.outputs = sizes.get(shape[0], layer.inputs), sizes.get(shape[1], layer.outputs)
         layers.append(own)
     view._modules["layers"] = layers
-    view._parameters.update(resampled_maps(op, old, new))
+    maps, factors = resampled_maps(op, old, new)
+    view._parameters.update(maps)
+    view._buffers.update(factors)
     return view.train(op.training)
 
 

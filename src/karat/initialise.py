@@ -1,8 +1,10 @@
 """How an operator starts.
 
 "paper": the draws of SPEC §2, W as a linear layer's. "default": random draws scaled so that, for scores of unit
-variance, O = σ(A) V starts with the variance of V's entries, E Σ_n σ_kn² = 1, exactly in expectation over the
-scores for the numbers drawn: the moments of every edge function are integrated, not estimated.
+variance, O = σ(A) V starts as large as under softmax of equal scores, E Σ_n σ_kn² = 1/N, and beside softmax with the
+variance of V's entries, E Σ_n σ_kn² = 1: exactly in expectation over the scores for the numbers drawn, as the moments
+of every edge function are integrated, not estimated. A start at V's variance in place of softmax drowns each token in
+the others' noise, and fails at rates that softmax bears (docs/training-stability.md).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from karat.basis import LinearBasis
 from karat.edges import EdgeLayer
 from karat.inputs import relative_probabilities
+from karat.rates import set_factors
 from karat.shaping import NORMALISATIONS
 from karat.simplex import simplex_projection
 
@@ -41,6 +44,7 @@ def initialise(op: KArAtOperator) -> None:
         return
     if op.gate is not None:
         nn.init.zeros_(op.gate)
+    _forget_factors(op)
     for layer in op.edge_layers:
         _draw(layer, op.config.init)
     if op.C is not None:
@@ -62,8 +66,32 @@ def initialise(op: KArAtOperator) -> None:
         _scale_last(op, _output_power(op).rsqrt())
         if _adds_to_edges(op):  # anew: a base activation without a scale stays what it is
             _match_places(op)
-    if op.config.init_scale != 1.0:
-        _scale_last(op, torch.full((len(op.karat_heads),), op.config.init_scale))
+    size, share = _size(op), op.config.init_scale
+    if size * share != 1.0:
+        _scale_last(op, torch.full((len(op.karat_heads),), size * share))
+    if op.config.init == "default":
+        set_factors(op, size * (share or 1.0))
+
+
+def _forget_factors(op: KArAtOperator) -> None:
+    for layer in op.edge_layers:
+        layer.factor.fill_(1.0)
+    for name in op.factored():
+        op.get_buffer(name).fill_(1.0)
+
+
+def _size(op: KArAtOperator) -> float:
+    """The size of O at the start as a share of V's.
+
+    In place of softmax it's that of softmax over equal scores, 1/√N; beside it one: a gate says how much is taken.
+    """
+    # b(x) in what multiplies the values keeps its size
+    fixed = any(
+        layer.has_fixed_base and shape[1] != "R"
+        for layer, shape in zip(op.edge_layers, op.order.layer_shapes, strict=True)
+    )
+    in_its_place = op.config.init == "default" and op.config.residual is None and not fixed
+    return float(op.num_tokens**-0.5) if in_its_place else 1.0
 
 
 def _mixes_places(op: KArAtOperator) -> bool:
@@ -119,9 +147,9 @@ def _edges_power(op: KArAtOperator) -> tuple[Tensor, Tensor]:
 
 def _places(op: KArAtOperator) -> Tensor:
     """C Wᵀ (H,N,N)."""
-    assert op.C is not None
-    assert op.W is not None
-    return op.C.double() @ op.W.double().transpose(-2, -1)
+    assert op.places is not None
+    assert op.projector is not None
+    return op.places.double() @ op.projector.double().transpose(-2, -1)
 
 
 def _rows_power(sigma: Tensor) -> Tensor:
@@ -260,8 +288,8 @@ def _moments_after(step: Callable[[Tensor], Tensor], mean: Tensor, power: Tensor
 
 def _moments_with_places(mean: Tensor, power: Tensor, op: KArAtOperator) -> tuple[Tensor, Tensor]:
     """E[y] (H,R) and E[y yᵀ] (H,R,R) of y = x + C_k over all queries k, given those of x."""
-    assert op.C is not None
-    C = op.C.double()
+    assert op.places is not None
+    C = op.places.double()
     average = C.mean(1)
     crossed = mean.unsqueeze(-1) * average.unsqueeze(-2)
     return mean + average, power + crossed + crossed.transpose(-2, -1) + C.transpose(-2, -1) @ C / op.num_tokens

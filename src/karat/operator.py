@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from karat.config import KArAtConfig
 from karat.controls import order_of
-from karat.edges import EdgeLayer
+from karat.edges import EdgeLayer, add_factors
 from karat.initialise import initialise
 from karat.inputs import Products, probabilities_as_products, relative_probabilities, scale_gradient
 from karat.masks import row_patterns, safe_softmax, softmax_attention
@@ -34,11 +37,17 @@ class KArAtOperator(nn.Module):
     term of the query's position (static mixing: C (H',N,R), at full rank (H',N,N)) or None, `gate` (H',), or (1,) for
     the whole block, with residual="softmax" and no fixed gate; H' counts the heads that learn.
 
+    Each of them but the gate is learned up to a fixed factor, which sets its rate (`karat.rates`; buffers `W_factor`,
+    `C_factor` and the layers' `factor`): `projector`, `places` and `edges` give what they mean.
+
     >>> op = KArAtOperator(num_heads=3, num_tokens=17, config="g3b")
     >>> q, k, v = torch.randn(3, 2, 3, 17, 8).unbind()
     >>> torch.allclose(op.attend(q, k, v), op(q @ k.transpose(-2, -1) * 8**-0.5) @ v, atol=1e-5)
     True
     """
+
+    W_factor: Tensor
+    C_factor: Tensor
 
     def __init__(self, num_heads: int, num_tokens: int, config: KArAtConfig | str) -> None:
         super().__init__()
@@ -60,6 +69,9 @@ class KArAtOperator(nn.Module):
             nn.Parameter(torch.empty(learning, sizes[shape[0]], sizes[shape[1]])) if shape else None
             for shape in (self.order.projector_shape, self.position_shape)
         )
+        for name in ("W", "C"):
+            if getattr(self, name) is not None:
+                self.register_buffer(f"{name}_factor", torch.ones(()))
         gates = {"head": learning, "block": 1}
         learned = config.residual is not None and config.gate in gates
         self.gate = nn.Parameter(torch.empty(gates[str(config.gate)])) if learned else None
@@ -82,12 +94,43 @@ class KArAtOperator(nn.Module):
     @property
     def projector(self) -> Tensor | None:
         """W: (H',R,N) in order PhiW, (H',N,1) of a row, (H',N,R) elsewhere; None where there is none."""
-        return self.W
+        return None if self.W is None else self.W * self.W_factor
+
+    @property
+    def places(self) -> Tensor | None:
+        """C, the term of each query's place: (H',N,R), of static mixing at full rank (H',N,N); None where there is
+        none."""
+        return None if self.C is None else self.C * self.C_factor
 
     def projector_as(self, x: Tensor) -> Tensor:
         """W in x's precision."""
         assert self.W is not None
-        return self.W.to(x.dtype)
+        return (self.W * self.W_factor).to(x.dtype)
+
+    def places_as(self, x: Tensor) -> Tensor:
+        """C in x's precision."""
+        assert self.C is not None
+        return (self.C * self.C_factor).to(x.dtype)
+
+    @torch.no_grad()
+    def write(self, name: str, value: Tensor) -> None:
+        """Make the map "W" or "C" what is given, factor included."""
+        getattr(self, name).copy_(value / getattr(self, f"{name}_factor"))
+
+    @torch.no_grad()
+    def set_factor(self, name: str, factor: float) -> None:
+        """Take another factor for "W" or "C" and leave the map what it is."""
+        old: Tensor = getattr(self, f"{name}_factor")
+        getattr(self, name).mul_(old / factor)
+        old.fill_(factor)
+
+    def factored(self) -> dict[str, tuple[str, ...]]:
+        """The parameter that each buffer of a factor multiplies, by name; the layers have their own."""
+        return {f"{name}_factor": (name,) for name in ("W", "C") if getattr(self, name) is not None}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        add_factors(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def edges(self, x: Tensor, layer: int = 0) -> Tensor:
         """φ_pq(x), the value of every edge function: x (...,) -> (...,H',P,Q), in x's precision.
@@ -275,6 +318,33 @@ class KArAtOperator(nn.Module):
 def karat_operators(model: nn.Module) -> dict[str, KArAtOperator]:
     """The operators of a converted model by name, each once; one for all blocks if they share it."""
     return {name: module for name, module in model.named_modules() if isinstance(module, KArAtOperator)}
+
+
+def with_factors(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's weights by name, completed by factors of one where they were saved before there were any."""
+    found = dict(weights)
+    for prefix, module in _with_factors(model):
+        add_factors(module, found, prefix)
+    return found
+
+
+def without_loose_factors(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of some weights for a model without the factors whose parameters aren't among them."""
+    found = dict(weights)
+    for prefix, module in _with_factors(model):
+        for buffer, parameters in module.factored().items():
+            if not all(prefix + name in weights for name in parameters):
+                found.pop(prefix + buffer, None)
+    return found
+
+
+def _with_factors(model: nn.Module) -> list[tuple[str, EdgeLayer | KArAtOperator]]:
+    """Every module that has factors, by the prefix of its names in the model's state."""
+    return [
+        (f"{name}." if name else "", module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, EdgeLayer | KArAtOperator)
+    ]
 
 
 def _four_axes(x: Tensor | None) -> Tensor | None:

@@ -152,15 +152,15 @@ def _sum_of_edges(layer: EdgeLayer, scores: Tensor, mask: Tensor | None) -> Tens
 
 def _last_layer(layer: EdgeLayer, hidden: Tensor, v: Tensor, impl: str) -> Tensor:
     """σ v for σ_n = Σ_r φ_nr(hidden_r): U_f,r = Σ_n c_f,n,r v_n if the basis is linear, else through σ."""
-    u = layer.packed()
     if not isinstance(layer.basis, LinearBasis):
-        return basis_contraction(hidden, u, layer.basis, impl=impl) @ v
-    return basis_contraction(hidden, _values_as_parameters(u, v), layer.basis, impl=impl)
+        return basis_contraction(hidden, layer.packed(), layer.basis, impl=impl) @ v
+    return basis_contraction(hidden, _values_as_parameters(layer, v), layer.basis, impl=impl)
 
 
-def _values_as_parameters(u: Tensor, v: Tensor) -> Tensor:
-    """u (H,F,Q,N), v (B,H,N,D) -> (B,H,F,Q,D), U_f,q = Σ_n u_f,q,n v_n."""
-    return shared_product(u.to(v.dtype).flatten(1, 2), v).unflatten(2, u.shape[1:3])
+def _values_as_parameters(layer: EdgeLayer, v: Tensor) -> Tensor:
+    """A layer's u (H,F,Q,N) and v (B,H,N,D) -> (B,H,F,Q,D), U_f,q = Σ_n u_f,q,n v_n."""
+    u = layer.stacked()
+    return shared_product(u.to(v.dtype).flatten(1, 2), v).unflatten(2, u.shape[1:3]) * layer.factor.to(v.dtype)
 
 
 class WPhi(Order):
@@ -179,7 +179,7 @@ class WPhi(Order):
 
     def _shaped(self, op: KArAtOperator, hidden: Tensor) -> Tensor:
         """All that happens between the sums over the keys (B,H,M,R) and W: normalise, position, simplex="rank"."""
-        hidden = shaped(hidden, op.config.normalise, op.config.position, op.C)
+        hidden = shaped(hidden, op.config.normalise, op.config.position, op.places)
         return simplex_projection(hidden) if op.config.simplex == "rank" else hidden
 
     def sigma(self, op: KArAtOperator, hidden: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ class Full(Order):
         layer = op.edge_layers[0]
         if not isinstance(layer.basis, LinearBasis):  # the identity needs linearity; σ is streamed, then multiplied
             return super().attend(op, seen, v, mask, sums)
-        return summed(op, _values_as_parameters(layer.packed(), v), layer.basis, seen, mask, sums)
+        return summed(op, _values_as_parameters(layer, v), layer.basis, seen, mask, sums)
 
 
 class PhiW(Order):

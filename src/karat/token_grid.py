@@ -14,6 +14,7 @@ A function that all keys share (order Pointwise) has no such axis; its amplitude
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from karat.edges import EdgeLayer
+from karat.edges import EdgeLayer, starts
 from karat.operator import KArAtOperator
 
 
@@ -128,11 +129,22 @@ def resample_operator(
             setattr(layer, name, buffer)
         sizes = {"N": new.num_tokens}
         layer.inputs, layer.outputs = sizes.get(shape[0], layer.inputs), sizes.get(shape[1], layer.outputs)
-    for name, value in resampled_maps(op, old, new).items():
-        if value is not None:
-            setattr(op, name, like(getattr(op, name), value))
+    maps, factors = resampled_maps(op, old, new)
+    for name, value in maps.items():
+        setattr(op, name, like(getattr(op, name), value))
+    for name, value in factors.items():
+        setattr(op, name, value)
     op.num_tokens = new.num_tokens
     return op
+
+
+def _halvings(axes: str, old: TokenGrid, new: TokenGrid) -> float:
+    """A power of two near what amplitudes of these axes, in letters, are multiplied by.
+
+    Factors take it instead of the parameters, which so keep about their size and their rate (`karat.rates`), to the bit
+    the same functions.
+    """
+    return 2.0 ** round(math.log2(old.cells / new.cells) * sum(letter in "NA" for letter in axes))
 
 
 Tensors = dict[str, Tensor | None]
@@ -141,28 +153,37 @@ Tensors = dict[str, Tensor | None]
 def resampled_layer(layer: EdgeLayer, shape: str, old: TokenGrid, new: TokenGrid) -> tuple[Tensors, Tensors]:
     """An edge layer's parameters and buffers on another grid, as differentiable functions of its own."""
     amplitudes = {id(parameter) for parameter in layer.amplitudes}
-    parameters: Tensors = {
-        name: None if x is None else _resample(x, shape, old, new, amplitude=id(x) in amplitudes)
-        for name, x in layer._parameters.items()
-    }
-    buffers: Tensors = {
-        name: None if x is None else _resample(x, shape, old, new, amplitude=True) for name, x in layer._buffers.items()
-    }
+    halvings = _halvings(shape, old, new)
+    parameters: Tensors = {}
+    for name, x in layer._parameters.items():
+        amplitude = id(x) in amplitudes
+        value = None if x is None else _resample(x, shape, old, new, amplitude=amplitude)
+        parameters[name] = value / halvings if amplitude and value is not None else value
+    buffers: Tensors = dict(layer._buffers)
+    factor = layer.factor.clone()
+    for start, group in starts(layer.basis):
+        if group.amplitude and not (group.name == "base" and layer.has_fixed_base):
+            factor[start : start + group.count] *= halvings
+    buffers["factor"] = factor
+    if layer.has_fixed_base:
+        buffers["base_gain"] = _resample(layer.base_gain, shape, old, new, amplitude=True)
     return parameters, buffers
 
 
-def resampled_maps(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> Tensors:
-    """W and C on another grid, as differentiable functions of the operator's; None where it has none."""
-    W: Tensor | None = op.W
-    C: Tensor | None = op.C
-    if W is not None:
-        assert op.order.projector_shape is not None
-        W = _resample(W, op.order.projector_shape, old, new, amplitude=True)
-    if C is not None:
-        assert op.position_shape is not None
-        C = resample_axis(C, -2, old, new, amplitude=False)
-        C = _resample(C, "1" + op.position_shape[1], old, new, amplitude=True)
-    return {"W": W, "C": C}
+def resampled_maps(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> tuple[Tensors, Tensors]:
+    """W and C on another grid, as differentiable functions of the operator's, and their factors; those it has."""
+    parameters: Tensors = {}
+    buffers: Tensors = {}
+    for name, axes in (("W", op.order.projector_shape), ("C", op.position_shape)):
+        x: Tensor | None = getattr(op, name)
+        if x is None or axes is None:
+            continue
+        if name == "C":  # queries are not summed over
+            x, axes = resample_axis(x, -2, old, new, amplitude=False), "1" + axes[1]
+        halvings = _halvings(axes, old, new)
+        parameters[name] = _resample(x, axes, old, new, amplitude=True) / halvings
+        buffers[f"{name}_factor"] = getattr(op, f"{name}_factor") * halvings
+    return parameters, buffers
 
 
 def _resample(x: Tensor, shape: str, old: TokenGrid, new: TokenGrid, *, amplitude: bool) -> Tensor:

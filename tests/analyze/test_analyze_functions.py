@@ -74,7 +74,7 @@ def test_distributions_count_every_number() -> None:
     found = coefficients(op, bins=10)
     assert {one.name for one in found} == {"coefficients", "basis_scale", "W"}
     for one in found:
-        source = op.W if one.name == "W" else getattr(op.layers[0], one.name)
+        source = op.projector if one.name == "W" else op.layers[0].values()[one.name]
         mine = source[one.head].detach()
         assert one.counts.sum() == mine.numel()
         assert one.mean == pytest.approx(float(mine.mean()), abs=1e-6)
@@ -108,6 +108,7 @@ def test_each_family_is_recovered(family: str, y: np.ndarray) -> None:
 def test_sin_2x_is_recovered_from_a_fourier_edge() -> None:
     op = karat.KArAtOperator(1, 5, "g3b,rank=2").double()
     with torch.no_grad():
+        op.layers[0].factor.fill_(1.0)
         op.layers[0].coefficients.zero_()
         op.layers[0].coefficients[0, 4, 3, 1] = 1.0  # cos x, 2x, 3x, sin x, 2x, 3x of edge q=3, p=1
     strongest = curves(op, 0, torch.from_numpy(X), edges=1, spread=False)

@@ -61,7 +61,7 @@ def test_static_mixing_beside_softmax_owes_nothing_to_the_scores() -> None:
         torch.testing.assert_close(part.gates, gates)
         assert (part.learned.scores.abs() < 1e-6).all()
         assert (part.softmax.scores > 0).all()
-        matrix = gates[:, None, None] * (op.C @ op.W.transpose(-2, -1)).detach()
+        matrix = gates[:, None, None] * (op.places @ op.projector.transpose(-2, -1)).detach()
         torch.testing.assert_close(part.learned.power.float(), matrix.square().sum(-1).mean(-1), rtol=1e-4, atol=0)
         torch.testing.assert_close(part.size, (part.learned.power / part.softmax.power).sqrt())
 

@@ -114,10 +114,10 @@ def coefficients(op: KArAtOperator, *, bins: int = 50) -> list[Distribution]:
     Groups of layer Φ₂ in order PhiPhi are named "2/..."; the heads of one group share their bins.
     """
     groups: dict[str, Tensor] = {}
-    for index, layer in enumerate(op.layers):
+    for index, layer in enumerate(op.edge_layers):
         prefix = f"{index + 1}/" if len(op.layers) > 1 else ""
-        groups |= {f"{prefix}{name}": parameter for name, parameter in layer.named_parameters()}
-    groups |= {name: matrix for name, matrix in (("W", op.W), ("C", op.C)) if matrix is not None}
+        groups |= {f"{prefix}{name}": value for name, value in layer.values().items()}
+    groups |= {name: matrix for name, matrix in (("W", op.projector), ("C", op.places)) if matrix is not None}
     found = []
     for name, parameter in groups.items():
         values = parameter.detach().float().cpu()

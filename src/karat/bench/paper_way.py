@@ -41,5 +41,5 @@ def attend(
     scores = q @ k.transpose(-2, -1) * factor
     layer = op.edge_layers[0]
     hidden = basis_contraction(scores, layer.packed(), layer.basis, impl="reference")
-    sigma = hidden if op.W is None else torch.einsum("bhkr,hnr->bhkn", hidden, op.W)
+    sigma = hidden if op.projector is None else torch.einsum("bhkr,hnr->bhkn", hidden, op.projector)
     return sigma @ v

@@ -18,6 +18,7 @@ from karat.detect.measure import load_run
 from karat.detect.settings import DetectSettings
 from karat.detect.trunk import Trunk, resize_embeddings, to_grid
 from karat.models import create_model
+from karat.operator import with_factors, without_loose_factors
 from karat.resample import resample_tokens
 from karat.token_grid import resample_operator
 from karat.train import files, runs
@@ -127,12 +128,12 @@ def _source(name: str, settings: DetectSettings) -> tuple[nn.Module, dict[str, T
         source = create_model(
             settings.model, settings.attention, img_size=img_size, **kwargs, **settings.model_kwargs()
         )
-    own = source.state_dict()
+    own, weights = source.state_dict(), with_factors(source, weights)
     adapted = {key: adapt(key, weights[key], own[key], source) for key in own if key in weights}
     fitting = {key: tensor for key, tensor in adapted.items() if tensor is not None}
     if not fitting:
         raise ValueError(f"--init {name}: it shares no weight with {settings.model}")
-    source.load_state_dict(own | fitting)
+    source.load_state_dict(own | without_loose_factors(source, fitting))
     return source, {key: weights[key] for key in fitting}, True
 
 

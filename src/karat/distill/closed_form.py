@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from karat.config import KArAtConfig
-from karat.distill.features import Shape, features, fixed_base, has_fixed_base, reach, shapes, write
+from karat.distill.features import Shape, features, fixed_base, reach, shapes, write
 from karat.distill.least_squares import Moments, least_squares, reduced_rank
 from karat.edges import EdgeLayer
 from karat.operator import KArAtOperator
@@ -155,7 +155,7 @@ def _fit_outputs(op: KArAtOperator, rows: Source, ridge: float, *, hidden: bool)
     """The last layer of the operator by least squares: its outputs are σ's row."""
     layer = op.edge_layers[-1]
     chosen = shapes(layer.basis)
-    offset = layer if has_fixed_base(layer) else None
+    offset = layer if layer.has_fixed_base else None
     moments, weight = _collect(
         op, rows, lambda x, mask: _dictionary(layer, x, mask, chosen), offset=offset, hidden=hidden
     )
@@ -222,10 +222,10 @@ def _first_map(
     def inputs(x: Tensor, mask: Tensor | None) -> Tensor:
         z = _dictionary(layer, x, mask, chosen)
         # one column for all: the R outputs are no tokens, so their gains are the same
-        return torch.cat([z, _offset(layer, x, mask)[:, :1]], dim=-1) if has_fixed_base(layer) else z
+        return torch.cat([z, _offset(layer, x, mask)[:, :1]], dim=-1) if layer.has_fixed_base else z
 
     moments, weight = _collect(op, rows, inputs)
-    if has_fixed_base(layer):
+    if layer.has_fixed_base:
         K, W, which = _beside_fixed_base(moments, weight, rank, len(chosen), ridge, size)
         K_written = K[:, :-1]
     else:
@@ -264,8 +264,7 @@ def _beside_fixed_base(
 
 def _fit_w_phi(op: KArAtOperator, rows: Source, ridge: float) -> Tensor:
     moments, weight, K, W = _first_map(op, rows, ridge)
-    assert op.W is not None
-    op.W.copy_(W)
+    op.write("W", W)
     return _share(moments, K @ W.mT, weight)
 
 
@@ -276,7 +275,7 @@ def _fit_last(op: KArAtOperator, rows: Source, ridge: float) -> Tensor:
     if op.W is None:
         _first_map(op, rows, ridge, size)
     else:
-        op.W.copy_(_projection(op, rows, ridge, size))
+        op.write("W", _projection(op, rows, ridge, size))
     return _fit_outputs(op, rows, ridge, hidden=True)
 
 

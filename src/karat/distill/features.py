@@ -19,7 +19,7 @@ from karat.basis.bspline import BSpline
 from karat.basis.fourier import Fourier
 from karat.basis.rational import Rational
 from karat.basis.wavelets import Meyer, Morlet, Wavelet
-from karat.edges import EdgeLayer
+from karat.edges import EdgeLayer, starts
 
 Shape = dict[str, tuple[float, ...]]  # parameter group -> its values
 
@@ -58,17 +58,12 @@ def shapes(basis: Basis) -> list[Shape]:
     return [{group.name: (group.mean,) * group.count for group in basis.parameters if not group.amplitude}]
 
 
-def has_fixed_base(layer: EdgeLayer) -> bool:
-    """Whether b(x) enters with a factor that isn't learned (no edge scales)."""
-    return layer.has_base and layer.base_scale is None
-
-
 def free_amplitudes(layer: EdgeLayer) -> list[int]:
     """Places, in packing order, of the numbers of an edge that the solution is about."""
     places: list[int] = []
     start = 0
     for group in layer.basis.parameters:
-        if group.amplitude and not (group.name == "base" and has_fixed_base(layer)):
+        if group.amplitude and not (group.name == "base" and layer.has_fixed_base):
             places += range(start, start + group.count)
         start += group.count
     return places
@@ -102,7 +97,7 @@ def fixed_base(layer: EdgeLayer, x: Tensor) -> Tensor:
     g is 1 at first; on a resampled token grid it depends on the output too, where outputs are tokens (SPEC §9).
     """
     u = torch.zeros(layer.basis.num_parameters, dtype=x.dtype, device=x.device)
-    for start, group in _starts(layer.basis):
+    for start, group in starts(layer.basis):
         if group.name == "base":
             u[start] = 1
         elif not group.amplitude:
@@ -110,17 +105,11 @@ def fixed_base(layer: EdgeLayer, x: Tensor) -> Tensor:
     return layer.basis.edge(x, u.reshape(-1, *(1,) * x.dim())) @ layer.base_gain.to(x)
 
 
-def _starts(basis: Basis) -> list[tuple[int, Any]]:
-    found, start = [], 0
-    for group in basis.parameters:
-        found.append((start, group))
-        start += group.count
-    return found
-
-
 @torch.no_grad()
 def write(layer: EdgeLayer, solution: Tensor, chosen: list[Shape], which: Tensor) -> None:
     """Give a layer its amplitudes, solution (H,F,Q,P), and to output p of head h the shape chosen[which[h,p]]."""
+    factor = layer.factor.clone()
+    layer.factor.fill_(1.0)
     start = 0
     for group in layer.basis.parameters:
         if group.name == "base":
@@ -137,3 +126,4 @@ def write(layer: EdgeLayer, solution: Tensor, chosen: list[Shape], which: Tensor
             parameter.copy_(table[which].mT.unsqueeze(2).expand_as(parameter))
     if layer.basis_scale is not None:
         layer.basis_scale.fill_(1.0)
+    layer.set_factor(factor)

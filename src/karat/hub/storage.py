@@ -13,6 +13,7 @@ from huggingface_hub.utils import logging
 from torch import Tensor, nn
 
 from karat.hub.config import ModelConfig
+from karat.operator import with_factors
 from karat.train import files
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -107,6 +108,7 @@ def first_difference(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) 
 
 def load(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Give the model these weights, in their own precision; ValueError names the first difference."""
+    weights = with_factors(model, weights)
     difference = first_difference(model.state_dict(), weights)
     if difference is not None:
         raise ValueError(f"{source} does not fit {CONFIG}: {difference}")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from karat.operator import with_factors
 from karat.train import files
 
 FOLDER = "checkpoints"
@@ -143,7 +144,7 @@ def unpack_optimizer(
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Load named weights exactly: same names, shapes and dtypes; ValueError names the first difference."""
-    own = model.state_dict()
+    own, weights = model.state_dict(), with_factors(model, weights)
     for name, tensor in own.items():
         if name not in weights:
             raise ValueError(f"{source} has no {name!r}, which the model needs")

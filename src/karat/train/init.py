@@ -20,6 +20,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from karat.config import KArAtConfig
+from karat.operator import with_factors, without_loose_factors
 from karat.resample import resample_tokens
 from karat.train import files, runs
 from karat.train.optim import operator_parameters
@@ -135,7 +136,7 @@ def transplant(
 
     `resized` names weights that were carried to the model's size before.
     """
-    own = model.state_dict()
+    own, weights = model.state_dict(), with_factors(model, weights)
     operators = set(operator_parameters(model))
     counts: dict[tuple[str, str], list[int]] = {}
 
@@ -162,7 +163,7 @@ def transplant(
     if not taken:
         first = next(iter(weights), "nothing")
         raise ValueError(f"--init {source}: it shares no weight with the model (it has {first!r}, …)")
-    model.load_state_dict({**own, **taken})
+    model.load_state_dict({**own, **without_loose_factors(model, taken)})
     return [Fate(part, fate, *numbers) for (part, fate), numbers in sorted(counts.items())]
 
 

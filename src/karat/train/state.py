@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as sharded
 
+from karat.operator import with_factors
 from karat.train.checkpoint import load_weights, pack_optimizer, unpack_optimizer
 
 WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -49,6 +50,7 @@ def model_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]
 def load_model_state(accelerator: Accelerator, model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Give the model the weights read from `source`; ValueError names the first difference."""
     if is_sharded(accelerator):
+        weights = with_factors(model, weights)
         expected: dict[str, Any] = dict(sharded.get_model_state_dict(model))
         for name, tensor in expected.items():
             if name not in weights or weights[name].shape != tensor.shape:
