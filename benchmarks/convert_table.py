@@ -35,10 +35,10 @@ RANKS = ("12", "24", "None")
 SETTINGS = tuple(str(KArAtConfig.parse(f"{basis},rank={rank}")) for rank in RANKS for basis in BASES)
 # Half of the rate from scratch, decaying from the first update; operators that start at random get the whole of it.
 TUNING = {"epochs": 1, "warmup_epochs": 0, "lr": 2e-3, "min_lr": 1e-6}
-LEARNING = {**TUNING, "coefficient_lr": 4e-3}
+LEARNING = {**TUNING, "operator_lr_scale": 2.0}
 # Behind each entry of a full-rank σ stand 2G·N coefficients instead of R: a tenth of the others' rate.
-FULL_TUNING = {**TUNING, "coefficient_lr": 2e-4}
-FULL_LEARNING = {**TUNING, "coefficient_lr": 4e-4}
+FULL_TUNING = {**TUNING, "operator_lr_scale": 0.1}
+FULL_LEARNING = {**TUNING, "operator_lr_scale": 0.2}
 CONTROL = ("softmax",)  # the teacher itself given the same epoch
 
 

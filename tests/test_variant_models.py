@@ -79,7 +79,7 @@ def test_one_operator_for_all_blocks(attention: str) -> None:
 @pytest.mark.parametrize("attention", [*SHARED, "static-u,residual=softmax"])
 def test_coefficients_gates_and_matrices_form_a_group_of_their_own(attention: str) -> None:
     model = small_model("vit", attention)
-    recipe = RECIPES["vit"].override(coefficient_lr=5e-3, lr=1e-3, coefficient_weight_decay=0.01)
+    recipe = RECIPES["vit"].override(operator_lr_scale=5.0, coefficient_weight_decay=0.01)
     own = {id(parameter) for parameter in model.karat_operator.parameters()}
     groups = [group for group in parameter_groups(model, recipe) if {id(p) for p in group["params"]} & own]
     assert {id(p) for group in groups for p in group["params"]} == own

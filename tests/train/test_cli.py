@@ -36,7 +36,7 @@ def test_every_option_has_help(command: str, capsys: pytest.CaptureFixture[str])
     said = capsys.readouterr().out
     assert "--data" in said
     if command != "eval":
-        for name in ("--mixup-switch-prob", "--amp-dtype", "--resume", "--recipe", "--coefficient-lr"):
+        for name in ("--mixup-switch-prob", "--amp-dtype", "--resume", "--recipe", "--operator-lr-scale"):
             assert name in said
 
 

@@ -228,12 +228,12 @@ def test_other_errors_are_not_blamed_on_a_worker(tmp_path: Path, monkeypatch: py
 
 def test_operators_that_grow_are_reported_and_warned_of(tmp_path: Path) -> None:
     said = io.StringIO()
-    wild = tiny(tmp_path / "wild", attention="g3b", coefficient_lr=40.0, epochs=2, warmup_epochs=0)
+    wild = tiny(tmp_path / "wild", attention="g3b", operator_lr_scale=1e4, epochs=2, warmup_epochs=0)
     train(wild, console=Console(file=said, width=200))
     text = said.getvalue()
     assert "the operators learn at 10000 times the rate" in text
     assert "has grown to" in text
-    assert "--coefficient-lr" in text
+    assert "--operator-lr-scale" in text
     lines = runs.read_history(tmp_path / "wild")
     assert lines[-1]["operator_growth"] > watch.LIMIT
     assert lines[-1]["grad_norm"] > 0

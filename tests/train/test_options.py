@@ -35,7 +35,7 @@ def test_layer_decay_lowers_the_rate_block_by_block() -> None:
     for name in ("attn.qkv.weight", "attn.operator.W"):  # an operator goes with its block
         assert [found[f"blocks.{i}.{name}"] for i in range(3)] == [0.125, 0.25, 0.5]
     assert found["patch_embed.proj.weight"] == 0.0625
-    twice = rates(model, layer_decay=0.5, coefficient_lr=2 * RECIPES["quick"].lr)
+    twice = rates(model, layer_decay=0.5, operator_lr_scale=2.0)
     assert twice["blocks.0.attn.operator.W"] == 0.25
     assert set(rates(model).values()) == {1.0}
 
@@ -216,6 +216,13 @@ whole, sharded = built(False), built(True)
 advance(*whole, 0, 3, False)
 advance(*sharded, 0, 3, True)
 taken = copy.deepcopy(state.model_state(accelerator, sharded[0]))  # on the CPU they are the very tensors
+watches = [watch.GradientWatch(model) for model, *_ in (whole, sharded)]
+for eye in watches:
+    eye.norms.extend([1e-9] * watch.LEAST)
+    eye.own = eye.operator_norm()[0].item()
+    eye.median = eye.burst(1.2 * eye.own, eye.own, 1e9)  # as if the rest's were small
+    eye.clip_apart(1e-3, 1.0)
+    eye.clipped = [watch.whole(p.grad) for p in [*eye.operators, *eye.rest] if p.grad is not None]
 moments = copy.deepcopy(state.optimizer_state(accelerator, *sharded[:2]))
 with sharded[2].lent():
     averaged = copy.deepcopy(state.model_state(accelerator, sharded[0]))
@@ -244,6 +251,9 @@ if rank == 0:
     assert set(kept) == set(moments), set(kept) ^ set(moments)
     for name, tensor in kept.items():
         close(moments[name], tensor)
+    for tensors in zip(*(eye.clipped for eye in watches), strict=True):
+        close(*tensors)
+    assert abs(watches[1].own / watches[0].own - 1) < 1e-4 and watches[1].median == 1e-9
     for name, size in watch.sizes(whole[0]).items():
         assert abs(grown[name] - size) < 1e-5
     assert "does not fit the model at" in refused

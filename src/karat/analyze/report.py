@@ -50,7 +50,7 @@ SHOWN_SETTINGS = (
     *("init", "seed", "amp_dtype", "grad_accum_steps", "preset"),
 )
 SHOWN_RECIPE = (
-    *("opt", "lr", "coefficient_lr", "weight_decay", "clip_grad", "sched", "epochs", "warmup_epochs", "min_lr"),
+    *("opt", "lr", "operator_lr_scale", "weight_decay", "clip_grad", "sched", "epochs", "warmup_epochs", "min_lr"),
     *("batch_size", "model_ema_decay", "aa", "mixup", "cutmix", "smoothing", "drop_path"),
 )
 

@@ -16,6 +16,7 @@ from karat.detect.recipes import get_recipe
 from karat.detect.settings import DetectSettings
 from karat.options import parse
 from karat.train import runs
+from karat.train.commands import read_settings
 from karat.train.run_settings import AUTO, Device
 
 
@@ -85,10 +86,8 @@ def _defaults(arguments: Sequence[str]) -> DetectSettings:
 
 def train(arguments: Sequence[str]) -> None:
     """karat detect train."""
-    settings: DetectSettings = parse(
-        lambda: tyro.cli(DetectSettings, args=arguments, prog="karat detect train", default=_defaults(arguments)),
-        "karat detect train",
-    )
+    prog = "karat detect train"
+    settings = parse(lambda: read_settings(DetectSettings, arguments, prog, _defaults(arguments)), prog)
     from karat.detect.task import DetectTrainer
 
     console = Console()

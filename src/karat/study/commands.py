@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 
 from karat.options import parse
@@ -44,7 +43,8 @@ def compare(arguments: Sequence[str]) -> None:
     path = _study_file(arguments)
     document = None if path is None else read_document(path)
     default = _default(training.defaults(arguments) if document is None else _common(document, arguments), document)
-    parsed = parse(lambda: tyro.cli(Compare, args=arguments, prog="karat compare", default=default), "karat compare")
+    prog = "karat compare"
+    parsed = parse(lambda: training.read_settings(Compare, arguments, prog, default), prog)
     settings = Settings(**{f.name: getattr(parsed, f.name) for f in fields(Settings)})
     if document is not None and parsed.study is not None:
         _study(parsed, document, settings)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from karat.train import renamed
 from karat.train.recipes import Recipe
 from karat.train.settings import Settings
 
@@ -84,6 +85,10 @@ def parse_document(found: Mapping[str, Value], *, default_title: str = "study") 
             raise ValueError(f"variant {name!r} is named twice: give each a name of its own")
     _among(baseline, titles, "baseline")
     for entry in entries:
+        if renamed.OLD in settings and "lr" in entry.values and not {renamed.OLD, renamed.NEW} & set(entry.values):
+            raise ValueError(
+                f"variant {entry.name!r}: its lr would change what {renamed.OLD} means: give {renamed.NEW} instead"
+            )
         if entry.equal_time_to is not None:
             _among(entry.equal_time_to, titles, f"variant {entry.name!r}: equal_time_to")
             if entry.equal_time_to == entry.name:
@@ -119,7 +124,7 @@ def setting_names() -> dict[str, Any]:
     """Every name that a study's settings may have, with its type: karat train's options."""
     own, recipe = get_type_hints(Settings), get_type_hints(Recipe)
     found = {f.name: own[f.name] for f in fields(Settings)} | {f.name: recipe[f.name] for f in fields(Recipe)}
-    return found | {"recipe": str}
+    return found | {"recipe": str, renamed.OLD: float | None}
 
 
 def seeds_of(value: Value, where: str = "the study") -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from karat.study.document import Document, Entry
-from karat.train import files, runs
+from karat.train import files, renamed, runs
 from karat.train.compare import contender
 from karat.train.recipes import Recipe
 from karat.train.run_settings import first_change, slug
@@ -129,7 +129,7 @@ def make_plan(document: Document, common: Settings, folder: Path, seeds: Sequenc
 
 
 def _variant(entry: Entry, common: Settings, seeds: tuple[int, ...], folder: Path) -> Variant:
-    inner = {f.name for f in fields(Recipe)}
+    inner = {f.name for f in fields(Recipe)} | {renamed.OLD}
     own = {name: value for name, value in entry.values.items() if name not in inner}
     recipe = {name: value for name, value in entry.values.items() if name in inner}
     try:

@@ -25,7 +25,7 @@ _NOT_DATA = frozenset(
     | {"grad_accum_steps", "grad_checkpointing", "compile", "max_bad_steps", "checkpoint_hist", "recovery_interval"}
     | {"checkpoints", "init", "patch_size"}
 )
-_NOT_DATA_RECIPE = frozenset({"epochs", "lr", "coefficient_lr", "weight_decay", "coefficient_weight_decay"})
+_NOT_DATA_RECIPE = frozenset({"epochs", "lr", "operator_lr_scale", "weight_decay", "coefficient_weight_decay"})
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from karat.train.recipes import Recipe
 from karat.train.run_settings import RunSettings
 from karat.train.state import bare
 from karat.train.task import Objective, Task
+from karat.train.watch import GradientWatch
 
 PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -111,6 +112,7 @@ class Parts:
     schedule: Scheduler
     ema: WeightAverage | None
     objective: Objective  # of the model and a batch on its device
+    watch: GradientWatch
     parameters: int
     loaded: list[Fate]  # what --init took over, kept or dropped
 
@@ -150,6 +152,7 @@ def assemble(
         schedule=create_schedule(prepared.optimizer, recipe, updates_per_epoch),
         ema=None if recipe.model_ema_decay is None else WeightAverage(plain, recipe.model_ema_decay),
         objective=task.objective(data),
+        watch=GradientWatch(plain),
         parameters=count,
         loaded=loaded,
     )

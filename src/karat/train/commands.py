@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -14,8 +14,11 @@ from rich.console import Console
 from karat.options import parse
 from karat.train import runs
 from karat.train.recipes import get_recipe
-from karat.train.run_settings import Device
+from karat.train.renamed import renamed_options
+from karat.train.run_settings import Device, RunSettings
 from karat.train.settings import AUTO, Settings, preset_for
+
+S = TypeVar("S", bound=RunSettings)
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,15 @@ def first_options(arguments: Sequence[str], *names: str) -> dict[str, str | None
     return {name: getattr(known, name) for name in names}
 
 
+def read_settings(kind: type[S], arguments: Sequence[str], command: str, default: S) -> S:
+    """A run's settings: `default` changed by the arguments, under old names too."""
+    return tyro.cli(kind, args=renamed_options(arguments, default.recipe.lr), prog=command, default=default)
+
+
 def train(arguments: Sequence[str]) -> None:
     """karat train."""
-    settings = parse(
-        lambda: tyro.cli(Settings, args=arguments, prog="karat train", default=defaults(arguments)), "karat train"
-    )
-    _run(settings)
+    prog = "karat train"
+    _run(parse(lambda: read_settings(Settings, arguments, prog, defaults(arguments)), prog))
 
 
 def _run(settings: Settings) -> None:
@@ -113,8 +119,7 @@ def transfer(arguments: Sequence[str]) -> None:
         raise ValueError("name the teacher's run first: karat transfer TEACHER_RUN [options of karat train]")
     prog = "karat transfer TEACHER_RUN"
     default = Settings() if name is None else _student_defaults(Path(name), rest)
-    settings = parse(lambda: tyro.cli(Settings, args=rest, prog=prog, default=default), prog)
-    _run(settings)
+    _run(parse(lambda: read_settings(Settings, rest, prog, default), prog))
 
 
 def _student_defaults(teacher: Path, arguments: Sequence[str]) -> Settings:

@@ -202,9 +202,7 @@ class Trainer:
             if outcome.fault:
                 self._count_fault(outcome, group)
             elif outcome.applied:
-                p.loss_sum += outcome.loss
-                p.largest_norm = max(p.largest_norm, outcome.norm)
-                p.applied += 1
+                self._warn(p.count(outcome))
             p.batch += len(group)
             p.step += 1
             self.changing = False
@@ -266,7 +264,7 @@ class Trainer:
         raise faults.TrainingDiverged(
             f"stopped at step {p.step}: {p.bad_steps + 1} updates had a non-finite loss or gradient (now loss "
             f"{outcome.loss:.4g}, gradient norm {outcome.norm:.4g}); {why}. The last good state is saved in "
-            f"{self.folder}: begin again with a lower --lr, --coefficient-lr or --clip-grad, or go on with --resume "
+            f"{self.folder}: begin again with a lower --lr, --operator-lr-scale or --clip-grad, or go on with --resume "
             "and a higher --max-bad-steps"
         )
 
@@ -322,7 +320,7 @@ class Trainer:
             line["operator_growth"], where = watch.growth(p.operators, watch.sizes(self.parts.bare))
             self._warn(watch.warning(line["operator_growth"], where))
         p.history.append(line)
-        p.loss_sum, p.applied, p.seconds, p.largest_norm = 0.0, 0, 0.0, 0.0
+        p.end_epoch()
         metric = self.task.metric
         if not p.best or line[metric] > p.best[metric]:
             p.best = {metric: line[metric], "epoch": p.epoch, "checkpoint": checkpoint.name_of(p.step)}

@@ -2,8 +2,8 @@
 
 The rule for KArAt's parameters (basis coefficients, W and C, edge scales, gates): no weight decay unless
 `coefficient_weight_decay` asks for it, because decay pulls every edge function towards zero, and with it the whole
-attention; and the learning rate of the rest unless `coefficient_lr` gives another one. The ratio of the two rates is
-kept by the schedule. Biases, norms and what a model lists in `no_weight_decay()` are not decayed either.
+attention; and the learning rate of the rest times `operator_lr_scale`, a ratio that the schedule keeps. Biases, norms
+and what a model lists in `no_weight_decay()` are not decayed either.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ def parameter_groups(model: nn.Module, recipe: Optimisation) -> list[dict[str, A
         groups = param_groups_layer_decay(
             model, recipe.weight_decay, no_weight_decay_list=keep, layer_decay=recipe.layer_decay
         )
-    ratio = 1.0 if recipe.coefficient_lr is None else recipe.coefficient_lr / recipe.lr
     owned = {id(p) for p in own.values()}
     split: list[dict[str, Any]] = []
     for group in groups:
@@ -49,7 +48,7 @@ def parameter_groups(model: nn.Module, recipe: Optimisation) -> list[dict[str, A
         if rest:
             split.append(facts | {"params": rest})
         if mine:
-            scale = facts.get("lr_scale", 1.0) * ratio
+            scale = facts.get("lr_scale", 1.0) * recipe.operator_lr_scale
             split.append({"params": mine, "weight_decay": recipe.coefficient_weight_decay, "lr_scale": scale})
     return split
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
+
+from karat.train.renamed import renamed
 
 _NOT_NEGATIVE = ("weight_decay", "coefficient_weight_decay", "warmup_epochs", "warmup_lr", "min_lr")
 
@@ -13,7 +16,7 @@ class Optimisation:
     """The hyper-parameters that every kind of training has.
 
     Rates: the optimiser's peak rate is `scaled_lr(total_batch)`; `warmup_lr` and `min_lr` are absolute. Basis
-    coefficients and W form their own parameter group: `coefficient_lr` (scaled like `lr`; None: `lr` itself) and
+    coefficients and W form their own parameter group, with `operator_lr_scale` times the rate of the rest and
     `coefficient_weight_decay`, 0 by default: decay would pull every edge function towards zero, and the paper does not
     say that it decayed them.
 
@@ -31,8 +34,8 @@ class Optimisation:
     """The optimiser's betas."""
     weight_decay: float = 0.05
     """Weight decay; biases, norms and basis coefficients excepted."""
-    coefficient_lr: float | None = None
-    """Rate of basis coefficients and W, scaled like lr; none: lr."""
+    operator_lr_scale: float = 1.0
+    """Factor of the operators' learning rate; nobody should need it."""
     coefficient_weight_decay: float = 0.0
     """Weight decay of basis coefficients and W."""
     layer_decay: float | None = None
@@ -73,9 +76,11 @@ class Optimisation:
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "give a value in [0, 1)")
         for name in _NOT_NEGATIVE:
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
-        for name in ("clip_grad", "coefficient_lr", "layer_decay"):
+        for name in ("clip_grad", "layer_decay"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "give a positive value or none")
+        scale = self.operator_lr_scale
+        require(math.isfinite(scale) and scale > 0, "operator_lr_scale", scale, "give a finite value above 0")
         steps = self.milestones
         ordered = list(steps) == sorted(steps) and all(0 < step < 1 for step in steps)
         require(ordered, "milestones", steps, "give growing fractions in (0, 1)")
@@ -88,6 +93,7 @@ class Optimisation:
 
     def override(self, **values: Any) -> Self:
         """A copy with some values changed. Raises ValueError for a name that no recipe has."""
+        values = renamed(values, values.get("lr", self.lr))
         known = {f.name for f in fields(self)}
         for name in values:
             if name not in known:

@@ -170,10 +170,10 @@ SWIN = VIT.override(
 FINETUNE = VIT.override(
     # Ours: the paper fine-tunes (Table 2) without giving settings. DeiT's augmentation and regularisation
     # (arXiv 2012.12877, Table 9), AdamW at a fifth of the rate from scratch so that the weights taken over
-    # keep what they know; an operator that starts fresh has nothing to keep and learns at the full rate.
+    # keep what they know; an operator that starts fresh has nothing to keep and learns at the whole of it.
     lr=1e-4,
     opt_eps=1e-8,
-    coefficient_lr=5e-4,
+    operator_lr_scale=5.0,
     epochs=30,
     warmup_epochs=3,
     min_lr=1e-6,

@@ -22,6 +22,7 @@ def epoch_line(
 
     step_seconds: of this epoch's updates since the start or the resumption.
     """
+    own = {"operator_gradient_norm": progress.largest_operator_norm} if parts.watch.operators else {}
     return {
         "epoch": progress.epoch,
         "step": progress.step,
@@ -33,6 +34,7 @@ def epoch_line(
         "images_per_second": data.train.num_samples / max(progress.seconds, 1e-9),
         "peak_memory_mib": memory.peak_mib(parts.accelerator.device),
         "grad_norm": progress.largest_norm,
+        **own,
         "bad_steps": progress.bad_steps,
         "bad_images": data.bad_images,
     }

@@ -10,6 +10,7 @@ import tyro
 
 from karat.config import KArAtConfig
 from karat.train.optimisation import Optimisation
+from karat.train.renamed import renamed
 
 AUTO = "auto"
 # What may differ between a run and its continuation: nothing here changes a single bit of the result.
@@ -117,7 +118,7 @@ class RunSettings:
         if values.get("output") is not None:
             values["output"] = Path(values["output"])
         values["track"] = tuple(values.get("track", ()))
-        values["recipe"] = cls.recipe_type(**values["recipe"])
+        values["recipe"] = cls.recipe_type(**renamed(values["recipe"], values["recipe"].get("lr", cls.recipe_type.lr)))
         return cls(**values)
 
 

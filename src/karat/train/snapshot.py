@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from karat.train import randomness, state
 from karat.train.build import Parts
 from karat.train.checkpoint import Checkpoint, name_of
+from karat.train.step import Outcome
 
 
 @dataclass
@@ -23,10 +24,28 @@ class Progress:
     applied: int = 0
     seconds: float = 0.0  # spent in this epoch so far
     largest_norm: float = 0.0  # of this epoch's gradients, before clipping
+    largest_operator_norm: float = 0.0  # of the operators' part of them
+    noted: bool = False  # whether this epoch has said something of its updates
     bad_steps: int = 0
     operators: dict[str, float] = field(default_factory=dict)  # sizes at the start, see `watch`
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
+
+    def count(self, outcome: Outcome) -> str | None:
+        """Take in an update that was applied; the first thing of an epoch that there is to say is returned."""
+        self.loss_sum += outcome.loss
+        self.largest_norm = max(self.largest_norm, outcome.norm)
+        self.largest_operator_norm = max(self.largest_operator_norm, outcome.operator_norm)
+        self.applied += 1
+        if outcome.note is None or self.noted:
+            return None
+        self.noted = True
+        return outcome.note
+
+    def end_epoch(self) -> None:
+        """Forget what is counted within an epoch."""
+        self.loss_sum, self.applied, self.seconds, self.noted = 0.0, 0, 0.0, False
+        self.largest_norm = self.largest_operator_norm = 0.0
 
 
 def take(parts: Parts, progress: Progress) -> Checkpoint:
@@ -48,6 +67,7 @@ def take(parts: Parts, progress: Progress) -> Checkpoint:
             "best": progress.best,
             "random": gather_object([randomness.capture()]),
             "scaler": scaler.state_dict() if scaler is not None else {},
+            "gradient_norms": list(parts.watch.norms),
         },
     )
 
@@ -71,5 +91,7 @@ def give(parts: Parts, saved: Checkpoint) -> Progress:
     state.load_optimizer_state(accelerator, parts.model, parts.optimizer.optimizer, saved.optimizer)
     if accelerator.scaler is not None and saved.state["scaler"]:
         accelerator.scaler.load_state_dict(saved.state["scaler"])
+    parts.watch.norms.clear()
+    parts.watch.norms.extend(saved.state.get("gradient_norms", []))  # older checkpoints have none
     randomness.restore(saved.state["random"][accelerator.process_index])
     return Progress(**saved.state["progress"])

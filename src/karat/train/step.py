@@ -13,6 +13,7 @@ from accelerate.utils import send_to_device
 
 from karat.train.build import Parts
 from karat.train.task import Batch
+from karat.train.watch import burst_warning, clip_factor, whole
 
 
 def chunks(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
@@ -29,6 +30,8 @@ class Outcome:
     norm: float
     applied: bool
     fault: bool  # not applied because a number was not finite (fp16's scale overflowing is no fault)
+    operator_norm: float = 0.0  # that of the operators' part of the gradient
+    note: str | None = None  # what there is to say of it
 
 
 def update(parts: Parts, step: int, group: list[Batch]) -> Outcome:
@@ -56,12 +59,19 @@ def update(parts: Parts, step: int, group: list[Batch]) -> Outcome:
     mean = torch.stack(losses).mean()
     if accelerator.num_processes > 1:
         mean = accelerator.reduce(mean, "mean")
-    loss_value, norm_value = torch.stack([mean.float(), norm.detach().float()]).tolist()
+    measured = [mean.float(), whole(norm).float(), *parts.watch.operator_norm()]
+    loss_value, norm_value, *operators = torch.stack(measured).tolist()  # the one time that the device is waited for
     if math.isfinite(loss_value) and math.isfinite(norm_value):
+        factor = clip_factor(norm_value, recipe.clip_grad)
+        own = operators[0] / factor if operators else 0.0
+        median = parts.watch.burst(norm_value, own, factor)
+        if median is not None and recipe.clip_grad is not None:
+            parts.watch.clip_apart(recipe.clip_grad, factor)
         parts.optimizer.step()
         if parts.ema is not None:
             parts.ema.update()
-        return Outcome(loss_value, norm_value, applied=True, fault=False)
+        note = None if median is None else burst_warning(step, norm_value, median, recipe)
+        return Outcome(loss_value, norm_value, applied=True, fault=False, operator_norm=own, note=note)
     scaler = accelerator.scaler
     harmless = scaler is not None and math.isfinite(loss_value) and scaler.get_scale() > 1
     if scaler is not None:
