@@ -20,8 +20,8 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from karat.config import KArAtConfig
-from karat.train import runs
+from karat import runs
+from karat.operator.config import KArAtConfig
 from karat.train.convert_run import Convert, convert_run
 from karat.train.engine import train
 from karat.train.measure import evaluate_run

@@ -16,9 +16,9 @@ import torch
 from torch.nn import functional as F
 
 from karat import create_model
-from karat.train.data import load_data
-from karat.train.data_loader import Loader
-from karat.train.recipes import RECIPES
+from karat.data.loader import Loader
+from karat.data.splits import load_data
+from karat.runs.recipes import RECIPES
 
 
 def loader_rate(loader: Loader, seconds: float) -> float:

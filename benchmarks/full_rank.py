@@ -8,8 +8,8 @@ Prints the peak memory of the process, everything included, after a step with a 
 import argparse
 import json
 
-from karat.bench.step import build, step_of
-from karat.bench.timing import environment
+from karat.study.bench.step import build, step_of
+from karat.study.bench.timing import environment
 from karat.train.memory import peak_resident
 
 

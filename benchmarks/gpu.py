@@ -26,11 +26,11 @@ import tyro
 
 from karat import KArAtConfig, KArAtOperator, basis_attention
 from karat.basis import parse_basis
-from karat.bench import attention, memory, paper_way, step
-from karat.bench.attention import Shape
-from karat.bench.commands import Op, Scaling, Throughput
-from karat.bench.results import Rows
-from karat.bench.timing import alternate, environment
+from karat.study.bench import attention, memory, paper_way, step
+from karat.study.bench.attention import Shape
+from karat.study.bench.commands import Op, Scaling, Throughput
+from karat.study.bench.results import Rows
+from karat.study.bench.timing import alternate, environment
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -226,7 +226,7 @@ class Gpu:
         if self.dry:
             yield check("tile sizes", None, None, "Triton's tiles aren't used on the CPU")
             return
-        from karat.ops.triton_call import TILES, Tiles
+        from karat.ops.triton.call import TILES, Tiles
 
         shape = (self.sizes.batch, self.sizes.heads, self.sizes.tokens, self.sizes.head)
         q, k, v, grad = torch.randn(4, *shape, device=self.device, dtype=torch.bfloat16).unbind()

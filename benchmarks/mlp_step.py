@@ -20,14 +20,14 @@ import tyro
 from torch import nn
 
 from karat.analyze.cost import count_parameters
-from karat.bench.memory import MIB
-from karat.bench.results import Rows
-from karat.bench.step import step_of
-from karat.bench.timing import alternate
-from karat.train.compare import contender, count_operations
+from karat.runs.classification import SMALL_MODEL, Settings
+from karat.runs.model import build_model, input_size
+from karat.study.bench.memory import MIB
+from karat.study.bench.results import Rows
+from karat.study.bench.step import step_of
+from karat.study.bench.timing import alternate
+from karat.study.compare import contender, count_operations
 from karat.train.memory import peak_resident
-from karat.train.run_model import build_model, input_size
-from karat.train.settings import SMALL_MODEL, Settings
 
 CLASSES = 10
 

@@ -17,10 +17,10 @@ import torch
 import tyro
 
 from karat import KArAtOperator
-from karat.bench.attention import Shape, eager_softmax, forward_backward
-from karat.bench.results import Rows
-from karat.bench.step import SOFTMAX_WAYS, build, step_of
-from karat.bench.timing import Timing, against_softmax, alternate
+from karat.study.bench.attention import Shape, eager_softmax, forward_backward
+from karat.study.bench.results import Rows
+from karat.study.bench.step import SOFTMAX_WAYS, build, step_of
+from karat.study.bench.timing import Timing, against_softmax, alternate
 
 # ViT-Tiny and ViT-Small at 224², and the small ViT at 32².
 SHAPES = {"tiny": Shape(8, 3, 197, 64), "small": Shape(8, 6, 197, 64), "small ViT": Shape(32, 3, 65, 32)}

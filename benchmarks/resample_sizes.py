@@ -22,8 +22,8 @@ import tyro
 from torch import Tensor, nn
 
 import karat
+from karat import runs
 from karat.analyze.loading import Run, open_run
-from karat.train import runs
 from karat.train.engine import train
 from karat.train.measure import evaluate_run
 
@@ -124,7 +124,7 @@ def at_the_other_size(options: Options) -> dict[str, Any]:
 
 def _without_operators(run: Path, folder: Path) -> Path:
     """The run's weights without its operators, as a file: what starts from it draws them anew."""
-    from karat.train import files
+    from karat.runs import files
 
     path = folder / "without-operators.safetensors"
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ python benchmarks/step_time.py --output docs/results/performance
 
 import sys
 
-from karat.bench.commands import bench
+from karat.study.bench.commands import bench
 
 if __name__ == "__main__":
     bench(["step", *sys.argv[1:]])

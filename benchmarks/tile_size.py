@@ -2,7 +2,7 @@
 
     python benchmarks/tile_size.py --threads 2
 
-The best one found is TILE_NUMBERS in karat/ops/tiled.py and TILE_BYTES in karat/ops/cpp_attention.py.
+The best one found is TILE_NUMBERS in karat/ops/tiled/attention.py and TILE_BYTES in karat/ops/cpp/attention.py.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import torch
 import tyro
 
 from karat import KArAtOperator
-from karat.bench.attention import Shape, eager_softmax, forward_backward
-from karat.bench.results import Rows
-from karat.bench.timing import against_softmax, alternate
-from karat.ops import cpp_attention, tiled
+from karat.ops.cpp import attention as cpp_attention
+from karat.ops.tiled import attention as tiled
+from karat.study.bench.attention import Shape, eager_softmax, forward_backward
+from karat.study.bench.results import Rows
+from karat.study.bench.timing import against_softmax, alternate
 
 # (attention, heads): the pairs that the targets speak of.
 CASES = (("g1b", 12), ("g3b", 3))

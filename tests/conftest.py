@@ -45,8 +45,8 @@ SIZE = {"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads"
 def make_run(folder: Path, attention: str, **values: object) -> Path:
     """A run of two epochs on some of the digits, with trajectory checkpoints."""
     torch.set_num_threads(1)
+    from karat.runs.classification import Settings
     from karat.train.engine import train
-    from karat.train.settings import Settings
 
     settings = {
         "model": "vit_tiny_patch16_224",

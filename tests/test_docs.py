@@ -14,14 +14,17 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-import karat.attention
 import karat.basis
-import karat.convert
+import karat.models.attention
+import karat.models.karatize
 from karat.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NEEDED = {"transformers": "transformers", "karat.export": "onnxruntime"}  # what an example says -> the extra it needs
+NEEDED = {
+    "transformers": "transformers",
+    "karat.share.export": "onnxruntime",
+}  # an example says -> the extra it needs
 
 
 def name_of(page: Path) -> str:
@@ -49,7 +52,11 @@ LINES = [
 @pytest.mark.parametrize("page", PYTHON, ids=name_of)
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks of a page one after the other, in one namespace and a folder of its own."""
-    registries: list[dict[Any, Any]] = [karat.basis.BASES, karat.convert.FAMILIES, karat.attention.ADAPTERS]
+    registries: list[dict[Any, Any]] = [
+        karat.basis.BASES,
+        karat.models.karatize.FAMILIES,
+        karat.models.attention.ADAPTERS,
+    ]
     before = [dict(registry) for registry in registries]
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType("page")  # a real one: dataclasses look theirs up
@@ -72,7 +79,7 @@ class Parsed(Exception):
 
 
 def stop_after(parser: Callable[[], Any], command: str) -> NoReturn:
-    from karat.options import one_line_errors
+    from karat.errors import one_line_errors
 
     with one_line_errors(command):
         parser()

@@ -1,16 +1,16 @@
 """Kolmogorov-Arnold Attention for vision transformers."""
 
-from karat.config import KArAtConfig
-from karat.convert import karatize
-from karat.hub import KArAtModel, from_pretrained
-from karat.models import create_model
-from karat.operator import KArAtOperator, karat_operators
+from karat.models.create import create_model
+from karat.models.karatize import karatize
+from karat.models.record import record
+from karat.models.resample import resample_tokens
+from karat.models.sequence import CrossAttention, SequenceAttention
+from karat.operator.config import KArAtConfig
+from karat.operator.operator import KArAtOperator, karat_operators
+from karat.operator.simplex import simplex_projection
+from karat.operator.token_grid import resample_operator
 from karat.ops import basis_attention
-from karat.record import record
-from karat.resample import resample_tokens
-from karat.sequence import CrossAttention, SequenceAttention
-from karat.simplex import simplex_projection
-from karat.token_grid import resample_operator
+from karat.share.hub import KArAtModel, from_pretrained
 
 __all__ = [
     "CrossAttention",

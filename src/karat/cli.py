@@ -22,10 +22,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "analyze": ("karat.analyze.commands:analyze", "look at one thing in runs: attention, spectrum, landscape, ..."),
     "report": ("karat.analyze.commands:report", "write one HTML page about one run or several"),
     "explore": ("karat.analyze.commands:explore", "look into a run in the browser"),
-    "predict": ("karat.hub.commands:predict", "say what is in images: class names and probabilities"),
-    "hub": ("karat.hub.commands:hub", "make a folder of a run that others can load, or upload it"),
-    "export": ("karat.export.commands:export", "write a model as ONNX or torch.export, checked against PyTorch"),
-    "bench": ("karat.bench.commands:bench", "time, memory and cost against softmax"),
+    "predict": ("karat.share.hub.commands:predict", "say what is in images: class names and probabilities"),
+    "hub": ("karat.share.hub.commands:hub", "make a folder of a run that others can load, or upload it"),
+    "export": ("karat.share.export.commands:export", "write a model as ONNX or torch.export, checked against PyTorch"),
+    "bench": ("karat.study.bench.commands:bench", "time, memory and cost against softmax"),
     "paper": ("karat.paper.command:paper", "the published figures: their settings, commands, and results beside them"),
 }
 

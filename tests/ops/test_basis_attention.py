@@ -12,7 +12,8 @@ from torch import Tensor
 
 from karat import basis_attention
 from karat.basis import BASES, parse_basis
-from karat.ops import basis_contraction, tiled
+from karat.ops import basis_contraction
+from karat.ops.tiled import attention as tiled
 
 SPECS = [*BASES, "fourier(grid=1)", "silu+fourier(grid=2)", "gelu+dog", "shannon(window=key)", "identity+bspline"]
 

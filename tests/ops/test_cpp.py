@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 import torch
-from against_float64 import assert_matches, make, parameters_of
 
-from karat.ops import cpp_attention, cpp_build
+from karat.ops.cpp import attention as cpp_attention
+from karat.ops.cpp import build as cpp_build
+from support.against_float64 import assert_matches, make, parameters_of
 
 # Without a compiler the kernel can't be tested; with one, a build that fails is a failure.
 pytestmark = pytest.mark.skipif(

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from karat.basis import parse_basis
-from karat.ops import basis_attention, cpp_attention, cpp_build
+from karat.ops import basis_attention
+from karat.ops.cpp import attention as cpp_attention
+from karat.ops.cpp import build as cpp_build
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None or shutil.which("ninja") is None, reason="building the C++ kernel needs c++ and ninja"

@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
-from against_float64 import assert_matches, make, parameters_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from karat.ops import basis_attention
+from support.against_float64 import assert_matches, make, parameters_of
 
 # Without a compiler the C++ kernel can't be tested; with one, a build that fails is a failure.
 COMPILER = shutil.which("c++") is not None and shutil.which("ninja") is not None

@@ -7,16 +7,18 @@ import shutil
 
 import pytest
 import torch
-from against_float64 import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from joint_apart import check, make, some_mask, together, weights_of, well_posed
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from karat.basis import BASES, parse_basis
-from karat.ops import cpp_attention, implementations, joint_attention, tiled
-from karat.ops.tiled_softmax import RunningSoftmax
+from karat.ops import implementations, joint_attention
+from karat.ops.cpp import attention as cpp_attention
+from karat.ops.tiled import attention as tiled
+from karat.ops.tiled.softmax import RunningSoftmax
+from support.against_float64 import relative_error
+from support.joint_apart import check, make, some_mask, together, weights_of, well_posed
 
 COMPILER = shutil.which("c++") is not None and shutil.which("ninja") is not None
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="building the kernel needs c++ and ninja")

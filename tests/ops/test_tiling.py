@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from karat.ops.tiling import cache_bytes, tiles
+from karat.ops.tiled.tiling import cache_bytes, tiles
 
 sizes = st.integers(0, 7)
 

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from karat import basis_attention
 from karat.basis import BASES, Basis, parse_basis
-from karat.ops import triton_attention
+from support.triton import (  # pytest finds the mark and the fixture
+    DEVICE,
+    TOLERANCE,
+    pytestmark,  # noqa: F401
+    small_tiles,  # noqa: F401
+    triton_call,
+    triton_launch,
+)
 
-triton_launch = pytest.importorskip("karat.ops.triton_launch", reason="Triton is not installed", exc_type=ImportError)
-triton_call = pytest.importorskip("karat.ops.triton_call", reason="Triton is not installed", exc_type=ImportError)
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 SPECS = [
     "fourier(grid=1)",
     "fourier(grid=3)",
@@ -34,22 +36,6 @@ SPECS = [
     "shannon(window=key)",
 ]
 WITH_BASE = ["identity+bspline(grid=2,order=2)", "silu+fourier(grid=2)", "gelu+dog"]
-
-pytestmark = pytest.mark.skipif(
-    triton_attention.unsupported(torch.empty(1, 1, 1, 1, device=DEVICE), torch.empty(1), parse_basis("dog"))
-    is not None,
-    reason="neither a GPU that the kernels serve nor Triton's interpreter",
-)
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 16, and sums that are cut into several programs and launches."""
-    if DEVICE == "cpu":
-        for kind, kernels in triton_call.TILES.items():
-            small = {name: triton_call.Tiles(16, 16, 4, 1) for name in kernels}
-            monkeypatch.setitem(triton_call.TILES, kind, small)
-    monkeypatch.setattr(triton_launch, "PROGRAMS_PER_MULTIPROCESSOR", 16)
 
 
 def random_inputs(
@@ -267,7 +253,7 @@ try:
     karat.basis_attention(q, q, u, "fourier(grid=1)", impl="triton")
 except ValueError as error:
     assert "CUDA device" in str(error), error
-loaded = [name for name in sys.modules if name.startswith("karat.ops.triton") and name != "karat.ops.triton_attention"]
+loaded = [name for name in sys.modules if name.startswith("karat.ops.triton") and name != "karat.ops.triton.attention"]
 assert not loaded, loaded
 """
 

@@ -38,7 +38,7 @@ driver.set_active(Hopper())
 from karat.basis import parse_basis
 from karat.ops import triton_call, triton_launch
 from karat.ops.softmax_part import SoftmaxPart
-from karat.ops.triton_attention import split_base
+from karat.ops.triton.attention import split_base
 
 
 def compile_only(kernel, programs, tiles, **arguments):

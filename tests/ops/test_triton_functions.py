@@ -14,9 +14,9 @@ from karat.basis.activations import ACTIVATIONS
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from karat.ops import triton_attention  # noqa: E402
-from karat.ops.triton_features import spline  # noqa: E402
-from karat.ops.triton_functions import activation, activation_slope, sincos  # noqa: E402
+from karat.ops.triton import attention as triton_attention  # noqa: E402
+from karat.ops.triton.features import spline  # noqa: E402
+from karat.ops.triton.functions import activation, activation_slope, sincos  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(

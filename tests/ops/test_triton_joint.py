@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from joint_apart import check, make, some_mask, together
 
-pytest.importorskip("karat.ops.triton_call", reason="Triton is not installed", exc_type=ImportError)
+from support.joint_apart import check, make, some_mask, together
 
-from test_triton import DEVICE, TOLERANCE, pytestmark, small_tiles, triton_call, triton_launch
+pytest.importorskip("karat.ops.triton.call", reason="Triton is not installed", exc_type=ImportError)
 
 from karat.ops import joint_attention
+from support.triton import DEVICE, TOLERANCE, pytestmark, small_tiles, triton_call, triton_launch
 
 __all__ = ["pytestmark", "small_tiles"]  # pytest takes them from here
 

@@ -12,15 +12,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from helpers import options, outcome, tiny
 
-from karat import cli
+from karat import cli, runs
+from karat.runs.classification import Settings, resolve
+from karat.runs.optimisation import Optimisation
+from karat.runs.recipes import RECIPES
+from karat.runs.settings import RunSettings
 from karat.study.commands import Compare
-from karat.train import runs
-from karat.train.optimisation import Optimisation
-from karat.train.recipes import RECIPES
-from karat.train.run_settings import RunSettings
-from karat.train.settings import Settings, resolve
+from support.training import options, outcome, tiny
 
 
 @pytest.fixture(autouse=True)

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny
 
 import karat
-from karat import cli
+from karat import cli, runs
 from karat.analyze.loading import open_run
 from karat.paper.results import read_run
-from karat.train import files, runs
+from karat.runs import files
+from karat.runs.model import load_run
 from karat.train.convert_run import Convert, _teacher
 from karat.train.engine import train
-from karat.train.run_model import load_run
+from support.training import tiny
 
 
 def convert(*words: object) -> int:
@@ -118,8 +118,8 @@ def test_a_timm_model_with_weights_of_its_own(tmp_path: Path) -> None:
 def test_operators_come_along_to_another_size(tmp_path: Path) -> None:
     """karat train --init RUN --img-size: position embeddings and operators are those of the run, resampled."""
     train(tiny(tmp_path / "small", attention="g2b,rank=3", epochs=1))
+    from karat.runs.model import build_model
     from karat.train.init import load_init
-    from karat.train.run_model import build_model
 
     settings = tiny(tmp_path / "large", attention="g2b,rank=3", img_size=16, epochs=1, init=str(tmp_path / "small"))
     model = build_model(settings, 10, 1)

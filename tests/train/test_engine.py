@@ -13,15 +13,17 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers import NOISY, outcome, python, tiny
-from PIL import Image
 from rich.console import Console
 
-from karat.train import checkpoint, files, runs, step, watch
+from karat import runs
+from karat.runs import checkpoint, files
+from karat.runs.model import plain_model
+from karat.train import step, watch
 from karat.train.engine import Trainer, train
 from karat.train.faults import TrainingDiverged
-from karat.train.run_model import plain_model
 from karat.train.snapshot import take
+from support.pictures import images
+from support.training import NOISY, outcome, python, tiny
 
 
 class Poisoned(Trainer):
@@ -245,17 +247,6 @@ def test_operators_that_grow_are_reported_and_warned_of(tmp_path: Path) -> None:
     assert "operator_growth" not in runs.read_history(tmp_path / "plain")[-1]
 
 
-def images(root: Path, count: int = 24) -> Path:
-    """A folder of two classes of small images."""
-    generator = torch.Generator().manual_seed(0)
-    for index in range(count):
-        kind = root / "train" / f"class{index % 2}"
-        kind.mkdir(parents=True, exist_ok=True)
-        pixels = torch.randint(0, 256, (12, 12, 3), generator=generator, dtype=torch.uint8).numpy()
-        Image.fromarray(pixels).save(kind / f"{index}.png")
-    return root
-
-
 def test_a_bad_image_ends_the_run_by_name_or_is_counted(tmp_path: Path) -> None:
     folder = images(tmp_path / "data")
     (folder / "train" / "class0" / "0.png").write_bytes(b"no image")
@@ -277,7 +268,7 @@ def test_signals_are_left_alone_outside_the_main_thread(tmp_path: Path) -> None:
 DISTRIBUTED = """
 import json, sys
 from pathlib import Path
-from helpers import tiny
+from support.training import tiny
 from karat.train import engine, step
 losses, plain = [], step.update
 def noted(*arguments):
@@ -331,7 +322,7 @@ LEAVING = """
 import atexit, os, sys
 from pathlib import Path
 from torch import distributed
-from helpers import tiny
+from support.training import tiny
 from karat.train import engine
 os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 pids = []
@@ -362,7 +353,7 @@ def test_the_process_group_is_left_however_a_process_ends(tmp_path: Path) -> Non
 ONE_OF_TWO = """
 import os, socket, sys
 from pathlib import Path
-from helpers import tiny
+from support.training import tiny
 from karat.train import engine
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, outcome, python, tiny
-from test_engine import images
 from torch import nn
 
-from karat import cli, create_model
-from karat.train import checkpoint, files, runs, step
+from karat import cli, create_model, runs
+from karat.runs import checkpoint, files
+from karat.runs.recipes import RECIPES
+from karat.train import step
 from karat.train.engine import Trainer, train
 from karat.train.optim import create_optimizer, parameter_groups
-from karat.train.recipes import RECIPES
 from karat.train.snapshot import give
+from support.pictures import images
+from support.training import TINY, outcome, python, tiny
 
 SIZES = {name: TINY[name] for name in ("img_size", "patch_size", "embed_dim", "num_heads")}
 
@@ -178,7 +179,7 @@ from accelerate.utils import DistributedType
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from helpers import TINY
+from support.training import TINY
 from karat import create_model
 from karat.train import processes, state, watch
 from karat.train.ema import WeightAverage

@@ -5,25 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import NOISY, outcome, python, tiny
 
-from karat.train import checkpoint, files, runs
+from karat import runs
+from karat.runs import checkpoint, files
 from karat.train.engine import Trainer, train
-
-
-class CutOff(BaseException):
-    """Stands for the process's death: nothing in the package catches it."""
-
-
-class Doomed(Trainer):
-    """Dies after its n-th update."""
-
-    lives = 0
-
-    def after_step(self) -> None:
-        self.lives -= 1
-        if self.lives == 0:
-            raise CutOff
+from support.interrupted import CutOff, Doomed
+from support.training import NOISY, outcome, python, tiny
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +48,7 @@ def test_cut_off_again_and_again(tmp_path: Path, whole: tuple) -> None:
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
-from helpers import NOISY, tiny
+from support.training import NOISY, tiny
 from karat.train.engine import Trainer
 
 def child(folder):

@@ -9,19 +9,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import outcome, tiny
 
-from karat import cli
+from karat import cli, runs
 from karat.analyze.loading import open_run
 from karat.analyze.studies_loss import study_cost
-from karat.flops import multiply_adds, teacher_multiply_adds
+from karat.models.flops import multiply_adds, teacher_multiply_adds
+from karat.models.transfer import teacher_of
 from karat.paper import compare, rows, run_row
-from karat.train import files, runs
-from karat.train.compare import count_operations
+from karat.runs import files
+from karat.runs.classification import Settings
+from karat.runs.model import load_run
+from karat.study.compare import count_operations
 from karat.train.engine import Trainer, train
-from karat.train.run_model import load_run
-from karat.train.settings import Settings
-from karat.transfer import teacher_of
+from support.training import outcome, tiny
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import outcome, tiny
 from rich.console import Console
-from test_resume import CutOff, Doomed
 from torch import Tensor, nn
 
-from karat.train import checkpoint, files, runs, step, watch
+from karat import runs
+from karat.runs import checkpoint, files
+from karat.train import step, watch
 from karat.train.engine import Trainer, train
 from karat.train.optim import operator_parameters
+from support.interrupted import CutOff, Doomed
+from support.training import outcome, tiny
 
 
 def norm_of(gradients: list[Tensor]) -> float:

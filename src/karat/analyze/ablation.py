@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from karat.analyze.landscape import evaluate
-from karat.attention import AttentionInputs, KArAtAttention, KArAtWindowAttention
-from karat.masks import safe_softmax
+from karat.models.attention import AttentionInputs, KArAtAttention, KArAtWindowAttention
+from karat.ops.masks import safe_softmax
 
 # What is left of the learned part of attention, given it (B,H',M,N) and its mean over images (1,H',M,N).
 KEPT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

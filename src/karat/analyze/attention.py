@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from karat.masks import safe_softmax
-from karat.record import record
+from karat.models.record import record
+from karat.ops.masks import safe_softmax
 
 
 @dataclass(frozen=True)

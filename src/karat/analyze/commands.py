@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from karat.analyze.study import Options
-from karat.options import parse
+from karat.errors import parse
 
 What = Literal[
     "curves",

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from karat.flops import multiply_adds
-from karat.models import create_model
-from karat.operator import karat_operators
+from karat.models.create import create_model
+from karat.models.flops import multiply_adds
+from karat.operator.operator import karat_operators
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from karat.analyze.trajectory import Direction
-from karat.edges import EdgeLayer
-from karat.kan import FourierLinear, RBFLinear, SplineLinear
-from karat.operator import KArAtOperator
+from karat.models.kan import FourierLinear, RBFLinear, SplineLinear
+from karat.operator.edges import EdgeLayer
+from karat.operator.operator import KArAtOperator
 
 
 def filter_axes(model: nn.Module) -> dict[str, tuple[int, ...] | None]:

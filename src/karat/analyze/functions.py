@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from karat.convert import attention_sites
-from karat.edges import EdgeLayer
-from karat.operator import KArAtOperator, karat_operators
+from karat.models.karatize import attention_sites
+from karat.operator.edges import EdgeLayer
+from karat.operator.operator import KArAtOperator, karat_operators
 
 # Values of edges evaluated at a time: 2^24 numbers are 64 MiB in float32.
 CHUNK_NUMBERS = 1 << 24

@@ -16,8 +16,8 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from karat.kan.plain import plain
-from karat.operator import KArAtOperator
+from karat.models.kan.plain import plain
+from karat.operator.operator import KArAtOperator
 
 Closure = Callable[[], Tensor]  # the loss, a scalar, with a graph to differentiate twice
 

@@ -12,14 +12,14 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from karat.train import runs
-from karat.train.compare import RESULT
-from karat.train.data import Data, open_splits
-from karat.train.data_augment import Fit, Normalise, decode
-from karat.train.data_sources import size_of
-from karat.train.files import read_json
-from karat.train.run_model import input_size, load_run
-from karat.train.settings import Settings
+from karat import runs
+from karat.data.augment import Fit, Normalise, decode
+from karat.data.sources import size_of
+from karat.data.splits import Data, open_splits
+from karat.runs.classification import Settings
+from karat.runs.files import read_json
+from karat.runs.model import input_size, load_run
+from karat.study.compare import RESULT
 
 WEIGHTS = ("last", "best", "ema")
 SPLITS = ("eval", "train")

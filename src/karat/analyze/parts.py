@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from karat.analyze.attention import BlockAttention
 from karat.analyze.functions import operator_of_block
-from karat.attention import KArAtWindowAttention
-from karat.operator import KArAtOperator
+from karat.models.attention import KArAtWindowAttention
+from karat.operator.operator import KArAtOperator
 
 FEWEST_IMAGES = 2
 

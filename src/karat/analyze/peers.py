@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from karat.train import files, runs
-from karat.train.compare import RESULT
+from karat import runs
+from karat.runs import files
+from karat.study.compare import RESULT
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from karat.analyze.figures import encode
 from karat.analyze.loading import trajectory
 from karat.analyze.studies import STUDIES
 from karat.analyze.study import Options, Study, Subject, as_json, open_subjects
-from karat.train.files import write_text
+from karat.runs.files import write_text
 
 REPORT = "report.html"
 # Larger drawings are embedded as pixels: a browser is slow with ten thousands of strokes.

@@ -36,7 +36,7 @@ from karat.analyze.study import Study, Subject
 from karat.analyze.sweep import sweep
 from karat.analyze.symbolic import Formula, fit_formula
 from karat.analyze.weights import histograms
-from karat.config import KArAtConfig
+from karat.operator.config import KArAtConfig
 
 # Panels beyond these make a figure unreadable.
 MOST_HEADS, NAMED_EDGES, DRAWN_EDGES, CURVE_POINTS = 6, 3, 40, 201

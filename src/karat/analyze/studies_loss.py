@@ -9,15 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from karat import runs
 from karat.analyze import figures
 from karat.analyze.ablation import ablate
-from karat.analyze.cost import (
-    PUBLISHED,
-    bytes_kept,
-    count_parameters,
-    images_per_second,
-    operator_parameters,
-)
+from karat.analyze.cost import PUBLISHED, bytes_kept, count_parameters, images_per_second, operator_parameters
 from karat.analyze.directions import random_directions
 from karat.analyze.hessian import curvature
 from karat.analyze.landscape import (
@@ -33,12 +28,11 @@ from karat.analyze.landscape import (
 from karat.analyze.loading import trajectory
 from karat.analyze.study import Study, Subject
 from karat.analyze.trajectory import Direction, Plane, principal_plane
-from karat.flops import multiply_adds, teacher_multiply_adds
-from karat.train import runs
-from karat.train.files import digest
-from karat.train.run_model import build_model
-from karat.train.settings import Settings
-from karat.transfer import teacher_of
+from karat.models.flops import multiply_adds, teacher_multiply_adds
+from karat.models.transfer import teacher_of
+from karat.runs.classification import Settings
+from karat.runs.files import digest
+from karat.runs.model import build_model
 
 FOLDER = "analysis"
 COST_BATCH = 8

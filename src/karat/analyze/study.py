@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from karat.analyze.attention import BlockAttention, attention_of
 from karat.analyze.landscape import Progress
 from karat.analyze.loading import Run, Samples, labels_of, open_run, runs_in
-from karat.train.files import write_json
-from karat.train.run_settings import slug
+from karat.runs.files import write_json
+from karat.runs.settings import slug
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from karat.config import KArAtConfig
+from karat.operator.config import KArAtConfig
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from karat.train.files import read_tensors
+from karat.runs.files import read_tensors
 
 # Which kind of weight a parameter is, by a piece of its name; the first that fits.
 KINDS = {

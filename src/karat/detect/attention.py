@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from karat.attention import KArAtAttention, token_inputs
-from karat.grids import on_grid
-from karat.masks import softmax_attention
-from karat.operator import KArAtOperator
-from karat.token_grid import TokenGrid
+from karat.models.attention import KArAtAttention, token_inputs
+from karat.operator.grids import on_grid
+from karat.operator.operator import KArAtOperator
+from karat.operator.token_grid import TokenGrid
+from karat.ops.masks import softmax_attention
 
 
 class GridAttention(nn.Module):
@@ -64,7 +64,7 @@ class GridAttention(nn.Module):
             op = attn.operator
             if "operator" in attn._modules:
                 self.operator = op
-            else:  # shared: registered once, on the model, as in karat.attention
+            else:  # shared: registered once, on the model, as in karat.models.attention
                 self.__dict__["operator"] = op
                 self.grids = TokenGrid(0, *base), TokenGrid(0, *grid)
         self.rel_pos_h: nn.Parameter | None = None

@@ -12,12 +12,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from karat import runs
 from karat.detect.recipes import get_recipe
 from karat.detect.settings import DetectSettings
-from karat.options import parse
-from karat.train import runs
+from karat.errors import parse
+from karat.runs.settings import AUTO, Device
 from karat.train.commands import read_settings
-from karat.train.run_settings import AUTO, Device
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
+from karat import runs
 from karat.detect.settings import DetectSettings
-from karat.train import files, runs
+from karat.runs import files
 
 RESULT, FIGURE = "compare.json", "curves.png"
 # figure of an epoch -> title of its panel

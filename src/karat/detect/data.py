@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+from karat.data.order import BadImages, Order
 from karat.detect.coco import CocoPart, read_coco
 from karat.detect.loader import PictureLoader
 from karat.detect.settings import DetectSettings
 from karat.detect.views import View
-from karat.train.data_order import BadImages, Order
 
 
 class DetectData:

@@ -12,16 +12,17 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
-from karat.attention import KArAtAttention
+from karat import runs
 from karat.detect.detector import Detector
 from karat.detect.measure import load_run
 from karat.detect.settings import DetectSettings
 from karat.detect.trunk import Trunk, resize_embeddings, to_grid
-from karat.models import create_model
-from karat.operator import with_factors, without_loose_factors
-from karat.resample import resample_tokens
-from karat.token_grid import resample_operator
-from karat.train import files, runs
+from karat.models.attention import KArAtAttention
+from karat.models.create import create_model
+from karat.models.resample import resample_tokens
+from karat.operator.operator import with_factors, without_loose_factors
+from karat.operator.token_grid import resample_operator
+from karat.runs import files
 from karat.train.init import FRESH, Fate, adapt, read_model, same_operators, transplant
 
 

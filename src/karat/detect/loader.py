@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from karat.data.augment import decode, keyed_randomness, mix
+from karat.data.loader import WorkerLoader, reason_of
+from karat.data.order import BadImages, Order
 from karat.detect.coco import CocoPart
 from karat.detect.views import View
-from karat.train.data_augment import decode, keyed_randomness, mix
-from karat.train.data_loader import WorkerLoader, reason_of
-from karat.train.data_order import BadImages, Order
 
 Sample = tuple[Tensor, dict[str, Tensor], list[tuple[str, str]]]  # image, target, unreadable files with the reason
 

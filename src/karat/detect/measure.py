@@ -6,16 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from karat import runs
 from karat.detect.coco import CocoPart
 from karat.detect.data import DetectData, find_files, load_data, open_file
 from karat.detect.detector import Detector, build_detector
 from karat.detect.evaluate import measure
 from karat.detect.settings import DetectSettings
-from karat.train import runs
+from karat.runs.checkpoint import load_weights
+from karat.runs.files import write_json
+from karat.runs.settings import Device
 from karat.train.build import create_accelerator
-from karat.train.checkpoint import load_weights
-from karat.train.files import write_json
-from karat.train.run_settings import Device
 
 EVAL = "eval.json"
 

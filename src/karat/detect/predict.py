@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from karat.data.augment import decode
 from karat.detect.coco import Picture
 from karat.detect.data import open_parts
 from karat.detect.draw import beside, draw, found_shapes, true_shapes
@@ -16,10 +17,9 @@ from karat.detect.evaluate import as_results
 from karat.detect.measure import load_run
 from karat.detect.settings import DetectSettings
 from karat.detect.views import View
+from karat.runs.files import write_json
+from karat.runs.settings import Device
 from karat.train.build import create_accelerator
-from karat.train.data_augment import decode
-from karat.train.files import write_json
-from karat.train.run_settings import Device
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from karat.train.optimisation import Optimisation, require
+from karat.runs.optimisation import Optimisation, require
 
 VIEWS = ("stretch", "pad")
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from karat.detect.recipes import RECIPES, DetectRecipe, get_recipe
-from karat.train.run_settings import AUTO, RunSettings, data_slug, slug
+from karat.runs.settings import AUTO, RunSettings, data_slug, slug
 
 
 @dataclass(frozen=True)

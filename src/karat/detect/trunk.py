@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from karat.attention import KArAtAttention
 from karat.detect.attention import GridAttention
-from karat.models import ModelArgumentsError, create_model
-from karat.token_grid import resample_operator
+from karat.models.attention import KArAtAttention
+from karat.models.create import ModelArgumentsError, create_model
+from karat.operator.token_grid import resample_operator
 
 WINDOW = 14
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from karat.data.augment import to_uint8
 from karat.detect.coco import Picture
 from karat.detect.recipes import DetectRecipe
-from karat.train.data_augment import to_uint8
 
 
 class View:

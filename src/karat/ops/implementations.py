@@ -51,9 +51,9 @@ class Implementation(Protocol):
 
 # name -> module, imported when first asked for. "reference" isn't here: it's ordinary PyTorch, outside the operator.
 IMPLEMENTATIONS: dict[str, str] = {
-    "triton": "karat.ops.triton_attention",
-    "cpp": "karat.ops.cpp_attention",
-    "tiled": "karat.ops.tiled",
+    "triton": "karat.ops.triton.attention",
+    "cpp": "karat.ops.cpp.attention",
+    "tiled": "karat.ops.tiled.attention",
 }
 
 # What "auto" tries, in order, by device; the last one serves everything.

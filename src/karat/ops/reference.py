@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from karat.basis import Basis, LinearBasis
-from karat.masks import safe_softmax
+from karat.ops.masks import safe_softmax
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from karat.options import parse
+from karat.errors import parse
 from karat.paper.entries import rows, table_number
 from karat.paper.results import compare
 from karat.paper.run import run_row, scaled_command

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from karat.config import KArAtConfig
+from karat import runs
 from karat.detect.recipes import RECIPES
 from karat.detect.settings import DetectSettings
+from karat.operator.config import KArAtConfig
 from karat.paper.entries import Entry
 from karat.paper.setup import DATASETS, MODELS, PROGRAMS
-from karat.train import runs
-from karat.train.run_settings import RunSettings
-from karat.train.settings import Settings
+from karat.runs.classification import Settings
+from karat.runs.settings import RunSettings
 
 FIGURES = ("top1", "top5", "box_AP", "box_AP50", "box_AP75", "mask_AP", "mask_AP50", "mask_AP75")
 HEADS = ("pre_nms", "post_nms", "rpn_anchors", "rois", "channels", "head_width", "mask_convs")

@@ -63,7 +63,7 @@ def run_row(entry: Entry, scale: float = 1.0, extra: dict[str, str] | None = Non
     if entry.runnable[0] and entry.setup.kind == "cost":
         return measure_cost(entry)
     options = run_options(entry, scale, extra)
-    from karat.train import runs
+    from karat import runs
 
     program = entry.setup.program
     _trainer(program)(command_words(program, options)[len(program) :])
@@ -88,8 +88,8 @@ def measure_cost(entry: Entry) -> dict[str, float]:
     import torch
 
     from karat.analyze.cost import count_parameters, operator_parameters
-    from karat.flops import multiply_adds
-    from karat.models import create_model
+    from karat.models.create import create_model
+    from karat.models.flops import multiply_adds
 
     setup = entry.setup
     model = create_model(setup.model, attention=setup.attention, num_classes=setup.num_classes)

@@ -6,8 +6,8 @@ import re
 import shlex
 from dataclasses import dataclass, replace
 
-from karat.config import KArAtConfig
-from karat.train.recipes import RECIPES
+from karat.operator.config import KArAtConfig
+from karat.runs.recipes import RECIPES
 
 MODELS = {
     "vit_tiny": "vit_tiny_patch16_224",

@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from karat.options import parse
+from karat.errors import parse
+from karat.runs.classification import Settings
+from karat.runs.settings import slug
 from karat.study.document import Document, read_document
 from karat.study.plan import Plan, common_settings, make_plan, refuse_other_runs, run_folder, summary_of
 from karat.train import commands as training
-from karat.train.run_settings import slug
-from karat.train.settings import Settings
 
 _TAKEN_FROM_THE_LINE = ("recipe", "data", "model", "init")  # what other options' defaults depend on
 
@@ -53,7 +53,7 @@ def compare(arguments: Sequence[str]) -> None:
         if getattr(parsed, name) != getattr(Compare, name):
             option = f"{'no-' if getattr(Compare, name) is True else ''}{name.replace('_', '-')}"
             raise ValueError(f"--{option} is of a study: give its file with --study FILE")
-    from karat.train.compare import compare as run
+    from karat.study.compare import compare as run
 
     run(parsed.attentions, settings, seeds=1 if parsed.seeds is None else parsed.seeds, console=Console())
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from karat.train import renamed
-from karat.train.recipes import Recipe
-from karat.train.settings import Settings
+from karat.runs import renamed
+from karat.runs.classification import Settings
+from karat.runs.recipes import Recipe
 
 # What the study itself decides, run by run.
 _OWN = frozenset({"attention", "seed", "resume", "overwrite", "preset", "recipe"})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from karat.analyze.figures.style import COLOURS, finish, line_style, looks, new_figure, whole_epochs
+from karat.plots import COLOURS, finish, line_style, looks, new_figure, whole_epochs
 from karat.study.rows import Row
 
 MARKERS = "osD^vP*X"

@@ -15,6 +15,7 @@ from typing import Any
 from scipy.sparse.linalg import ArpackNoConvergence
 from torch import Tensor, nn
 
+from karat import runs
 from karat.analyze import quality
 from karat.analyze.attention import attention_of, grid_of
 from karat.analyze.deletion import faithfulness, flow_maps
@@ -23,9 +24,8 @@ from karat.analyze.hessian import Hessian, loss_closure, top_eigenvalues, twice_
 from karat.analyze.landscape import evaluate, moved
 from karat.analyze.loading import open_run
 from karat.analyze.studies_loss import FOLDER
-from karat.train import runs
-from karat.train.checkpoint import MODEL
-from karat.train.files import read_json, write_json
+from karat.runs.checkpoint import MODEL
+from karat.runs.files import read_json, write_json
 
 MEASURES = "measures.json"
 # The numbers that the table shows, with their headings there; all of them are in study.json.

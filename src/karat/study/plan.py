@@ -8,12 +8,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from karat import runs
+from karat.runs import files, renamed
+from karat.runs.classification import Settings, resolve
+from karat.runs.recipes import Recipe
+from karat.runs.settings import first_change, slug
+from karat.study.compare import contender
 from karat.study.document import Document, Entry
-from karat.train import files, renamed, runs
-from karat.train.compare import contender
-from karat.train.recipes import Recipe
-from karat.train.run_settings import first_change, slug
-from karat.train.settings import Settings, resolve
 
 PLAN = "plan.json"
 

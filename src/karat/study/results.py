@@ -8,13 +8,13 @@ from dataclasses import asdict
 from rich.console import Console
 
 from karat.analyze.figures import save
+from karat.runs import files
 from karat.study import table
+from karat.study.compare import RESULT, summarise
 from karat.study.figures import draw_figures
 from karat.study.plan import Plan, summary_of
 from karat.study.rows import Row, as_json, make_rows
 from karat.study.timing import Times
-from karat.train import files
-from karat.train.compare import RESULT, summarise
 
 STUDY, PAGE = "study.json", "study.md"
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from karat import runs
+from karat.study.compare import count_operations
 from karat.study.plan import Job, Plan, Variant, summary_of
 from karat.study.statistics import Difference, Mean, difference, read_curve
 from karat.study.timing import Times, time_ratio
-from karat.train import runs
-from karat.train.compare import count_operations
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from karat.bench.step import fuse_softmax, step_of
-from karat.bench.timing import alternate, environment
+from karat import runs
+from karat.runs import files
+from karat.runs.classification import Settings
+from karat.runs.model import build_model, input_size
+from karat.study.bench.step import fuse_softmax, step_of
+from karat.study.bench.timing import alternate, environment
 from karat.study.plan import Plan, Variant, with_epochs
-from karat.train import files, randomness, runs
+from karat.train import randomness
 from karat.train.build import checkpoint_gradients
-from karat.train.run_model import build_model, input_size
-from karat.train.settings import Settings
 
 TIMES = "times.json"
 DTYPES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -11,12 +11,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from karat.runs.model import build_model
 from karat.study.measures import Numbers, measure_run, read_measures
 from karat.study.plan import Job, Plan, summary_of
 from karat.train import randomness
 from karat.train.engine import Trainer
 from karat.train.faults import TrainingDiverged
-from karat.train.run_model import build_model
 
 LOCK = ".lock"
 # What a run's data does not depend on: the other settings decide whether two runs can share what is in memory.

@@ -15,14 +15,14 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
-from karat.config import KArAtConfig
+from karat.operator.config import KArAtConfig
+from karat.runs.recipes import Recipe
+from karat.runs.settings import RunSettings
 from karat.train.ema import WeightAverage
 from karat.train.init import Fate
 from karat.train.optim import create_optimizer, create_schedule
 from karat.train.processes import leave_at_exit
 from karat.train.randomness import seed_everything
-from karat.train.recipes import Recipe
-from karat.train.run_settings import RunSettings
 from karat.train.state import bare
 from karat.train.task import Objective, Task
 from karat.train.watch import GradientWatch

@@ -12,13 +12,13 @@ from accelerate import Accelerator
 from timm.data import Mixup
 from torch import Tensor, nn
 
+from karat.data.splits import Data, load_data
+from karat.runs.classification import Settings
+from karat.runs.model import input_size, plain_model, with_teacher
 from karat.train import transfer
 from karat.train.build import create_loss, create_mixup, mix
-from karat.train.data import Data, load_data
 from karat.train.evaluate import evaluate
 from karat.train.init import Fate, load_init
-from karat.train.run_model import input_size, plain_model, with_teacher
-from karat.train.settings import Settings
 from karat.train.task import Batch, Objective, Task
 
 

@@ -11,12 +11,12 @@ from typing import Literal, TypeVar
 import tyro
 from rich.console import Console
 
-from karat.options import parse
-from karat.train import runs
-from karat.train.recipes import get_recipe
-from karat.train.renamed import renamed_options
-from karat.train.run_settings import Device, RunSettings
-from karat.train.settings import AUTO, Settings, preset_for
+from karat import runs
+from karat.errors import parse
+from karat.runs.classification import AUTO, Settings, preset_for
+from karat.runs.recipes import get_recipe
+from karat.runs.renamed import renamed_options
+from karat.runs.settings import Device, RunSettings
 
 S = TypeVar("S", bound=RunSettings)
 

@@ -15,23 +15,25 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from karat.config import KArAtConfig
-from karat.convert import karatize
-from karat.distill import DistillOptions, FitOptions, distill, fit_operators, measure_blocks
-from karat.distill.closed_form import check_fits
-from karat.options import parse
-from karat.resample import resample_tokens
-from karat.train import checkpoint, files, memory, runs
+from karat import runs
+from karat.data.images import Images
+from karat.data.sources import size_of
+from karat.data.splits import Data, load_data, open_splits
+from karat.errors import parse
+from karat.models.distill import DistillOptions, FitOptions, distill, fit_operators, measure_blocks
+from karat.models.distill.closed_form import check_fits
+from karat.models.karatize import karatize
+from karat.models.resample import resample_tokens
+from karat.operator.config import KArAtConfig
+from karat.runs import checkpoint, files
+from karat.runs.checkpoint import load_weights
+from karat.runs.classification import AUTO, Settings, preset_for, resolve
+from karat.runs.model import build_model, input_size
+from karat.runs.recipes import get_recipe
+from karat.runs.settings import Device
+from karat.train import memory
 from karat.train.build import create_accelerator
-from karat.train.checkpoint import load_weights
-from karat.train.data import Data, load_data, open_splits
-from karat.train.data_sources import size_of
 from karat.train.evaluate import evaluate
-from karat.train.images import Images
-from karat.train.recipes import get_recipe
-from karat.train.run_model import build_model, input_size
-from karat.train.run_settings import Device
-from karat.train.settings import AUTO, Settings, preset_for, resolve
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def _from_timm(options: Convert, settings: Settings, num_classes: int, in_chans:
             raise ValueError(f"--checkpoint {options.checkpoint}: no such file; give a safetensors file")
         load_weights(model, files.read_tensors(options.checkpoint), str(options.checkpoint))
         return model
-    from karat.models import create_model
+    from karat.models.create import create_model
 
     try:
         return create_model(

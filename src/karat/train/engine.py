@@ -19,10 +19,12 @@ import torch
 from accelerate.utils import send_to_device
 from rich.console import Console
 
-from karat.train import checkpoint, faults, files, init, memory, randomness, reports, runs, state, step, track, watch
+from karat import runs
+from karat.runs import checkpoint, files
+from karat.runs.classification import Settings
+from karat.runs.settings import RunSettings, first_change
+from karat.train import faults, init, memory, randomness, reports, state, step, track, watch
 from karat.train.build import assemble, create_accelerator
-from karat.train.run_settings import RunSettings, first_change
-from karat.train.settings import Settings
 from karat.train.snapshot import Progress, give, take
 from karat.train.task import Batch, Task
 

@@ -89,7 +89,7 @@ def _first_bad_module(model: nn.Module, run: Callable[[], object]) -> str | None
 
 def score_ranges(model: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]:
     """The attention scores of every block whose attention is known, for one forward pass; empty where none is."""
-    from karat.record import record
+    from karat.models.record import record
 
     try:
         with record(model) as intermediates:

@@ -19,13 +19,14 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from karat.config import KArAtConfig
-from karat.operator import with_factors, without_loose_factors
-from karat.resample import resample_tokens
-from karat.train import files, runs
+from karat import runs
+from karat.models.resample import resample_tokens
+from karat.operator.config import KArAtConfig
+from karat.operator.operator import with_factors, without_loose_factors
+from karat.runs import files
+from karat.runs.model import load_run
+from karat.runs.settings import RunSettings
 from karat.train.optim import operator_parameters
-from karat.train.run_model import load_run
-from karat.train.run_settings import RunSettings
 
 LOADED, RESIZED, FRESH, DROPPED = "loaded", "resized", "fresh", "dropped"
 

@@ -6,15 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from karat.resample import resample_tokens
-from karat.train import runs
+from karat import runs
+from karat.data.splits import load_data
+from karat.models.resample import resample_tokens
+from karat.models.transfer import teacher_of
+from karat.runs.files import write_json
+from karat.runs.model import input_size, load_run
+from karat.runs.settings import Device
 from karat.train.build import create_accelerator
-from karat.train.data import load_data
 from karat.train.evaluate import evaluate
-from karat.train.files import write_json
-from karat.train.run_model import input_size, load_run
-from karat.train.run_settings import Device
-from karat.transfer import teacher_of
 
 
 def evaluate_run(

@@ -18,8 +18,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from karat.operator import KArAtOperator
-from karat.train.optimisation import Optimisation
+from karat.operator.operator import KArAtOperator
+from karat.runs.optimisation import Optimisation
 
 
 def operator_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

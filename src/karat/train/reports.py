@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from karat.runs.settings import RunSettings
 from karat.train import memory
 from karat.train.build import Parts
-from karat.train.run_settings import RunSettings
 from karat.train.snapshot import Progress
 from karat.train.task import Task
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
+from karat.runs.checkpoint import Checkpoint, name_of
 from karat.train import randomness, state
 from karat.train.build import Parts
-from karat.train.checkpoint import Checkpoint, name_of
 from karat.train.step import Outcome
 
 

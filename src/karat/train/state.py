@@ -13,8 +13,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as sharded
 
-from karat.operator import with_factors
-from karat.train.checkpoint import load_weights, pack_optimizer, unpack_optimizer
+from karat.operator.operator import with_factors
+from karat.runs.checkpoint import load_weights, pack_optimizer, unpack_optimizer
 
 WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 

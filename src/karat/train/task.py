@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from karat.train.data_loader import Loader
+from karat.data.loader import Loader
 from karat.train.init import Fate
 
 # A batch: images first, then what is known of each of them, as long as there are images. Both may be nested.

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from karat.kan.peers import DEEP_KAN
-from karat.train import checkpoint, files, runs
-from karat.train.run_model import teacher_folder
-from karat.train.settings import AUTO, Settings
+from karat import runs
+from karat.models.kan.peers import DEEP_KAN
+from karat.runs import checkpoint, files
+from karat.runs.classification import AUTO, Settings
+from karat.runs.model import teacher_folder
 
 
 def keep(settings: Settings, folder: Path) -> None:

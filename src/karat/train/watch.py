@@ -13,8 +13,8 @@ from collections import deque
 import torch
 from torch import Tensor, nn
 
+from karat.runs.optimisation import Optimisation
 from karat.train.optim import operator_parameters
-from karat.train.optimisation import Optimisation
 
 LIMIT = 10.0  # times the size at the start
 MOST = 10.0  # times the rate of the rest that passes without a word

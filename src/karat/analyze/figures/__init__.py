@@ -10,8 +10,8 @@ from karat.analyze.figures.landscape import draw_contours, draw_surface
 from karat.analyze.figures.parts import draw_parts
 from karat.analyze.figures.peers import draw_parameters_accuracy
 from karat.analyze.figures.spectrum import draw_spectra
-from karat.analyze.figures.style import FORMATS, encode, save
 from karat.analyze.figures.training import draw_cost, draw_curves, draw_divergence, draw_histograms, draw_sweep
+from karat.plots import FORMATS, encode, save
 
 __all__ = [
     "FORMATS",

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from karat.analyze.ablation import Outcome
-from karat.analyze.figures.style import COLOURS, finish, looks, new_figure
+from karat.plots import COLOURS, finish, looks, new_figure
 
 
 def draw_ablation(found: Mapping[str, Mapping[str, Outcome]]) -> Figure:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from karat.analyze.attention import upsample
-from karat.analyze.figures.style import COLOURS, DIVERGING, SEQUENTIAL, bare, looks, new_figure
+from karat.plots import COLOURS, DIVERGING, SEQUENTIAL, bare, looks, new_figure
 
 SCALE = "each map on its own scale: dark 0, yellow its largest value; with negative values white 0, purple below"
 

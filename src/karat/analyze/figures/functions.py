@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from karat.analyze.figures.style import COLOURS, INK, few_ticks, finish, looks, new_figure
 from karat.analyze.functions import Curves, Distribution
 from karat.analyze.symbolic import Formula
+from karat.plots import COLOURS, INK, few_ticks, finish, looks, new_figure
 
 
 def draw_functions(

@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from karat.analyze.figures.style import COLOURS, SEQUENTIAL, finish, looks, new_figure
 from karat.analyze.landscape import Surface
 from karat.analyze.trajectory import Plane
+from karat.plots import COLOURS, SEQUENTIAL, finish, looks, new_figure
 
 
 def _finite(loss: NDArray[np.float64]) -> NDArray[np.float64]:

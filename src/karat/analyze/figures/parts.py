@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from karat.analyze.figures.style import COLOURS, finish, looks, new_figure
 from karat.analyze.parts import Parts, Shares
+from karat.plots import COLOURS, finish, looks, new_figure
 
 KINDS = (("row", "one row for all queries and images"), ("place", "the query's place"), ("scores", "the scores"))
 

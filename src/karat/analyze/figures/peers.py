@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from karat.analyze.figures.style import COLOURS, looks, new_figure
 from karat.analyze.peers import PUBLISHED, Point
+from karat.plots import COLOURS, looks, new_figure
 
 MARKERS = "osD^vP"
 LABEL_SIZE, LABEL_WIDTH, LABEL_HEIGHT = 5.5, 3.1, 6.0  # points; the width is that of one letter

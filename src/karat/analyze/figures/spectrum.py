@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
-from karat.analyze.figures.style import finish, line_style, looks, new_figure
 from karat.analyze.spectrum import Spectrum
+from karat.plots import finish, line_style, looks, new_figure
 
 # Values below this share of the largest one are rounding: they would stretch the axis.
 FLOOR = 1e-8

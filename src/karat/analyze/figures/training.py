@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from karat.analyze.figures.style import COLOURS, few_ticks, finish, line_style, looks, new_figure, whole_epochs
 from karat.analyze.sweep import Sweep
 from karat.analyze.weights import Histograms
+from karat.plots import COLOURS, few_ticks, finish, line_style, looks, new_figure, whole_epochs
 
 PANELS = {"train_loss": "training loss", "eval_loss": "evaluation loss", "top1": "top-1 (%)"}
 

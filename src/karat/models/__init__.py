@@ -1,0 +1,1 @@
+"""Operators inside models: conversion, creation, recording, other token grids, transfer, KAN layers, distillation."""

@@ -1,0 +1,264 @@
+"""Attention modules around a learnable operator, one for each kind of attention that timm's backbones have, and one
+around softmax with a relative position bias.
+
+They take over the very submodules of the attention they replace (qkv, projection, norms, dropouts, position tables),
+so that names in the state dict stay the same; the operator is injected. ADAPTERS says which kinds are served.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from inspect import signature
+from typing import Any, NamedTuple
+
+import torch
+from timm.models.convit import GPSA, MHSA
+from timm.models.swin_transformer import WindowAttention
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
+
+from karat.models.relative_bias import RelativeBias
+from karat.operator.grids import GridWatch
+from karat.operator.operator import KArAtOperator
+from karat.ops.masks import softmax_attention
+
+# An additive mask entry this low means "masked": timm's Swin writes -100, others -inf or the smallest number.
+MASKED = -100.0
+
+
+class AttentionInputs(NamedTuple):
+    """What an attention of any kind comes down to: scores scale·q kᵀ + bias where the mask allows, applied to v."""
+
+    q: Tensor  # (B,H,M,D)
+    k: Tensor  # (B,H,N,D)
+    v: Tensor  # (B,H,N,D)
+    scale: float
+    bias: Tensor | None  # broadcastable to (B,H,M,N)
+    mask: Tensor | None  # boolean, broadcastable to (B,H,M,N), True = takes part
+
+    @property
+    def scores(self) -> Tensor:
+        """scale·q kᵀ + bias, (B,H,M,N)."""
+        scores = self.q @ self.k.transpose(-2, -1) * self.scale
+        return scores if self.bias is None else scores + self.bias
+
+
+def split_mask(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(bias, boolean mask) of a mask that is boolean already or added to the scores.
+
+    An additive entry of at most -100 means "masked" and becomes False: to a function that doesn't vanish at minus
+    infinity such a number means nothing (SPEC §3). Other entries stay a bias.
+
+    >>> split_mask(torch.tensor([0.0, 0.5, -100.0, -torch.inf]))
+    (tensor([0.0000, 0.5000, 0.0000, 0.0000]), tensor([ True,  True, False, False]))
+    """
+    if attn_mask is None or attn_mask.dtype == torch.bool:
+        return None, attn_mask
+    mask = attn_mask > MASKED
+    return attn_mask.masked_fill(~mask, 0.0), mask
+
+
+def token_inputs(attn: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> AttentionInputs:
+    """The inputs of timm's `Attention`, ConViT's `MHSA` or the modules in their place, for tokens x (B,N,C)."""
+    B, N, _ = x.shape
+    qkv = attn.qkv(x).reshape(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)  # (B,H,N,D) each
+    if hasattr(attn, "q_norm"):
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    bias, mask = split_mask(attn_mask)
+    if is_causal:
+        past = torch.ones(N, N, dtype=torch.bool, device=x.device).tril()
+        mask = past if mask is None else mask & past
+    positions: RelativeBias | None = getattr(attn, "position_bias", None)
+    if positions is not None:
+        relative = positions(None if attn.watch is None else attn.watch.grid_of(N, positions.prefix))
+        bias = relative if bias is None else relative + bias
+    return AttentionInputs(q, k, v, attn.scale, bias, mask)
+
+
+def window_inputs(attn: Any, x: Tensor, mask: Tensor | None = None) -> AttentionInputs:
+    """The inputs of Swin's `WindowAttention` or `KArAtWindowAttention` for windows x (B·windows, N, C).
+
+    mask (windows, N, N) is timm's for shifted windows: 0, or -100 for pairs that aren't neighbours in the image.
+    """
+    B, N, _ = x.shape
+    qkv = attn.qkv(x).reshape(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)  # (B,H,N,D) each
+    bias = attn._get_rel_pos_bias()  # (1,H,N,N)
+    if mask is not None:  # windows are the inner part of the batch axis
+        pairs = mask if mask.dtype == torch.bool else mask > MASKED
+        mask = pairs.expand(B // len(pairs), *pairs.shape).reshape(B, 1, N, N)
+    return AttentionInputs(q, k, v, attn.scale, bias, mask)
+
+
+class _TakenOver(nn.Module):
+    """What all modules below share: the parts taken over from `attn`."""
+
+    qkv: nn.Module
+    attn_drop: nn.Module
+    proj: nn.Module
+    proj_drop: nn.Module
+
+    def __init__(self, attn: Any) -> None:
+        super().__init__()
+        self.num_heads: int = attn.num_heads
+        self.scale: float = attn.scale
+        for name in ("qkv", "attn_drop", "proj", "proj_drop"):
+            setattr(self, name, getattr(attn, name))
+        self.watch: GridWatch | None = None  # with dynamic_img_size, set by karatize
+        self.position_bias: RelativeBias | None = None  # where the configuration asks for one, set by karatize
+        self.train(attn.training)
+
+    @property
+    def _dropout(self) -> float:
+        """The probability of dropping an entry of σ now."""
+        return self.attn_drop.p if isinstance(self.attn_drop, nn.Dropout) and self.training else 0.0
+
+
+class _AroundOperator(_TakenOver):
+    """Modules with an operator, their own or shared.
+
+    An operator shared between blocks is registered once, on the model; here it's a plain attribute, so that
+    state_dict and parameters() hold it once. copy.deepcopy and pickle keep the sharing; moving the model moves it.
+    """
+
+    operator: KArAtOperator
+
+    def __init__(self, attn: Any, operator: KArAtOperator, shared: bool = False) -> None:
+        super().__init__(attn)
+        if shared:
+            self.__dict__["operator"] = operator  # past nn.Module's registration, see above
+        else:
+            self.operator = operator
+
+    def present_operator(self, num_tokens: int) -> KArAtOperator:
+        """The operator on the grid of images of so many tokens: another one than `operator` with dynamic_img_size."""
+        return self.operator if self.watch is None else self.watch.operator(self.operator, num_tokens)
+
+    def _attend(self, inputs: AttentionInputs) -> Tensor:
+        """(B,H,N,D) heads' inputs -> (B,N,H·D)."""
+        q, k, v, scale, bias, mask = inputs
+        operator = self.present_operator(k.shape[2])
+        out = operator.attend(q, k, v, scale=scale, bias=bias, mask=mask, dropout_p=self._dropout)
+        return out.transpose(1, 2).flatten(2)
+
+
+class _Tokens(_TakenOver, ABC):
+    """What timm's `Attention` and `MHSA` may have beside the projections: norms and a gate."""
+
+    def __init__(self, attn: Any) -> None:
+        super().__init__(attn)
+        self.q_norm = getattr(attn, "q_norm", nn.Identity())
+        self.k_norm = getattr(attn, "k_norm", nn.Identity())
+        self.norm = getattr(attn, "norm", nn.Identity())
+        self.gate: nn.Module | None = getattr(attn, "gate", None)
+
+    @abstractmethod
+    def _attend(self, inputs: AttentionInputs) -> Tensor:
+        """(B,H,N,D) heads' inputs -> (B,N,H·D)."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x (B,N,C); attn_mask boolean (True = takes part) or additive, broadcastable to (B,H,N,N)."""
+        out = self.norm(self._attend(token_inputs(self, x, attn_mask, is_causal)))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+
+class KArAtAttention(_AroundOperator, _Tokens):
+    """timm's ViT `Attention`, or ConViT's `MHSA`, with a learnable operator instead of softmax.
+
+    x (B,N,C) -> proj(gate · norm(concat_h σ_h(scale·q_h k_hᵀ + positions) v_h)); query and key norms, inner norm and
+    gate are there where the replaced module has them, positions where `position_bias` is a `RelativeBias`.
+
+    Raises ValueError for a number of tokens that isn't the operator's.
+    """
+
+
+class BiasedAttention(_Tokens):
+    """timm's ViT `Attention`, or ConViT's `MHSA`: softmax of scores with a relative position bias.
+
+    x (B,N,C) -> proj(gate · norm(concat_h softmax(scale·q_h k_hᵀ + positions_h) v_h)), names as in `KArAtAttention`.
+    """
+
+    def _attend(self, inputs: AttentionInputs) -> Tensor:
+        q, k, v, scale, bias, mask = inputs
+        bias, mask = (x if x is None else x[(None,) * (4 - x.dim())] for x in (bias, mask))
+        return softmax_attention(q, k, v, scale, bias, mask, self._dropout).transpose(1, 2).flatten(2)
+
+
+class KArAtWindowAttention(_AroundOperator):
+    """Swin's `WindowAttention` with a learnable operator instead of softmax (SPEC §3).
+
+    The relative position bias is added to the scores that the operator sees; a pair of tokens that a shifted window
+    masks adds exactly zero to the operator's sums and has exactly zero weight in σ.
+
+    Raises ValueError for a window that isn't the operator's.
+    """
+
+    relative_position_index: Tensor
+
+    def __init__(self, attn: Any, operator: KArAtOperator, shared: bool = False) -> None:
+        super().__init__(attn, operator, shared)
+        self.window_size: tuple[int, int] = attn.window_size
+        self.window_area: int = attn.window_area
+        self.relative_position_bias_table: nn.Parameter = attn.relative_position_bias_table
+        self.register_buffer("relative_position_index", attn.relative_position_index, persistent=False)
+
+    # timm's own handling of the bias table serves here too: it reads and writes the attributes above only.
+    _get_rel_pos_bias = WindowAttention._get_rel_pos_bias
+    _init_buffers = WindowAttention._init_buffers
+    init_non_persistent_buffers = WindowAttention.init_non_persistent_buffers
+    set_window_size = WindowAttention.set_window_size
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B·windows, N, C); mask (windows, N, N), 0 or -100, or boolean."""
+        return self.proj_drop(self.proj(self._attend(window_inputs(self, x, mask))))
+
+
+# Which attention of timm's is served, by its exact class, and by what. A new backbone is one entry.
+ADAPTERS: dict[type[nn.Module], Callable[[nn.Module, KArAtOperator, bool], KArAtAttention | KArAtWindowAttention]] = {
+    Attention: KArAtAttention,
+    MHSA: KArAtAttention,
+    WindowAttention: KArAtWindowAttention,
+}
+
+# Attention that stays as it is: ConViT's gated positional blocks (SPEC §3).
+KEPT: tuple[type[nn.Module], ...] = (GPSA,)
+
+CONVERTED = (KArAtAttention, KArAtWindowAttention)
+OURS = (*CONVERTED, BiasedAttention)
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why `module`, an attention, can't be converted; None if it can, or if it's no attention at all."""
+    kind = type(module)
+    if kind in ADAPTERS:
+        return _pruned(module)
+    looks_like_attention = hasattr(module, "attn_drop") or re.search("attention|attn", kind.__name__, re.IGNORECASE)
+    if isinstance(module, (*KEPT, *OURS)) or not looks_like_attention or "Pool" in kind.__name__:
+        return None
+    if getattr(module, "rope", None) is not None or "rope" in signature(kind.forward).parameters:
+        return "it rotates queries and keys by position (rotary embeddings), which the operator is not made for"
+    known = ", ".join(f"{known.__module__}.{known.__name__}" for known in ADAPTERS)
+    parents = [base.__name__ for base in ADAPTERS if isinstance(module, base)]
+    if parents:
+        return f"it is a subclass of {parents[0]} that may compute something else; exactly {known} are served"
+    return f"{kind.__module__}.{kind.__name__} is an attention that karat has no adapter for; it has them for {known}"
+
+
+def _pruned(attn: Any) -> str | None:
+    """Why the projections don't fit the number of heads, if they don't."""
+    qkv, proj, heads = attn.qkv, attn.proj, attn.num_heads
+    width, inner = getattr(qkv, "in_features", None), getattr(qkv, "out_features", None)
+    if width is None or inner is None or not hasattr(proj, "in_features"):
+        return "its qkv or its projection is no linear layer"
+    attn_dim = heads * getattr(attn, "head_dim", proj.in_features // heads)
+    pruned = bool(getattr(attn, "pruned_heads", None))
+    if pruned or inner != 3 * attn_dim or proj.in_features != attn_dim:
+        return f"heads were pruned: {heads} heads, a qkv of {inner} and a projection of {proj.in_features} don't agree"
+    if not isinstance(attn, WindowAttention) and attn_dim < width:  # Swin may be built with narrow heads
+        return f"heads were pruned: its {heads} heads are {attn_dim} wide, the model {width}"
+    return None

@@ -1,0 +1,130 @@
+"""Models by name: timm's, with the attention and the MLP that are asked for, and their registration with timm."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from karat.basis.specs import parse_call
+from karat.models.kan.mlp import replace_mlp
+from karat.models.kan.peers import DEEP_KAN, register_peers
+from karat.models.karatize import karatize
+from karat.models.positions import SINCOS, start_as_sincos
+from karat.operator.config import KArAtConfig
+
+PREFIX = "karat_"
+
+# timm's models that are also registered as karat_<name>, and the attention they have by default (paper Table 1).
+REGISTERED: dict[str, str] = {
+    "vit_tiny_patch16_224": "g3b",
+    "vit_small_patch16_224": "g3b",
+    "vit_base_patch16_224": "g1b",
+    "deit_tiny_patch16_224": "g3b",
+    "deit_small_patch16_224": "g3b",
+    "deit_base_patch16_224": "g1b",
+    "deit_tiny_distilled_patch16_224": "g3b",
+    "deit_small_distilled_patch16_224": "g3b",
+    "deit_base_distilled_patch16_224": "g1b",
+    "convit_tiny": "g3b",
+    "convit_small": "g3b",
+    "convit_base": "g1b",
+    "swin_tiny_patch4_window7_224": "g3b",
+    "swin_small_patch4_window7_224": "g3b",
+    "swin_base_patch4_window7_224": "g1b",
+}
+
+
+class ModelArgumentsError(ValueError):
+    """timm can't build the model from these arguments; what it raised is the cause."""
+
+
+def create_model(
+    name: str, attention: KArAtConfig | str | None = None, mlp: str | None = None, **timm_kwargs: Any
+) -> nn.Module:
+    """A timm model with the attention and MLP that are asked for: timm.create_model, `karat.karatize`, `replace_mlp`.
+
+    Args:
+        name: a name that timm knows. The registered names karat_vit_tiny_patch16_224 etc. have a default attention,
+            the peers' (`karat.models.kan.PEERS`: kat_tiny_patch16_224, vit_kan_..., deit_kan_...) KAN layers for MLPs.
+            Settings may follow in parentheses: "deep_kan(order=5,layers=(10,10))".
+        attention: a `KArAtConfig` or its short name ("g3b", "softmax", ...); None means the default of a registered
+            name, softmax otherwise.
+        mlp: "kan", "grkan", "fourierkan", "fastkan" or one with settings, "kan(grid=5)" (`models.kan.replace_mlp`);
+            "mlp" or None keeps the model's own. With pretrained=True, grkan takes over the MLPs' weights.
+        timm_kwargs: passed on to timm: num_classes, img_size, patch_size, embed_dim, depth, pretrained, ...
+            pretrained=True loads the softmax model's weights and draws the operators anew, and so does
+            checkpoint_path, except that for registered names it loads the whole converted model. Ours is
+            pos_embed="sincos": position embeddings that start as sines and cosines (`karat.models.positions`).
+
+    Raises:
+        ValueError: a name that timm doesn't know, or what `karat.karatize` refuses. ModelArgumentsError, a kind of it:
+            arguments that the model doesn't take or that contradict each other. With pretrained=True what timm raises
+            is handed on, for there it may also be the network's fault.
+
+    >>> model = create_model("vit_tiny_patch16_224", "g3b", img_size=32, patch_size=4, embed_dim=96, depth=6)
+    >>> model.blocks[0].attn.operator.num_tokens
+    65
+    """
+    config = None if attention is None else KArAtConfig.parse(attention)
+    if "(" in name:
+        name, settings = parse_call(name)
+        timm_kwargs = settings | timm_kwargs
+    sincos = timm_kwargs.get("pos_embed") == SINCOS
+    if sincos:
+        del timm_kwargs["pos_embed"]
+        if timm_kwargs.get("pretrained") or timm_kwargs.get("checkpoint_path"):
+            raise ValueError("pos_embed=sincos would undo the position embeddings that are loaded: leave one out")
+    bare = name.split(".")[0]
+    if ":" not in name and not timm.is_model(bare):
+        near = difflib.get_close_matches(bare, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists the names"
+        raise ValueError(f"unknown model {name!r}; {hint}")
+    if bare == DEEP_KAN and (config is None or config.leaves_attention):
+        config = None  # it has no attention to convert
+    if bare.startswith(PREFIX):
+        chosen = {} if config is None else {"attention": config}
+        model = _from_timm(name, **chosen, **timm_kwargs)
+        config = None
+    else:
+        model = _from_timm(name, **timm_kwargs)
+    if sincos:
+        start_as_sincos(model)
+    if mlp is not None:
+        replace_mlp(model, mlp, take_over=bool(timm_kwargs.get("pretrained")))
+    return model if config is None else karatize(model, config)
+
+
+def _from_timm(name: str, **kwargs: Any) -> nn.Module:
+    """timm.create_model; ModelArgumentsError where it refuses the arguments with another kind of error."""
+    try:
+        return timm.create_model(name, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, TypeError, RuntimeError) as error:
+        if kwargs.get("pretrained"):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        given = ", ".join(f"{key}={value}" for key, value in kwargs.items())
+        raise ModelArgumentsError(f"{name} can't be built with {given or 'these settings'}: {reason}") from error
+
+
+def _entry_point(base: str, default: str) -> Callable[..., nn.Module]:
+    def build(pretrained: bool = False, attention: KArAtConfig | str = default, **kwargs: Any) -> nn.Module:
+        config = KArAtConfig.parse(attention)
+        return karatize(timm.create_model(base, pretrained=pretrained, **kwargs), config)
+
+    build.__name__ = build.__qualname__ = PREFIX + base
+    build.__doc__ = f"timm's {base} with learnable attention, {default} by default."
+    return build
+
+
+__all__ = ["create_model"]
+
+for _base, _default in REGISTERED.items():
+    globals()[PREFIX + _base] = timm.models.register_model(_entry_point(_base, _default))
+register_peers()

@@ -1,0 +1,236 @@
+"""The settings of learnable attention, and the short names for them."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from karat.basis import Basis, parse_basis, with_base
+from karat.operator.rules import check
+
+_LETTERS = {"blockwise": "b", "universal": "u"}
+# In the place of a basis, without edge functions: σ is a learned matrix, or one learned row for all queries.
+STATIC, ROW = "static", "row"
+
+# Names for what a configuration is recommended for; `str` gives the explicit form.
+ALIASES = {"recommended": "static-b,residual=softmax"}
+
+
+@dataclass(frozen=True)
+class KArAtConfig:
+    """What a Kolmogorov-Arnold attention is made of (SPEC §1, §2).
+
+    Args:
+        basis: the edge functions, e.g. "fourier(grid=3)"; "softmax" means ordinary attention, "static" a learned
+            matrix of the given rank in each head, σ_kn = Σ_p W_np C_kp, blind to the scores; "row", with rank=None,
+            one learned row a head, σ_kn = W_n, blind to scores and queries.
+        rank: R of the low-rank operator; None is the full N×N operator (order WPhi only, no W).
+        order: "WPhi" (W∘Φ), "PhiW" (Φ∘W), "PhiPhi" (Φ₂∘Φ₁), or "Pointwise": σ_kn = φ(A_kn), one function a head
+            that all keys share, no W, rank=None; with a rank and position="query", static mixing of that rank is
+            added, σ_kn = φ(A_kn) + Σ_p W_np C_kp.
+        sharing: "blockwise", each block its own operator, or "universal", one for all blocks.
+        base: base activation b: "zero", "identity", "silu" or "gelu".
+        edge_scales: learnable s_f (and s_b where b isn't zero) per edge; "published" registers s_b always, as
+            the paper's parameter counts do.
+        simplex: None, "row" (σ's rows projected onto the simplex) or "rank" (Φ̂'s, before W).
+        softmax_heads: indices of the heads that keep softmax; an int n means the last n.
+        blocks: indices of the blocks to convert, or "first" or "last" (half of those that can be converted; the
+            middle one of an odd number belongs to both halves) or "alternate" (every second one, from the first);
+            None means all.
+        residual: None, or "softmax": σ = softmax + gate · operator (SPEC §10).
+        gate: beside softmax: "head", a learnable gate for each head, "block", one for all heads of an operator,
+            both zero at the start, or a number other than 0, a fixed gate without a parameter.
+        input: what the edge functions see: "scores", or "probabilities", softmax's times the number of keys that
+            the row may see, so that uniform attention is 1; these are N×N numbers and are kept.
+        normalise: None, or "rms": each query's R sums Φ̂(A)_k are divided by their root mean square.
+        position: None, "query", Φ̂(A)_k,p + C_k,p, or "gain", Φ̂(A)_k,p · (1 + C_k,p), with learnable C (H,N,R) for
+            the query's place; after `normalise`. A gain starts at zero, the other as strong as the sums (at zero with
+            init="paper"). In order Pointwise "query" adds static mixing. Self-attention only.
+        score_gradient: factor of the gradient that the operator sends to q, k and bias through the scores; 0.0: it
+            reads the scores without shaping them. Softmax's own gradient stays whole.
+        position_bias: None, or "relative": a learnable bias for each head and offset of two tokens, added to the
+            scores by `karat.karatize`; also with "softmax", where it and `blocks` are all that can be set. Something
+            must see the scores and teach it: softmax, or an operator with a `score_gradient`.
+        init: "default" (the output starts with the variance of V) or "paper".
+        init_scale: factor of the operator's initial output; with 0.0 its last map starts at zero (not beside a gate
+            that is learned and starts there too: neither would learn).
+        impl: the implementation of basis attention, see `karat.basis_attention`. Where scores are given or σ is formed
+            through a last layer of edge functions (see `KArAtOperator.attend`) the definition computes it, whatever
+            is named here.
+
+    Raises:
+        ValueError: a value that isn't one of these, or two that don't go together.
+
+    >>> KArAtConfig.parse("g3b,rank=4")
+    KArAtConfig(basis='fourier(grid=3)', rank=4, ...)
+    >>> str(KArAtConfig.parse("g3b,rank=4"))
+    'g3b,rank=4'
+    """
+
+    basis: str = "fourier(grid=3)"
+    rank: int | None = 12
+    order: str = "WPhi"
+    sharing: str = "blockwise"
+    base: str = "zero"
+    edge_scales: bool | str = False
+    simplex: str | None = None
+    softmax_heads: tuple[int, ...] | int = ()
+    blocks: tuple[int, ...] | str | None = None
+    residual: str | None = None
+    gate: str | float = "head"
+    input: str = "scores"
+    normalise: str | None = None
+    position: str | None = None
+    score_gradient: float = 1.0
+    position_bias: str | None = None
+    init: str = "default"
+    init_scale: float = 1.0
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.has_edges:
+            object.__setattr__(self, "basis", str(parse_basis(self.basis)))
+            if "+" in self.basis and self.base != "zero":
+                raise ValueError(
+                    f"basis {self.basis!r} has a base activation already, and base={self.base!r} is another: "
+                    "write it once, before the + or as base"
+                )
+        for name in ("softmax_heads", "blocks"):
+            if isinstance(value := getattr(self, name), list | range):
+                object.__setattr__(self, name, tuple(value))
+        for name in ("gate", "score_gradient", "init_scale"):
+            if type(value := getattr(self, name)) is int:
+                object.__setattr__(self, name, float(value))
+        check(self)
+
+    @property
+    def is_softmax(self) -> bool:
+        """Whether this is ordinary attention."""
+        return self.basis == "softmax"
+
+    @property
+    def leaves_attention(self) -> bool:
+        """Whether a model's own attention stays as it is: softmax, without anything added."""
+        return self.is_softmax and self.position_bias is None
+
+    @property
+    def begins_as_softmax(self) -> bool:
+        """Whether a model begins as the one with softmax attention: a learned gate, or a last map, that starts at zero.
+
+        >>> [KArAtConfig.parse(f"g3b,residual=softmax{more}").begins_as_softmax for more in ("", ",gate=1")]
+        [True, False]
+        """
+        return self.residual == "softmax" and (isinstance(self.gate, str) or self.init_scale == 0.0)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether σ is a learned matrix or row, blind to the scores."""
+        return self.basis in (STATIC, ROW)
+
+    @property
+    def has_edges(self) -> bool:
+        """Whether there are edge functions of the scores."""
+        return not (self.is_softmax or self.is_static)
+
+    @cached_property
+    def edge_basis(self) -> Basis:
+        """The family of edge functions, base activation included."""
+        if not self.has_edges:
+            kind = "static mixing" if self.is_static else "softmax attention"
+            raise ValueError(f"{kind} has no basis; name one, e.g. attention='g3b'")
+        return with_base(parse_basis(self.basis), self.base)
+
+    def softmax_head_indices(self, num_heads: int) -> tuple[int, ...]:
+        """The heads that keep softmax, ascending. Raises ValueError if there is no such head or all would."""
+        asked = self.softmax_heads
+        heads = tuple(range(num_heads - asked, num_heads)) if isinstance(asked, int) else tuple(sorted(asked))
+        if len(heads) >= num_heads or any(not 0 <= head < num_heads for head in heads):
+            raise ValueError(
+                f"softmax_heads={asked!r} leaves no head to learn or names one that isn't there; this attention has "
+                f"{num_heads} heads, so give fewer than {num_heads}, with indices 0 to {num_heads - 1} "
+                "(attention='softmax' keeps softmax everywhere)"
+            )
+        return heads
+
+    @classmethod
+    def parse(cls, spec: str | KArAtConfig) -> KArAtConfig:
+        """The configuration that a short name means; `str(config)` is the inverse.
+
+        "softmax", "g3b" (Fourier, grid 3, blockwise), "g1u" (universal), or any basis with "-b" or "-u", e.g.
+        "dog-b", "bspline(grid=10,order=3)-u", "static-b"; or one of ALIASES, "recommended"; then options,
+        "g3b,rank=4,order=PhiW,residual=softmax". Of an option that is given twice the last counts.
+
+        Raises ValueError for a name or option that can't be read.
+        """
+        if isinstance(spec, KArAtConfig):
+            return spec
+        name, *options = _split(spec)
+        if name in ALIASES:
+            name, *usual = _split(ALIASES[name])
+            options = usual + options
+        settings: dict[str, Any] = {}
+        short = re.fullmatch(r"g(\d+)([bu])", name)
+        long = re.fullmatch(r"(.+)-([bu])", name)
+        if short:
+            settings["basis"] = f"fourier(grid={int(short[1])})"
+        elif long:
+            settings["basis"] = long[1]
+        elif name != "softmax":
+            raise ValueError(
+                f"can't read the attention {spec!r}; write softmax, g3b, g1u, or a basis with -b (blockwise) or -u "
+                f"(universal) such as dog-b, or {', '.join(ALIASES)}; then options such as ,rank=4"
+            )
+        else:
+            settings["basis"] = "softmax"
+        if match := short or long:
+            settings["sharing"] = {letter: sharing for sharing, letter in _LETTERS.items()}[match[2]]
+        known = [field.name for field in dataclasses.fields(cls) if field.name not in ("basis", "sharing")]
+        for option in options:
+            key, equals, text = (part.strip() for part in option.partition("="))
+            if not equals or key not in known:
+                raise ValueError(f"can't read the option {option!r} of {spec!r}; known options: {', '.join(known)}")
+            settings[key] = _value(text)
+        return cls(**settings)
+
+    @classmethod
+    def explicit(cls, spec: str) -> str:
+        """A spec as it was written, but for a name of ALIASES: what that means is written out, since it may change."""
+        return str(cls.parse(spec)) if _split(spec)[0] in ALIASES else spec
+
+    def __str__(self) -> str:
+        fourier = re.fullmatch(r"fourier\(grid=(\d+)\)", self.basis)
+        letter = _LETTERS[self.sharing]
+        name = f"g{fourier[1]}{letter}" if fourier else self.basis if self.is_softmax else f"{self.basis}-{letter}"
+        options = [
+            f",{field.name}={_text(value)}"
+            for field in dataclasses.fields(self)
+            if field.name not in ("basis", "sharing") and (value := getattr(self, field.name)) != field.default
+        ]
+        return name + "".join(options)
+
+
+def _split(spec: str) -> list[str]:
+    """Cut at the commas outside of parentheses."""
+    parts, depth = [""], 0
+    for letter in spec:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
+
+
+def _value(text: str) -> object:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _text(value: object) -> str:
+    return str(value).replace(" ", "")

@@ -1,0 +1,360 @@
+"""The learnable operator that takes softmax's place: σ(A), or σ(A) v without forming σ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from karat.operator.config import KArAtConfig
+from karat.operator.controls import order_of
+from karat.operator.edges import EdgeLayer, add_factors
+from karat.operator.initialise import initialise
+from karat.operator.inputs import Products, probabilities_as_products, relative_probabilities, scale_gradient
+from karat.operator.orders import BesideSoftmax, SumsOverKeys
+from karat.operator.simplex import simplex_projection
+from karat.ops import basis_attention
+from karat.ops.masks import row_patterns, safe_softmax, softmax_attention
+
+
+class KArAtOperator(nn.Module):
+    """σ: a learnable map of each row of attention scores to a row of attention, each head its own (paper §3; SPEC §1).
+
+    Low rank, order W∘Φ:  Φ̂(A)_k,p = Σ_q φ_pq(A_k,q),  σ(A)_k,n = Σ_p W_n,p Φ̂(A)_k,p;  see `karat.operator.orders` for
+    the others, `KArAtConfig` for the settings. Heads in `softmax_heads` keep softmax and have no parameters here.
+
+    `op(scores)` gives σ to look at, `op.attend(q, k, v)` the output to run with; they agree.
+
+    Args:
+        num_heads: H, all heads.
+        num_tokens: N, the number of keys. The number of queries is free where they have no places of their own.
+        config: the settings, or their short name.
+
+    Parameters: `layers[i]` (an EdgeLayer each), `W` (H',N,R), (H',R,N), (H',N,1) of a row, or None, `C` (H',N,R) with a
+    term of the query's position (static mixing: C (H',N,R), at full rank (H',N,N)) or None, `gate` (H',), or (1,) for
+    the whole block, with residual="softmax" and no fixed gate; H' counts the heads that learn.
+
+    Each of them but the gate is learned up to a fixed factor, which sets its rate (`karat.operator.rates`; buffers
+    `W_factor`, `C_factor` and the layers' `factor`): `projector`, `places` and `edges` give what they mean.
+
+    >>> op = KArAtOperator(num_heads=3, num_tokens=17, config="g3b")
+    >>> q, k, v = torch.randn(3, 2, 3, 17, 8).unbind()
+    >>> torch.allclose(op.attend(q, k, v), op(q @ k.transpose(-2, -1) * 8**-0.5) @ v, atol=1e-5)
+    True
+    """
+
+    W_factor: Tensor
+    C_factor: Tensor
+
+    def __init__(self, num_heads: int, num_tokens: int, config: KArAtConfig | str) -> None:
+        super().__init__()
+        for name, value in (("num_heads", num_heads), ("num_tokens", num_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        self.config = config = KArAtConfig.parse(config)
+        self.num_heads, self.num_tokens = num_heads, num_tokens
+        self.softmax_heads = config.softmax_head_indices(num_heads)
+        self.karat_heads = tuple(head for head in range(num_heads) if head not in self.softmax_heads)
+        self.order = order_of(config)
+        sizes = {"N": num_tokens, "R": config.rank or 0, "A": 1, "1": 1}
+        learning = len(self.karat_heads)
+        self.layers = nn.ModuleList(
+            EdgeLayer(learning, sizes[shape[0]], sizes[shape[1]], config.edge_basis, config.edge_scales)
+            for shape in self.order.layer_shapes
+        )
+        self.W, self.C = (
+            nn.Parameter(torch.empty(learning, sizes[shape[0]], sizes[shape[1]])) if shape else None
+            for shape in (self.order.projector_shape, self.position_shape)
+        )
+        for name in ("W", "C"):
+            if getattr(self, name) is not None:
+                self.register_buffer(f"{name}_factor", torch.ones(()))
+        gates = {"head": learning, "block": 1}
+        learned = config.residual is not None and config.gate in gates
+        self.gate = nn.Parameter(torch.empty(gates[str(config.gate)])) if learned else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, by the configuration's `init`."""
+        initialise(self)
+
+    @property
+    def edge_layers(self) -> list[EdgeLayer]:
+        """`layers`, by their type."""
+        return list(self.layers)  # type: ignore[arg-type]  # all are
+
+    @property
+    def position_shape(self) -> str | None:
+        """The axes of C after the heads, queries first, in letters; None where there is no C."""
+        return "NR" if self.config.position is not None else self.order.position_shape
+
+    @property
+    def projector(self) -> Tensor | None:
+        """W: (H',R,N) in order PhiW, (H',N,1) of a row, (H',N,R) elsewhere; None where there is none."""
+        return None if self.W is None else self.W * self.W_factor
+
+    @property
+    def places(self) -> Tensor | None:
+        """C, the term of each query's place: (H',N,R), of static mixing at full rank (H',N,N); None where there is
+        none."""
+        return None if self.C is None else self.C * self.C_factor
+
+    def projector_as(self, x: Tensor) -> Tensor:
+        """W in x's precision."""
+        assert self.W is not None
+        return (self.W * self.W_factor).to(x.dtype)
+
+    def places_as(self, x: Tensor) -> Tensor:
+        """C in x's precision."""
+        assert self.C is not None
+        return (self.C * self.C_factor).to(x.dtype)
+
+    @torch.no_grad()
+    def write(self, name: str, value: Tensor) -> None:
+        """Make the map "W" or "C" what is given, factor included."""
+        getattr(self, name).copy_(value / getattr(self, f"{name}_factor"))
+
+    @torch.no_grad()
+    def set_factor(self, name: str, factor: float) -> None:
+        """Take another factor for "W" or "C" and leave the map what it is."""
+        old: Tensor = getattr(self, f"{name}_factor")
+        getattr(self, name).mul_(old / factor)
+        old.fill_(factor)
+
+    def factored(self) -> dict[str, tuple[str, ...]]:
+        """The parameter that each buffer of a factor multiplies, by name; the layers have their own."""
+        return {f"{name}_factor": (name,) for name in ("W", "C") if getattr(self, name) is not None}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        add_factors(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def edges(self, x: Tensor, layer: int = 0) -> Tensor:
+        """φ_pq(x), the value of every edge function: x (...,) -> (...,H',P,Q), in x's precision.
+
+        By the definition and independent of the fast path: the way to read, plot and check what was learned.
+        `layer` is 0, or 1 for Φ₂ in order PhiPhi.
+        """
+        if not self.layers:
+            raise ValueError("static mixing is blind to the scores: it has no edge functions")
+        if not 0 <= layer < len(self.layers):
+            raise ValueError(f"layer must be 0 to {len(self.layers) - 1} in order {self.config.order}, got {layer}")
+        return self.edge_layers[layer].edges(x)
+
+    def forward(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        """σ(scores): (B,H,M,N) -> (B,H,M,N), in the scores' precision.
+
+        `mask` is boolean, broadcastable to (B,H,M,N), True = may attend: a pair that may not adds exactly zero to
+        the operator's sums and has exactly zero weight in σ.
+
+        Raises ValueError for a number of heads or keys, or of queries where they have places of their own, that isn't
+        the operator's.
+        """
+        self._check(*scores.shape[1:])
+        mask = _four_axes(mask)
+        dtype = torch.promote_types(scores.dtype, torch.float32)
+        values = scores.to(dtype)
+        if not self.softmax_heads:
+            return self._sigma_of_scores(values, mask).to(scores.dtype)
+        some, others = _places(self.karat_heads), _places(self.softmax_heads)
+        learned = self._sigma_of_scores(values[:, some], _heads(mask, some))
+        fixed = safe_softmax(values[:, others], _heads(mask, others))
+        return self._in_order(learned, fixed).to(scores.dtype)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+    ) -> Tensor:
+        """σ(scale · q kᵀ + bias) v: (B,H,M,D), (B,H,N,D), (B,H,N,D) -> (B,H,M,D).
+
+        Nothing of size M·N is kept wherever SPEC §8 allows it. σ is formed, and kept for the backward pass, with
+        `dropout_p` > 0, with simplex="row", for bases that aren't linear in their parameters in every order but W∘Φ,
+        in order Pointwise below 1024 keys, and with a mask of pairs: at full rank and in order Pointwise always,
+        elsewhere unless its rows are of at most four kinds and N > 128 (always under torch.compile). What the edge
+        functions see is formed and kept as well with input="probabilities", and in order PhiW with a mask of pairs.
+
+        Args:
+            scale: factor of q·k; None means 1/√D.
+            bias: added to the scores, broadcastable to (B,H,M,N).
+            mask: boolean, broadcastable to (B,H,M,N), True = may attend; see `forward`.
+            dropout_p: probability of dropping an entry of σ.
+
+        Raises:
+            ValueError: a number of heads or keys, or of queries where they have places of their own, that isn't the
+                operator's.
+        """
+        self._check(q.shape[1], q.shape[2], k.shape[2])
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        bias, mask = _four_axes(bias), _four_axes(mask)
+        if not self.softmax_heads:
+            return self._attend(q, k, v, factor, bias, mask, dropout_p)
+        parts = []
+        for heads, attend in ((self.karat_heads, self._attend), (self.softmax_heads, softmax_attention)):
+            places = _places(heads)
+            some = _heads(bias, places), _heads(mask, places)
+            out = attend(q[:, places], k[:, places], v[:, places], factor, *some, dropout_p)
+            parts.append(out.transpose(1, 2))  # (B,M,·,D): as the model joins its heads
+        return self._in_order(parts[0], parts[1], dim=2).transpose(1, 2)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        dropout_p: float,
+    ) -> Tensor:
+        given = Products(q, k, scale, bias)
+        if dropout_p > 0:
+            hidden = self.order.hidden(self, self._seen(given, mask), mask)
+            sigma = self._finished(self.order.sigma(self, hidden), mask)
+            if self.config.residual:
+                sigma = safe_softmax(given.scores(), mask) + self._gated(sigma)
+            return F.dropout(sigma, dropout_p) @ v
+        if not self.config.residual:
+            return self._operator_attend(given, v, mask)
+        if not self._shares_scores:
+            out = self._operator_attend(given, v, mask)
+            return softmax_attention(q, k, v, scale, bias, mask) + self._gated(out)
+        both = BesideSoftmax(v, self.config.score_gradient)  # one pass over the scores for both parts (SPEC §10)
+        out = self._operator_attend(given, v, mask, both)
+        return both.attended + self._gated(out)
+
+    def _operator_attend(
+        self, given: Products, v: Tensor, mask: Tensor | None, sums: SumsOverKeys = basis_attention
+    ) -> Tensor:
+        """The operator's part, without softmax and gate; its first layer sums by `sums`."""
+        order = self.order
+        # Beside softmax in one pass the scores are seen as they are, and their gradient is scaled there.
+        seen = given if isinstance(sums, BesideSoftmax) else self._seen(given, mask)
+        if self.config.simplex != "row" and (mask is None or mask.shape[2] == 1):  # a mask of keys
+            kept = v if mask is None else torch.where(mask.transpose(-2, -1), v, 0)
+            return order.attend(self, seen, kept, mask, sums)
+        hidden = order.hidden(self, seen, mask, sums)
+        if self.config.simplex != "row" and not order.gives_sigma and mask is not None:
+            patterns = row_patterns(mask)
+            if patterns is not None:  # O_k = hidden_k · (what v becomes under k's kind of mask), kind by kind
+                rows = [
+                    torch.where(member, order.apply(self, hidden, torch.where(keys, v, 0)), 0)
+                    for member, keys in patterns
+                ]
+                return torch.stack(rows).sum(0)
+        return self._finished(order.sigma(self, hidden), mask) @ v
+
+    def _sigma_of_scores(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        seen = scale_gradient(scores, self.config.score_gradient)
+        if self.config.input == "probabilities":
+            seen = relative_probabilities(seen, mask)
+        sigma = self._finished(self.order.sigma(self, self.order.hidden_of_scores(self, seen, mask)), mask)
+        return safe_softmax(scores, mask) + self._gated(sigma) if self.config.residual else sigma
+
+    def _seen(self, given: Products, mask: Tensor | None) -> Products:
+        """What the edge functions see, by the settings `input` and `score_gradient`."""
+        q, k = (scale_gradient(x, self.config.score_gradient) for x in (given.q, given.k))
+        bias = None if given.bias is None else scale_gradient(given.bias, self.config.score_gradient)
+        seen = Products(q, k, given.scale, bias)
+        return probabilities_as_products(seen, mask) if self.config.input == "probabilities" else seen
+
+    @property
+    def _shares_scores(self) -> bool:
+        """Whether one pass over the scores serves softmax and the operator's first layer."""
+        config = self.config
+        return self.order.streams_scores and config.input == "scores" and config.simplex != "row"
+
+    def _finished(self, sigma: Tensor, mask: Tensor | None) -> Tensor:
+        if self.config.simplex == "row":
+            return simplex_projection(sigma, mask)
+        return sigma if mask is None else torch.where(mask, sigma, 0)
+
+    def _gated(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return float(self.config.gate) * x
+        return self.gate.to(x.dtype)[:, None, None] * x
+
+    def _in_order(self, learned: Tensor, fixed: Tensor, dim: int = 1) -> Tensor:
+        """Heads that learn and heads that don't, each along axis `dim`, back in the order of the model's heads."""
+        parts = [(self.karat_heads, learned), (self.softmax_heads, fixed.to(learned.dtype))]
+        parts.sort(key=lambda part: part[0])
+        places = [head for heads, _ in parts for head in heads]
+        joined = torch.cat([part for _, part in parts], dim)
+        if places == sorted(places):
+            return joined
+        return joined[(slice(None),) * dim + ([places.index(head) for head in range(self.num_heads)],)]
+
+    def _check(self, heads: int, queries: int, keys: int) -> None:
+        if heads != self.num_heads:
+            raise ValueError(
+                f"the operator has {self.num_heads} heads, the input {heads}; build it with num_heads={heads}"
+            )
+        if keys != self.num_tokens:
+            raise ValueError(
+                f"the operator was made for {self.num_tokens} tokens and got {keys}; carry the model to the new "
+                "token grid with karat.resample_tokens(model, img_size=...), or build the operator with "
+                f"num_tokens={keys}"
+            )
+        if self.C is not None and queries != keys:
+            setting = "static mixing" if self.config.is_static else f"position={self.config.position!r}"
+            raise ValueError(
+                f"{setting} learns the place of each query among {keys} tokens and got {queries} queries: it serves "
+                "self-attention over all tokens alone"
+            )
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, num_tokens={self.num_tokens}, config={self.config}"
+
+
+def karat_operators(model: nn.Module) -> dict[str, KArAtOperator]:
+    """The operators of a converted model by name, each once; one for all blocks if they share it."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, KArAtOperator)}
+
+
+def with_factors(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's weights by name, completed by factors of one where they were saved before there were any."""
+    found = dict(weights)
+    for prefix, module in _with_factors(model):
+        add_factors(module, found, prefix)
+    return found
+
+
+def without_loose_factors(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of some weights for a model without the factors whose parameters aren't among them."""
+    found = dict(weights)
+    for prefix, module in _with_factors(model):
+        for buffer, parameters in module.factored().items():
+            if not all(prefix + name in weights for name in parameters):
+                found.pop(prefix + buffer, None)
+    return found
+
+
+def _with_factors(model: nn.Module) -> list[tuple[str, EdgeLayer | KArAtOperator]]:
+    """Every module that has factors, by the prefix of its names in the model's state."""
+    return [
+        (f"{name}." if name else "", module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, EdgeLayer | KArAtOperator)
+    ]
+
+
+def _four_axes(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.dim() == 4 else x.reshape((1,) * (4 - x.dim()) + x.shape)
+
+
+def _places(heads: tuple[int, ...]) -> slice | tuple[int, ...]:
+    """An index of these heads: a slice, which copies nothing, if they are neighbours."""
+    return slice(heads[0], heads[-1] + 1) if heads and heads[-1] - heads[0] == len(heads) - 1 else heads
+
+
+def _heads(x: Tensor | None, heads: slice | tuple[int, ...]) -> Tensor | None:
+    return x if x is None or x.shape[1] == 1 else x[:, heads]

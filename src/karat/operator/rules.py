@@ -1,0 +1,209 @@
+"""The values that the settings of `KArAtConfig` may take, and which of them go together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from karat.basis import ACTIVATIONS
+from karat.ops import IMPLS
+
+if TYPE_CHECKING:
+    from karat.operator.config import KArAtConfig
+
+ORDERS = ("WPhi", "PhiW", "PhiPhi", "Pointwise")
+SHARINGS = ("blockwise", "universal")
+BASES_OF_SCORES = ("zero", *ACTIVATIONS)
+EDGE_SCALES = (False, True, "published")
+SIMPLEX = (None, "row", "rank")
+RESIDUALS = (None, "softmax")
+GATES = ("head", "block")
+INPUTS = ("scores", "probabilities")
+NORMALISATIONS = (None, "rms")
+POSITIONS = (None, "query", "gain")
+POSITION_BIASES = (None, "relative")
+BLOCKS = ("first", "last", "alternate")
+INITS = ("default", "paper")
+
+# Settings with a fixed list of values.
+CHOICES: dict[str, tuple[object, ...]] = {
+    "order": ORDERS,
+    "sharing": SHARINGS,
+    "base": BASES_OF_SCORES,
+    "edge_scales": EDGE_SCALES,
+    "simplex": SIMPLEX,
+    "residual": RESIDUALS,
+    "input": INPUTS,
+    "normalise": NORMALISATIONS,
+    "position": POSITIONS,
+    "position_bias": POSITION_BIASES,
+    "init": INITS,
+    "impl": IMPLS,
+}
+# What softmax has a use for, the second beside the first, and what only edges of the scores have.
+OF_SOFTMAX = ("basis", "position_bias", "blocks")
+OF_EDGES = ("base", "edge_scales", "order", "input", "normalise", "position", "score_gradient")
+
+
+def check(config: KArAtConfig) -> None:
+    """Raise ValueError with the first value that can't be, or can't be beside another."""
+    for name, known in CHOICES.items():
+        if (value := getattr(config, name)) not in known:
+            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(str, known))}")
+    _check_blocks(config.blocks)
+    _check_indices("softmax_heads", config.softmax_heads, count_allowed=True)
+    for name, least in (("init_scale", 0.0), ("score_gradient", 0.0)):
+        if not _is_number(value := getattr(config, name)) or value < least:
+            raise ValueError(f"{name} must be a number >= {least:g}, got {value!r}")
+    if config.gate not in GATES and not _is_number(config.gate):
+        raise ValueError(f"unknown gate {config.gate!r}; choose {', '.join(GATES)}, or a number for a fixed gate")
+    for rule in RULES:
+        complaint = rule(config)
+        if complaint is not None:
+            raise ValueError(complaint)
+
+
+def _set(config: KArAtConfig, names: tuple[str, ...]) -> str | None:
+    """The first of these settings that isn't as it is by default, as text."""
+    fields = type(config).__dataclass_fields__
+    found = (f"{name}={value}" for name in names if (value := getattr(config, name)) != fields[name].default)
+    return next(found, None)
+
+
+def _rank(config: KArAtConfig) -> str | None:
+    rank = config.rank
+    if rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1):
+        return None
+    return f"rank must be a whole number >= 1, or None for the full operator; got {rank!r}"
+
+
+def _full_rank(config: KArAtConfig) -> str | None:
+    if config.rank is not None:
+        return None
+    if config.order in ("PhiW", "PhiPhi"):
+        return f"rank=None, the full operator, has no W: use order='WPhi', not {config.order!r}"
+    if config.simplex == "rank":
+        return "simplex='rank' acts on the R numbers before W; the full operator has none: use 'row'"
+    return None
+
+
+def _pointwise(config: KArAtConfig) -> str | None:
+    if config.order != "Pointwise" or (config.rank is None) == (config.position != "query"):
+        return None
+    if config.rank is None:
+        return "position=query beside a function that all keys share is static mixing: give its rank"
+    return (
+        f"order='Pointwise' has one function a head and no rank: write rank=None, not {config.rank!r}, or add "
+        "position='query', static mixing of that rank"
+    )
+
+
+def _before_w(config: KArAtConfig) -> str | None:
+    if config.simplex == "rank" and config.order != "WPhi":
+        return f"simplex='rank' acts before W in order WPhi; order {config.order!r} takes simplex='row'"
+    if config.order == "Pointwise" and config.position == "query":
+        asked = _set(config, ("normalise",))  # places are added to the function's value
+    else:
+        asked = _set(config, ("normalise", "position"))
+    if asked and (config.order != "WPhi" or config.rank is None):
+        return f"{asked} acts on the R sums before W: it needs order='WPhi' and a rank, not None"
+    return None
+
+
+def _gate(config: KArAtConfig) -> str | None:
+    if config.gate == 0.0:
+        return "gate=0 silences the operator for good: gate='head' starts at zero and learns, softmax has no operator"
+    if config.gate == "head" or config.residual:
+        return None
+    return f"gate={config.gate} belongs beside softmax: add residual='softmax'"
+
+
+def _initial_size(config: KArAtConfig) -> str | None:
+    if config.init_scale == 1.0:
+        return None
+    if config.init_scale == 0.0 and config.residual and config.gate in GATES:
+        return (
+            f"init_scale=0 with gate={config.gate}, a learned gate that starts at zero: neither gets a gradient from "
+            "the other; fix the gate (gate=1), or leave init_scale at 1"
+        )
+    if config.simplex == "row":
+        return f"init_scale={config.init_scale:g}: simplex='row' gives rows of sum one whatever their size; use one"
+    edges_last = config.rank is None or config.order != "WPhi"
+    if config.has_edges and edges_last and config.edge_basis.parameters[0].name == "base" and not config.edge_scales:
+        return (
+            f"init_scale={config.init_scale:g}: the base activation enters the last map as it is; "
+            "edge_scales=True makes its size learnable"
+        )
+    return None
+
+
+def _softmax(config: KArAtConfig) -> str | None:
+    if not config.is_softmax:
+        return None
+    asked = _set(config, tuple(name for name in type(config).__dataclass_fields__ if name not in OF_SOFTMAX))
+    if asked:
+        return f"{asked} shapes an operator, and softmax has none; name a basis, e.g. g3b"
+    if config.blocks is not None and config.position_bias is None:
+        return (
+            f"blocks={config.blocks} says where something is learned, and softmax learns nothing: name a basis, e.g. "
+            "g3b, or add position_bias='relative'"
+        )
+    return None
+
+
+def _static(config: KArAtConfig) -> str | None:
+    if not config.is_static:
+        return None
+    if config.basis == "row" and config.rank is not None:
+        return f"a row that all queries share has no rank: write rank=None, not {config.rank!r}"
+    if config.simplex == "rank":
+        return "simplex='rank' acts on sums over the scores; static mixing is blind to them: use 'row'"
+    asked = _set(config, OF_EDGES)
+    return f"{asked} is about edge functions of the scores; static mixing has none" if asked else None
+
+
+def _position_bias(config: KArAtConfig) -> str | None:
+    """A bias of scores learns through softmax, or through an operator that sends the scores a gradient."""
+    if config.position_bias is None or config.is_softmax or config.residual or config.softmax_heads:
+        return None
+    reason = "static mixing is blind to the scores" if config.is_static else "score_gradient=0 holds its gradient back"
+    if config.is_static or config.score_gradient == 0.0:
+        return f"position_bias={config.position_bias} can't learn: {reason}; add residual='softmax' or softmax_heads"
+    return None
+
+
+RULES: tuple[Callable[[KArAtConfig], str | None], ...] = (
+    _softmax,
+    _static,
+    _rank,
+    _full_rank,
+    _pointwise,
+    _before_w,
+    _gate,
+    _initial_size,
+    _position_bias,
+)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_blocks(value: object) -> None:
+    if isinstance(value, str):
+        if value not in BLOCKS:
+            raise ValueError(f"unknown blocks {value!r}; choose {', '.join(BLOCKS)}, or indices such as (0, 2)")
+    elif value is not None:
+        _check_indices("blocks", value, count_allowed=False)
+
+
+def _check_indices(name: str, value: object, *, count_allowed: bool) -> None:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0 and count_allowed:
+        return
+    indices = value if isinstance(value, tuple) else None
+    if indices is None or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices):
+        counts = " or how many" if count_allowed else ""
+        raise ValueError(f"{name} must be indices such as (0, 2){counts}, none of them negative; got {value!r}")
+    if len(set(indices)) != len(indices):
+        raise ValueError(f"{name} names an index twice: {value!r}")

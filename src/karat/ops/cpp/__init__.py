@@ -1,0 +1,1 @@
+"""Basis attention on CPUs in C++."""

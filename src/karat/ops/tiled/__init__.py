@@ -1,0 +1,1 @@
+"""Basis attention in plain PyTorch, tile by tile."""

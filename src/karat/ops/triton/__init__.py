@@ -1,0 +1,1 @@
+"""Basis attention on GPUs in Triton."""

@@ -1,0 +1,94 @@
+"""Basis attention and joint attention in Triton kernels: what they serve, and the way to them.
+
+Triton itself is imported by the first call that is served, never by looking whether a call could be.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from karat.basis import Basis
+from karat.basis.activations import BasisWithBase, LinearBasisWithBase
+from karat.basis.bspline import BSpline
+from karat.ops.softmax_part import SoftmaxPart
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FAMILIES = ("fourier", "bspline", "rational", "mexican_hat", "morlet", "dog", "meyer", "shannon")
+LARGEST_HEAD = 128
+# The kernel writes a spline as a sum of truncated powers, whose terms cancel more and more with the order.
+LARGEST_ORDER = 7
+
+
+def split_base(basis: Basis) -> tuple[str, Basis]:
+    """The base activation ("zero" where there is none) and the family beside it."""
+    if isinstance(basis, BasisWithBase | LinearBasisWithBase):
+        return basis.activation, basis.inner
+    return "zero", basis
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unsupported(q: Tensor, u: Tensor, basis: Basis, v: Tensor | None = None) -> str | None:
+    """Why the kernels can't serve such a call, or None if they can."""
+    if q.device.type != "cuda" and not (q.device.type == "cpu" and _interpreted()):
+        return f"Triton kernels need a CUDA device, the inputs are on {q.device}"
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 wrongly"
+    if q.device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(q.device) < (8, 0)):
+        return "Triton kernels need an NVIDIA GPU of compute capability 8.0 or above"
+    if q.dtype not in DTYPES or u.dtype not in DTYPES:
+        return f"Triton kernels take float32, bfloat16 and float16, got {q.dtype} and {u.dtype}"
+    widest = max(q.shape[-1], 0 if v is None else v.shape[-1])
+    if widest > LARGEST_HEAD:
+        return f"Triton kernels take head dimensions up to {LARGEST_HEAD}, got {widest}"
+    family = split_base(basis)[1]
+    if family.name not in FAMILIES:
+        return f"Triton kernels know {', '.join(FAMILIES)}, not {family.name}"
+    if isinstance(family, BSpline) and family.order > LARGEST_ORDER:
+        return f"Triton kernels take splines up to order {LARGEST_ORDER}, got {family.order}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    u: Tensor,
+    basis: Basis,
+    scale: float,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    softmax: SoftmaxPart | None = None,
+) -> Tensor:
+    """out (B,H,M,E) in q's dtype; see `karat.basis_attention`."""
+    from karat.ops.triton import call as triton_call
+    from karat.ops.triton import launch as triton_launch
+
+    return triton_launch.forward(triton_call.Call(q, k, u, *split_base(basis), scale, bias, mask, softmax))
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    u: Tensor,
+    basis: Basis,
+    scale: float,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    needs: tuple[bool, bool, bool, bool],
+    softmax: SoftmaxPart | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients for q, k, u and bias (`needs` says which), given that of the output, `grad` (B,H,M,E)."""
+    from karat.ops.triton import call as triton_call
+    from karat.ops.triton import launch as triton_launch
+
+    call = triton_call.Call(q, k, u, *split_base(basis), scale, bias, mask, softmax)
+    return triton_launch.backward(call, grad, needs)

@@ -1,0 +1,157 @@
+"""Full-state checkpoints of a run: atomic, checked by digest, the last K kept and the best.
+
+A checkpoint is a folder `RUN/checkpoints/step-00000120` of model.safetensors, optimizer.safetensors, ema.safetensors
+(with EMA), state.json (position, counters, random states, history) and manifest.json (sizes and SHA-256). It is
+written under a hidden name and renamed when all of it is on disk.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from karat.operator.operator import with_factors
+from karat.runs import files
+
+FOLDER = "checkpoints"
+MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass
+class Checkpoint:
+    """Everything that a run needs to go on: named tensors, and `state`, which is plain JSON."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
+    state: dict[str, Any]
+
+
+def name_of(step: int) -> str:
+    """The folder of the checkpoint after `step` updates."""
+    return f"step-{step:08d}"
+
+
+def listed(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, whole or not."""
+    return sorted((run / FOLDER).glob("step-*"))
+
+
+def write(run: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write a checkpoint and drop those beyond the last `keep` and the best; OSError when the disk refuses."""
+    folder = run / FOLDER
+    target = folder / name_of(checkpoint.state["step"])
+    draft = folder / f".{target.name}.tmp"
+    try:
+        folder.mkdir(exist_ok=True)
+        for stale in folder.glob(".*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
+        draft.mkdir()
+        files.write_tensors(draft / MODEL, checkpoint.model)
+        files.write_tensors(draft / OPTIMIZER, checkpoint.optimizer)
+        if checkpoint.ema is not None:
+            files.write_tensors(draft / EMA, checkpoint.ema)
+        files.write_json(draft / STATE, checkpoint.state)
+        files.write_manifest(draft)
+        files.sync(draft)
+        if target.exists():  # the same step again: after a resume from an older one, bit-equal by construction
+            shutil.rmtree(target)
+        draft.rename(target)
+        files.sync(folder)
+        for later in [path for path in listed(run) if path.name > target.name]:
+            shutil.rmtree(later, ignore_errors=True)  # refused when the run resumed from before them
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        last = listed(run)
+        kept = f"{last[-1]} is whole" if last else "nothing was saved before"
+        raise OSError(
+            f"the checkpoint at step {checkpoint.state['step']} could not be saved ({error}); {kept}"
+        ) from error
+    prune(run, keep=keep, best=checkpoint.state.get("best", {}).get("checkpoint"))
+    return target
+
+
+def prune(run: Path, *, keep: int, best: str | None) -> None:
+    """Remove all but the last `keep` checkpoints and the one named `best`."""
+    for path in listed(run)[:-keep]:
+        if path.name != best:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def read(path: Path) -> Checkpoint:
+    """Read one checkpoint folder; ValueError names the first difference from its manifest."""
+    difference = files.first_difference(path)
+    if difference is not None:
+        raise ValueError(f"checkpoint {path.name} is refused: {difference}")
+    return Checkpoint(
+        model=files.read_tensors(path / MODEL),
+        optimizer=files.read_tensors(path / OPTIMIZER),
+        ema=files.read_tensors(path / EMA) if (path / EMA).exists() else None,
+        state=files.read_json(path / STATE),
+    )
+
+
+def newest(run: Path) -> tuple[Checkpoint, list[str]] | None:
+    """The newest whole checkpoint and what was wrong with those after it; None where a run has none yet.
+
+    Raises ValueError when there are checkpoints and none is whole.
+    """
+    refused: list[str] = []
+    for path in reversed(listed(run)):
+        try:
+            return read(path), refused
+        except ValueError as error:
+            refused.append(str(error))
+    if refused:
+        raise ValueError(f"no checkpoint of {run} is whole: {refused[0]}")
+    return None
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+    """The optimiser's state as tensors named `parameter/entry`. Raises ValueError for state that is no tensor."""
+    packed: dict[str, Tensor] = {}
+    for parameter, entries in optimizer.state.items():
+        for key, value in entries.items():
+            if not isinstance(value, Tensor):
+                kind = type(optimizer).__name__
+                raise ValueError(f"{kind} keeps {key!r} as {type(value).__name__}: it can't be saved as safetensors")
+            packed[f"{names[parameter]}/{key}"] = value  # type: ignore[index]  # the keys are parameters
+    return packed
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], packed: dict[str, Tensor]
+) -> None:
+    """Give an optimiser the state that `pack_optimizer` took; ValueError names the first entry that doesn't fit."""
+    parameters = {name: parameter for parameter, name in names.items()}
+    for full_name, value in packed.items():
+        name, key = full_name.rsplit("/", 1)
+        if name not in parameters:
+            raise ValueError(f"the optimiser's file has state for {name!r}, which the model does not have")
+        parameter = parameters[name]
+        if value.shape not in (parameter.shape, torch.Size([])):
+            shapes = f"{tuple(value.shape)} in the file, {tuple(parameter.shape)} in the model"
+            raise ValueError(f"the optimiser's {key!r} of {name!r} is {shapes}")
+        # torch keeps a step counter on the CPU, moments beside their parameter
+        device = torch.device("cpu") if value.ndim == 0 and key == "step" else parameter.device
+        optimizer.state[parameter][key] = value.to(device)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Load named weights exactly: same names, shapes and dtypes; ValueError names the first difference."""
+    own, weights = model.state_dict(), with_factors(model, weights)
+    for name, tensor in own.items():
+        if name not in weights:
+            raise ValueError(f"{source} has no {name!r}, which the model needs")
+        if weights[name].shape != tensor.shape:
+            shapes = f"{tuple(weights[name].shape)} there, {tuple(tensor.shape)} in the model"
+            raise ValueError(f"{source} does not fit: {name!r} is {shapes}")
+    extra = next((name for name in weights if name not in own), None)
+    if extra is not None:
+        raise ValueError(f"{source} has {extra!r}, which the model does not have")
+    model.load_state_dict(weights)

@@ -1,0 +1,160 @@
+"""Everything that a classifier's run is made of: what config.json holds and the command line offers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import tyro
+
+from karat.models.kan.peers import DEEP_KAN
+from karat.runs.recipes import RECIPES, Recipe, get_recipe
+from karat.runs.settings import AUTO, RunSettings, data_slug, first_change, slug
+
+__all__ = ["AUTO", "Settings", "first_change", "is_small", "preset_for", "resolve"]
+
+# What `--model auto` means for small images, and for the 8x8 digits: ViTs that train on two cores.
+SMALL_MODEL = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
+DIGITS_MODEL = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 3, "num_heads": 4}
+SMALL_DATA = ("digits", "torch/cifar10", "torch/cifar100", "torch/mnist", "torch/fashion_mnist", "torch/svhn")
+SMALL_SIDE = 64
+
+
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    """Train one model. A run is one folder: config.json, metrics.jsonl, weights as safetensors, checkpoints, events."""
+
+    task: ClassVar[str] = "classify"
+    command: ClassVar[str] = "karat train"
+    recipe_type: ClassVar[type[Recipe]] = Recipe
+
+    model: str = AUTO
+    """timm's name of a ViT, DeiT, ConViT or Swin; auto: a small ViT for small images, else vit_tiny_patch16_224."""
+    data: str = "digits"
+    """digits, torch/NAME, hfds/NAME, hfids/NAME, wds/SHARDS, or the path of an image or parquet folder."""
+    preset: Annotated[str, tyro.conf.arg(name="recipe")] = AUTO
+    """Training recipe: vit, convit, swin, finetune, quick, digits; auto: finetune with --init, digits for digits, quick
+    for other small images, else the model's own. Its values are the defaults of the options below."""
+    data_dir: str | None = None
+    """Where torch/NAME lies or is downloaded to; none: $KARAT_DATA or ~/.cache/karat."""
+    init: str | None = None
+    """Start from the weights of a RUN, a safetensors FILE or hub:NAME, with a new head where the classes differ."""
+    output: Path | None = None
+    """The run's folder; none: runs/DATA-MODEL-ATTENTION-sSEED."""
+    mlp: str = "mlp"
+    """MLP of the model: mlp (its own), kan, grkan, fourierkan, fastkan, or one with settings, "kan(grid=5,ratio=2)"."""
+    img_size: int | None = None
+    """Side of the input images in pixels; none: the model's own."""
+    patch_size: int | None = None
+    """Patch size of the model; none: the model's own."""
+    embed_dim: int | None = None
+    """Embedding width of the model; none: the model's own."""
+    depth: int | None = None
+    """Number of blocks of the model; none: the model's own."""
+    num_heads: int | None = None
+    """Number of heads of the model; none: the model's own."""
+    num_samples: int | None = None
+    """Training images of a stream that does not say how many it has."""
+    num_classes: int | None = None
+    """Number of classes; none: as many as the data has."""
+    teacher: str | None = None
+    """Use the attention of this trained RUN in every block, frozen, and learn the rest (karat transfer)."""
+    channels_last: bool = False
+    """Keep images in channels-last memory format."""
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=lambda: RECIPES["digits"])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.img_size is not None and self.patch_size is not None and self.patch_size > self.img_size:
+            raise ValueError(f"patch_size={self.patch_size} is larger than the images, img_size={self.img_size}")
+        if self.teacher is not None and self.attention != "softmax":
+            raise ValueError(
+                f"attention={self.attention!r}: a student uses its teacher's attention; leave --attention out"
+            )
+
+    @classmethod
+    def make(cls, **values: Any) -> Settings:
+        """Settings from values of either kind: `recipe` names a preset, and its values may stand beside the others.
+
+        >>> Settings.make(data="torch/cifar10", attention="g3b", epochs=5).recipe.epochs
+        5
+        """
+        own = {f.name for f in fields(cls)}
+        preset = values.pop("recipe", AUTO)
+        mine = {name: value for name, value in values.items() if name in own}
+        base = cls(**mine, preset=preset)
+        recipe = get_recipe(preset_for(preset, base.data, base.model, base.init))
+        return resolve(replace(base, recipe=recipe.override(**{k: v for k, v in values.items() if k not in own})))
+
+    @property
+    def label(self) -> str:
+        """What sets the run apart among others on the same data: attention, with MLP, or a deep KAN's name."""
+        if self.model.partition("(")[0] == DEEP_KAN:
+            return self.model
+        return self.attention if self.mlp == "mlp" else f"{self.attention}/{self.mlp}"
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """The arguments of the model's constructor that are set."""
+        names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+        sizes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return sizes if self.mlp == "mlp" else sizes | {"mlp": self.mlp}
+
+    def resolved(self) -> Settings:
+        """As RunSettings.resolved."""
+        return resolve(self)
+
+    def folder_name(self) -> str:
+        """DATA-MODEL-ATTENTION-sSEED, with the MLP behind the attention where it isn't the model's own.
+
+        A student's attention is `from-TEACHER`.
+        """
+        attention = self.attention if self.teacher is None else f"from-{Path(self.teacher).resolve().name}"
+        parts = [data_slug(self.data), slug(self.model), slug(attention)]
+        parts += [] if self.mlp == "mlp" else [slug(self.mlp)]
+        return "-".join([*parts, f"s{self.seed}"])
+
+
+def is_small(data: str) -> bool:
+    """Whether a data spec means small images: by its name, or by the first image of a folder that is there."""
+    path = Path(data).expanduser()
+    if data.startswith("torch/") or not path.is_dir():
+        return data.rstrip("/") in SMALL_DATA
+    from karat.data.augment import decode
+    from karat.data.splits import open_splits
+
+    part: Any = open_splits(data).train
+    try:
+        return max(decode(part[0].image, 3).size) <= SMALL_SIDE
+    except Exception:  # an unreadable first image is reported, or skipped, when the data is loaded
+        return False
+
+
+def preset_for(preset: str, data: str, model: str, init: str | None) -> str:
+    """The recipe's name that `auto` stands for."""
+    if preset != AUTO:
+        return preset
+    if init is not None:
+        return "finetune"
+    if data == "digits":
+        return "digits"
+    if is_small(data):
+        return "quick"
+    return next((name for name in ("convit", "swin") if model.startswith(name)), "vit")
+
+
+def resolve(settings: Settings) -> Settings:
+    """Settings with every `auto` replaced by what it stands for, so that config.json repeats the run."""
+    preset = preset_for(settings.preset, settings.data, settings.model, settings.init)
+    get_recipe(preset)  # an unknown name is refused here
+    values: dict[str, Any] = {"preset": preset}
+    if settings.model == AUTO:
+        values["model"] = "vit_tiny_patch16_224"
+        if is_small(settings.data):
+            small = DIGITS_MODEL if settings.data == "digits" else SMALL_MODEL
+            values |= {name: size for name, size in small.items() if getattr(settings, name) is None}
+    return replace(settings, **values)

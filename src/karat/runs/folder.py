@@ -1,0 +1,200 @@
+"""A run's folder: config.json, metrics.jsonl, weights, checkpoints; how it is named, opened and trusted."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+from torch import Tensor
+
+from karat.runs import checkpoint, files
+from karat.runs.classification import Settings
+from karat.runs.settings import RunSettings, data_slug, slug
+
+CONFIG, METRICS, SUMMARY, DIGESTS = "config.json", "metrics.jsonl", "summary.json", "weights.json"
+REPORT = "convert.json"  # of a converted run
+TRAJECTORY, TEACHER = "trajectory", "teacher"
+
+S = TypeVar("S", bound=RunSettings)
+
+
+def default_folder(settings: RunSettings) -> Path:
+    """Below runs, named as the settings say."""
+    return Path("runs") / settings.folder_name()
+
+
+def compare_folder(settings: RunSettings) -> Path:
+    """runs/compare-DATA-MODEL."""
+    return Path("runs") / f"compare-{data_slug(settings.data)}-{slug(settings.model)}"
+
+
+def choose_folder(settings: RunSettings, default: Path) -> Path:
+    """Where a run goes: --resume's or --output's folder, else `default`, with a number where that is taken.
+
+    With --resume auto the last one that is there is taken; with --overwrite the first. Raises ValueError when
+    --resume names no run, or --output holds a run and neither --resume nor --overwrite is given.
+    """
+    if settings.resume not in (None, "auto"):
+        folder = Path(str(settings.resume))
+        if not is_run(folder):
+            raise ValueError(f"--resume {folder}: no run is there (it has no {CONFIG})")
+        if settings.output is not None and settings.output != folder:
+            raise ValueError(f"--resume {folder} and --output {settings.output} differ: give one of them")
+        return folder
+    if settings.output is not None:
+        if is_run(settings.output) and settings.resume is None and not settings.overwrite:
+            raise ValueError(f"{settings.output} holds a run: --resume auto goes on with it, --overwrite begins again")
+        return settings.output
+    names = [default, *(default.with_name(f"{default.name}-{number}") for number in range(2, 10_000))]
+    if settings.overwrite:
+        return default
+    free = next(index for index, name in enumerate(names) if not name.exists())
+    return names[free - 1] if settings.resume == "auto" and free > 0 else names[free]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run."""
+    return (folder / CONFIG).is_file()
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    names = ("karat", "torch", "timm", "accelerate", "torchvision", "numpy")
+    return {name: metadata.version(name) for name in names} | {"python": platform.python_version()}
+
+
+def spare(folder: Path, *sources: str | Path | None) -> None:
+    """Raise ValueError where a new run in `folder` would remove what it starts from: that run, or a file in it."""
+    for source in sources:
+        if source is None:
+            continue
+        path, target = Path(source).expanduser().resolve(), folder.resolve()
+        if path == target or (target in path.parents and is_run(folder)):
+            raise ValueError(f"{source} is what this run starts from: give another --output than {folder}")
+
+
+def begin(folder: Path, settings: RunSettings, facts: dict[str, Any]) -> None:
+    """Make a run's folder, with its config; what another run left there is removed (`choose_folder` asked before)."""
+    if is_run(folder):
+        remove(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the run's folder {folder}: {error.strerror or error}") from error
+    files.write_json(
+        folder / CONFIG, {"task": settings.task, "settings": settings.as_dict(), "versions": versions(), **facts}
+    )
+
+
+def remove(folder: Path) -> None:
+    """Remove what a run wrote, and nothing else that lies in its folder."""
+    for name in (checkpoint.FOLDER, TRAJECTORY, TEACHER, "tensorboard", "predictions"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (
+        METRICS,
+        SUMMARY,
+        DIGESTS,
+        checkpoint.MODEL,
+        checkpoint.EMA,
+        "eval.json",
+        "detections.json",
+        REPORT,
+        CONFIG,
+    ):
+        (folder / name).unlink(missing_ok=True)
+
+
+def task_of(folder: Path) -> str:
+    """The task of a run, by its config.json; ValueError when it is no run's folder."""
+    if not is_run(folder):
+        raise ValueError(f"{folder} is no run's folder: it has no {CONFIG}")
+    config = files.read_json(folder / CONFIG)
+    return str(config.get("task", Settings.task)) if isinstance(config, dict) else Settings.task
+
+
+@overload
+def read_config(folder: Path) -> tuple[Settings, dict[str, Any]]: ...
+@overload
+def read_config(folder: Path, kind: type[S]) -> tuple[S, dict[str, Any]]: ...
+def read_config(folder: Path, kind: type[Any] = Settings) -> tuple[Any, dict[str, Any]]:
+    """A run's settings and the other facts of its config.json.
+
+    Raises ValueError when it is no run's folder, or a run of another kind of task.
+    """
+    if not is_run(folder):
+        raise ValueError(f"{folder} is no run's folder: it has no {CONFIG}")
+    config = files.read_json(folder / CONFIG)
+    if not isinstance(config, dict) or "settings" not in config:
+        raise ValueError(f"{folder / CONFIG} has no settings")
+    task = config.get("task", Settings.task)
+    if task != kind.task:
+        raise ValueError(f"{folder} is a run of the task {task!r}, and a run of `{kind.command}` is needed here")
+    facts = {key: value for key, value in config.items() if key not in ("settings", "task")}
+    try:
+        return kind.from_dict(config["settings"]), facts
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{folder / CONFIG} does not fit this version of karat: {error}") from None
+
+
+def write_history(folder: Path, history: list[dict[str, Any]]) -> None:
+    """metrics.jsonl: one line an epoch."""
+    files.write_text(folder / METRICS, "".join(json.dumps(line) + "\n" for line in history))
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, oldest first; ValueError names a malformed one."""
+    path = folder / METRICS
+    if not path.is_file():
+        return []
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
+    return lines
+
+
+def publish_weights(folder: Path, saved: Path) -> None:
+    """Put a checkpoint's weights at the top of the run. Their digests are noted first, so each file is vouched for."""
+    names = [name for name in (checkpoint.MODEL, checkpoint.EMA) if (saved / name).exists()]
+    known = files.read_json(folder / DIGESTS) if (folder / DIGESTS).exists() else {}
+    manifest = files.read_json(saved / files.MANIFEST)
+    # two digests a file: a run killed between the note and the copy has the older weights in place
+    noted = {name: [manifest[name]["sha256"], *known.get(name, [])[:1]] for name in names}
+    files.write_json(folder / DIGESTS, noted)
+    for name in names:
+        files.copy_file(saved / name, folder / name)
+
+
+def weights_path(folder: Path, which: str) -> Path:
+    """Where a run's weights lie: last, ema, or best (of the checkpoint with the highest top-1)."""
+    if which != "best":
+        return folder / (checkpoint.EMA if which == "ema" else checkpoint.MODEL)
+    if "converted_from" in files.read_json(folder / CONFIG):
+        raise ValueError(f"{folder} was converted, not trained: it has one set of weights, last")
+    summary = files.read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
+    name = summary.get("best", {}).get("checkpoint")
+    if name is None:
+        raise ValueError(f"{folder} has no best checkpoint yet: its first epoch is not finished")
+    return folder / checkpoint.FOLDER / str(name) / checkpoint.MODEL
+
+
+def read_weights(folder: Path, which: str = "last") -> dict[str, Tensor]:
+    """A run's weights, after their digest was checked; ValueError when they are missing, cut or tampered with."""
+    path = weights_path(folder, which)
+    if not path.is_file():
+        remedy = "it was trained without EMA" if which == "ema" else "its first epoch is not finished"
+        raise ValueError(f"{path} is not there: {remedy}")
+    if which == "best":
+        expected = [files.read_json(path.parent / files.MANIFEST)[path.name]["sha256"]]
+    else:
+        expected = files.read_json(folder / DIGESTS).get(path.name, [])
+    found = files.digest(path)
+    if found not in expected:
+        raise ValueError(f"{path} is refused: its SHA-256 is {found[:12]}…, the run noted {expected[0][:12]}…")
+    return files.read_tensors(path)

@@ -1,0 +1,228 @@
+"""Training recipes: every hyper-parameter of a run, under timm's names, with the source of each value.
+
+A recipe says how a model is trained and nothing about which model or which images. The presets `vit`,
+`convit` and `swin` are the published ones (arXiv 2503.10632, Tables 5, 9 and 10); `finetune`, `quick`
+and `digits` are ours.
+
+>>> RECIPES["vit"].scaled_lr(total_batch=1024)
+0.001
+>>> RECIPES["vit"].override(epochs=300, mixup=0.0).epochs
+300
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+
+from karat.runs.optimisation import Optimisation, require
+
+CROP_MODES = ("rrc", "rkrc", "rkrr", "pad")
+MIXUP_MODES = ("batch", "pair", "elem")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+ERASE_MODES = ("const", "rand", "pixel")
+_CHOICES = {
+    "train_crop_mode": CROP_MODES,
+    "train_interpolation": (*INTERPOLATIONS, "random"),
+    "interpolation": INTERPOLATIONS,
+    "remode": ERASE_MODES,
+    "mixup_mode": MIXUP_MODES,
+}
+_NOT_NEGATIVE = ("color_jitter", "aug_repeats", "mixup", "cutmix")
+
+
+@dataclass(frozen=True)
+class Recipe(Optimisation):
+    """Hyper-parameters of one classifier's training.
+
+    The optimiser's peak rate is `lr * total_batch / 512` (the published rule); what else concerns the optimiser is in
+    `Optimisation`.
+
+    Augmentation: `train_crop_mode` is timm's ("rrc": random resized crop by `scale` and `ratio`, "rkrc",
+    "rkrr") or "pad" (the image shifted by up to an eighth of its side over a zero border, the habit for
+    small images). As in timm, `color_jitter` acts only where `aa` is None. `mixup` and `cutmix` are the
+    alphas of their Beta distributions, 0 switches one off, `mixup_switch_prob` is the share of cutmix where
+    both are on.
+
+    Raises ValueError for a value outside its range.
+    """
+
+    # crop and flip
+    train_crop_mode: str = "rrc"
+    """rrc, rkrc, rkrr, or pad: shifted over a border."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Range of a random crop's share of the area."""
+    ratio: tuple[float, float] = (0.67, 1.5)
+    """Range of a random crop's aspect ratio."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    train_interpolation: str = "bicubic"
+    """Interpolation of training images: nearest, bilinear, bicubic, box, hamming, lanczos, or random (one of two)."""
+    interpolation: str = "bicubic"
+    """Interpolation of evaluation images, one of the same but random."""
+    crop_pct: float = 0.9
+    """Share of the side that the evaluation's centre crop keeps."""
+    # colour and erasing
+    color_jitter: float = 0.4
+    """Strength of colour jitter, where aa is none."""
+    aa: str | None = None
+    """timm's spec of RandAugment or AutoAugment; none: neither."""
+    reprob: float = 0.0
+    """Probability of random erasing."""
+    remode: str = "pixel"
+    """What is written over an erased part: const, rand or pixel."""
+    recount: int = 1
+    """Number of erased parts."""
+    aug_repeats: int = 0
+    """Repeats of an image in an epoch (repeated augmentation); 0: none."""
+    # mixing and targets
+    mixup: float = 0.0
+    """Alpha of mixup; 0: none."""
+    cutmix: float = 0.0
+    """Alpha of cutmix; 0: none."""
+    mixup_prob: float = 1.0
+    """Probability that a batch is mixed."""
+    mixup_switch_prob: float = 0.5
+    """Share of cutmix where both are on."""
+    mixup_mode: str = "batch"
+    """What shares one mixing ratio: batch, pair or elem."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("scale", "ratio"):  # lists arrive from JSON
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("hflip", "reprob", "mixup_prob", "mixup_switch_prob"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a probability lies in [0, 1]")
+        require(0 <= self.smoothing < 1, "smoothing", self.smoothing, "give a value in [0, 1)")
+        for name in _NOT_NEGATIVE:
+            require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+        for name in ("scale", "ratio"):
+            value = getattr(self, name)
+            ordered = len(value) == 2 and 0 < value[0] <= value[1]
+            require(ordered, name, value, "give (low, high), 0 < low <= high")
+        require(0 < self.crop_pct <= 1, "crop_pct", self.crop_pct, "give a value in (0, 1]")
+        require(self.scale[1] <= 1, "scale", self.scale, "a crop's area is at most 1")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            require(value in choices, name, value, f"one of {', '.join(choices)}")
+        if self.aa is not None:
+            _check_augmentation(self.aa)
+
+    def scaled_lr(self, total_batch: int) -> float:
+        """The peak rate lr * total_batch / 512; total_batch counts all processes and accumulated batches."""
+        return self.lr * total_batch / 512
+
+
+def _check_augmentation(spec: str) -> None:
+    """ValueError where timm can't read a spec of RandAugment, AugMix or AutoAugment."""
+    kinds = {"rand": rand_augment_transform, "augm": augment_and_mix_transform}  # as timm's create_transform tells them
+    try:
+        kinds.get(spec[:4], auto_augment_transform)(spec)
+    except (AssertionError, KeyError, ValueError) as error:
+        reason = (str(error).splitlines() or ["timm knows no such"])[0]
+        raise ValueError(f"recipe: aa={spec!r}: {reason}; e.g. rand-m9-mstd0.5-inc1, augmix-m3-w3 or v0") from None
+
+
+VIT = Recipe(
+    # arXiv 2503.10632, Table 5: ViT-Tiny/Small/Base at 224², from scratch, 100 epochs. Batch 128 is
+    # ImageNet-1K's; CIFAR uses 32. The paper names mixup and cutmix without alphas: 0.8 and 1.0 are DeiT's.
+    opt_eps=1e-6,
+    lr=5e-4,
+    weight_decay=0.05,
+    clip_grad=1.0,
+    epochs=100,
+    warmup_epochs=5,
+    warmup_lr=1e-6,
+    min_lr=1e-5,
+    batch_size=128,
+    model_ema_decay=0.99992,
+    scale=(0.08, 1.0),
+    ratio=(0.67, 1.5),
+    hflip=0.5,
+    crop_pct=0.9,
+    color_jitter=0.4,
+    aa="rand-m15-n2-mstd1.0-inc1",
+    mixup=0.8,
+    cutmix=1.0,
+    mixup_switch_prob=0.5,
+    mixup_mode="batch",
+    smoothing=0.1,
+)
+
+CONVIT = VIT.override(
+    # Table 9. Locality up to layer 10 and locality strength 1 are in timm's convit_tiny as it stands.
+    opt_eps=1e-8,
+    aa="rand-m9-mstd0.5-inc1",
+    model_ema_decay=None,
+)
+
+SWIN = VIT.override(
+    # Table 10. Window 7 belongs to the model: timm's swin_tiny_patch4_window7_224 has it.
+    opt_eps=1e-8,
+    aa="rand-m9-mstd0.5-inc1",
+    color_jitter=0.3,
+    model_ema_decay=None,
+)
+
+FINETUNE = VIT.override(
+    # Ours: the paper fine-tunes (Table 2) without giving settings. DeiT's augmentation and regularisation
+    # (arXiv 2012.12877, Table 9), AdamW at a fifth of the rate from scratch so that the weights taken over
+    # keep what they know; an operator that starts fresh has nothing to keep and learns at the whole of it.
+    lr=1e-4,
+    opt_eps=1e-8,
+    operator_lr_scale=5.0,
+    epochs=30,
+    warmup_epochs=3,
+    min_lr=1e-6,
+    batch_size=64,
+    model_ema_decay=None,
+    ratio=(3 / 4, 4 / 3),
+    aa="rand-m9-mstd0.5-inc1",
+    reprob=0.25,
+    drop_path=0.1,
+)
+
+QUICK = Recipe(
+    # Ours: small images (digits, CIFAR at 32²) and small models in minutes. Light augmentation, so that all
+    # images stay decoded in memory and a batch is cropped and mirrored at once; a high rate for small models.
+    lr=4e-3,
+    opt_betas=(0.9, 0.99),
+    weight_decay=0.05,
+    clip_grad=1.0,
+    epochs=20,
+    warmup_epochs=2,
+    warmup_lr=1e-6,
+    min_lr=1e-5,
+    batch_size=128,
+    train_crop_mode="pad",
+    crop_pct=1.0,
+    hflip=0.5,
+    color_jitter=0.0,
+    smoothing=0.1,
+)
+
+DIGITS = QUICK.override(
+    # Ours: scikit-learn's 1,438 training digits. So few images give few updates an epoch: small batches, many epochs.
+    lr=2e-2,
+    batch_size=32,
+    epochs=30,
+)
+
+RECIPES: dict[str, Recipe] = {
+    "vit": VIT,
+    "convit": CONVIT,
+    "swin": SWIN,
+    "finetune": FINETUNE,
+    "quick": QUICK,
+    "digits": DIGITS,
+}
+
+
+def get_recipe(name: str) -> Recipe:
+    """The preset of that name. Raises ValueError for an unknown one."""
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; the presets are {', '.join(RECIPES)}")
+    return RECIPES[name]

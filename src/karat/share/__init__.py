@@ -1,0 +1,1 @@
+"""Models that leave: saved and shared, asked, exported, in transformers."""

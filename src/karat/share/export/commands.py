@@ -1,0 +1,79 @@
+"""`karat export`: options, and what is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+
+from karat.errors import parse
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a model as one file that runs without karat, for any batch size, and check its logits against PyTorch."""
+
+    model: tyro.conf.Positional[str]
+    """A run's folder, a saved model's folder, or a name on the Hugging Face Hub."""
+    format: Literal["onnx", "pt2"] = "onnx"
+    """onnx, for onnxruntime and others; pt2, for torch.export.load."""
+    output: Path | None = None
+    """The file to write; none: model.onnx or model.pt2 in the model's folder, or here for a name on the Hub."""
+    weights: Literal["last", "best", "ema"] = "last"
+    """For a run: weights of the last epoch, of the epoch with the highest top-1, or averaged ones."""
+    opset: int = 23
+    """With onnx: version of ONNX's operators, 18 to 25."""
+    tolerance: float = 1e-4
+    """Largest difference of the logits from PyTorch's."""
+    overwrite: bool = False
+    """Replace a file that is there already."""
+
+
+def export(arguments: Sequence[str]) -> None:
+    """karat export."""
+    parsed = parse(lambda: tyro.cli(Export, args=arguments, prog="karat export"), "karat export")
+    if not parsed.tolerance > 0:
+        raise ValueError(f"--tolerance {parsed.tolerance} must be above 0")
+    from karat.share.hub.runs import open_model
+
+    folder = Path(parsed.model)
+    path = parsed.output or (folder if folder.is_dir() else Path()) / f"model.{parsed.format}"
+    if path.exists() and not parsed.overwrite:
+        raise ValueError(f"{path} is there already: give another --output, or --overwrite")
+    model = open_model(parsed.model, parsed.weights)
+    config = model.config
+    shape = (config.in_chans, *config.sides)
+    metadata = {
+        "model": config.model,
+        "attention": config.attention,
+        "mlp": config.mlp,
+        "class_names": config.class_names,
+        "mean": config.mean,
+        "std": config.std,
+        "crop_pct": config.crop_pct,
+        "interpolation": config.interpolation,
+    }
+    difference = _writer(parsed)(model.backbone, path, shape, metadata=metadata, tolerance=parsed.tolerance)
+    Console().print(
+        f"saved: {path} ({path.stat().st_size / 2**20:.1f} MiB), images (batch, {', '.join(map(str, shape))})\n"
+        f"checked with 1 and 3 images: logits differ from PyTorch's by at most {difference:.1e}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _writer(parsed: Export) -> Callable[..., float]:
+    if parsed.format == "pt2":
+        from karat.share.export.pt2 import export_pt2
+
+        return export_pt2
+    from karat.share.export.onnx import export_onnx
+
+    def with_opset(*arguments: Any, **options: Any) -> float:
+        return export_onnx(*arguments, opset=parsed.opset, **options)
+
+    return with_opset

@@ -1,0 +1,150 @@
+"""What config.json of a saved model says: how to build it, how it wants its images, what its classes are called."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from karat.data.augment import statistics
+from karat.models.kan.mlp import parse_mlp
+from karat.operator.config import KArAtConfig
+
+FORMAT = 1
+OWN_MLP = "mlp"
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything but the weights that a saved model is made of.
+
+    Args:
+        model: a name for `karat.create_model`.
+        attention: the attention's short name; which implementation runs it is no part of a model.
+        mlp: "mlp" (the model's own), "kan", "grkan", ... as in `karat.create_model`.
+        num_classes, in_chans: of the classifier and of its images.
+        img_size: side of the images, or (height, width), in pixels.
+        model_args: further arguments of the model's constructor, plain values: patch_size, embed_dim, ...
+        class_names: one name a class, in the order of the logits; empty where there are none.
+        mean, std: per channel, of pixels in [0, 1]: what images are normalised with; empty: ImageNet's for colour,
+            0.5 for grey.
+        crop_pct, interpolation: an image is resized to img_size / crop_pct, and its centre is cut out.
+        training: plain facts about where the weights are from, for the model card.
+
+    Raises:
+        ValueError: a value that can't be, naming it.
+
+    >>> ModelConfig("vit_tiny_patch16_224", "g3b", class_names=("cat", "dog"), num_classes=2).mean
+    (0.485, 0.456, 0.406)
+    """
+
+    model: str
+    attention: str = "softmax"
+    mlp: str = OWN_MLP
+    num_classes: int = 1000
+    in_chans: int = 3
+    img_size: int | tuple[int, int] = 224
+    model_args: dict[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    crop_pct: float = 1.0
+    interpolation: str = "bicubic"
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                wanted = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        for name, default in zip(("mean", "std"), statistics(self.in_chans), strict=True):
+            values = tuple(float(number) for number in getattr(self, name)) or default
+            if len(values) != self.in_chans:
+                raise ValueError(f"{name} has {len(values)} numbers for {self.in_chans} channels: {values}")
+            object.__setattr__(self, name, values)
+        object.__setattr__(self, "class_names", tuple(map(str, self.class_names)))
+        # JSON has lists where constructors and comparisons want tuples
+        object.__setattr__(self, "img_size", _tuples(self.img_size))
+        object.__setattr__(self, "model_args", {name: _tuples(value) for name, value in self.model_args.items()})
+        self._check()
+        # impl says how it was run here; another machine chooses for itself
+        object.__setattr__(self, "attention", str(replace(KArAtConfig.parse(self.attention), impl="auto")))
+
+    def _check(self) -> None:
+        sides = self.img_size if isinstance(self.img_size, tuple) else (self.img_size,)
+        if len(sides) not in (1, 2) or any(isinstance(side, bool) or not isinstance(side, int) for side in sides):
+            raise ValueError(f"img_size must be a side or (height, width) in whole pixels, got {self.img_size!r}")
+        for name, value in (("num_classes", self.num_classes), ("in_chans", self.in_chans), ("img_size", min(sides))):
+            if value < (0 if name == "num_classes" else 1):
+                raise ValueError(f"{name}={value!r} must be at least {0 if name == 'num_classes' else 1}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std={self.std} must be above 0")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct={self.crop_pct} must be in (0, 1]")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"unknown interpolation {self.interpolation!r}; one of {', '.join(INTERPOLATIONS)}")
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ValueError(f"{len(self.class_names)} class_names for {self.num_classes} classes")
+        if self.mlp != OWN_MLP:
+            parse_mlp(self.mlp)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `karat.create_model`."""
+        common = {"attention": self.attention, "num_classes": self.num_classes, "in_chans": self.in_chans}
+        return common | ({} if self.mlp == OWN_MLP else {"mlp": self.mlp}) | self.model_args
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` is the inverse."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, plain: Any, source: str = "the config") -> ModelConfig:
+        """The configuration that `as_dict` wrote down.
+
+        Raises ValueError naming the first entry that is missing, unknown or can't be; `source` says whose.
+        """
+        if not isinstance(plain, dict):
+            raise ValueError(f"{source} is no table of settings but {type(plain).__name__}")
+        if plain.get("format") != FORMAT:
+            found = f"format {plain['format']!r}" if "format" in plain else "no format"
+            raise ValueError(f"{source} has {found}: it is no saved model of this version of karat (format {FORMAT})")
+        values = {name: value for name, value in plain.items() if name != "format"}
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"{source} has {name!r}, which this version of karat does not know")
+        for name in known:
+            if name not in values:
+                raise ValueError(f"{source} has no {name!r}")
+        try:
+            return cls(**values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{source}: {error}") from None
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "model": (str,),
+    "attention": (str, KArAtConfig),
+    "mlp": (str,),
+    "num_classes": (int,),
+    "in_chans": (int,),
+    "img_size": (int, tuple, list),
+    "model_args": (dict,),
+    "class_names": (tuple, list),
+    "mean": (tuple, list),
+    "std": (tuple, list),
+    "crop_pct": (float, int),
+    "interpolation": (str,),
+    "training": (dict,),
+}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

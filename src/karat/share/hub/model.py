@@ -1,0 +1,208 @@
+"""A classifier that can be saved, shared and loaded by its folder or name alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelHubMixin
+from PIL import Image
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor, nn
+
+from karat.models.create import PREFIX, REGISTERED, create_model
+from karat.share.hub import card, storage
+from karat.share.hub.config import ModelConfig
+
+# Arguments that say where weights come from: they're for building a model once, a saved one brings its own.
+SOURCES = ("pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
+
+
+class KArAtModel(
+    nn.Module,
+    ModelHubMixin,
+    library_name="karat",
+    pipeline_tag="image-classification",
+    tags=["image-classification", "kolmogorov-arnold-attention"],
+    paper_url="https://arxiv.org/abs/2503.10632",
+):
+    """A model by `karat.create_model` together with its `ModelConfig`: images (B,C,H,W) -> logits (B,classes).
+
+    `backbone` is the model itself, for all that takes timm's models (`karat.resample_tokens(model.backbone, ...)`).
+    `save_pretrained(folder)` writes config.json, model.safetensors and a model card; `push_to_hub(name)` uploads
+    them; `KArAtModel.from_pretrained(folder or name)`, which is `karat.from_pretrained`, loads them.
+
+    Args:
+        config: what to build.
+        backbone: the model, where it exists already; it must be the one that `config` describes.
+
+    Raises:
+        ValueError: a backbone whose weights aren't those of the model that `config` describes.
+
+    >>> model = KArAtModel.create("vit_tiny_patch16_224", "g3b", class_names=("cat", "dog"), img_size=32, depth=2)
+    >>> model(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 2])
+    """
+
+    def __init__(self, config: ModelConfig, backbone: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = config
+        if backbone is None:
+            self.backbone = build(config)
+        else:
+            self.backbone = backbone
+            check_rebuilds(backbone, self.present_config())
+
+    @classmethod
+    def create(
+        cls,
+        model: str,
+        attention: str | None = None,
+        mlp: str | None = None,
+        *,
+        num_classes: int | None = None,
+        class_names: Sequence[str] = (),
+        in_chans: int = 3,
+        img_size: int | tuple[int, int] | None = None,
+        mean: Sequence[float] = (),
+        std: Sequence[float] = (),
+        crop_pct: float = 1.0,
+        interpolation: str = "bicubic",
+        **model_args: Any,
+    ) -> KArAtModel:
+        """A new model: arguments as `karat.create_model`'s, and those of `ModelConfig` about images and classes.
+
+        num_classes: None means one for each of class_names, or 1000 without names. img_size: None means the model's
+        own. pretrained=True starts from timm's weights, which the saved model then brings along.
+        """
+        from karat.runs.model import input_size
+
+        bare = model.split(".")[0]
+        if attention is None:
+            attention = REGISTERED.get(bare.removeprefix(PREFIX), "softmax") if bare.startswith(PREFIX) else "softmax"
+        config = ModelConfig(
+            model,
+            attention,
+            mlp or "mlp",
+            num_classes=num_classes or len(class_names) or 1000,
+            in_chans=in_chans,
+            img_size=img_size or input_size(model),
+            model_args={name: value for name, value in model_args.items() if name not in SOURCES}
+            | ({} if img_size is None else {"img_size": img_size}),
+            class_names=tuple(class_names),
+            mean=tuple(mean),
+            std=tuple(std),
+            crop_pct=crop_pct,
+            interpolation=interpolation,
+        )
+        sources = {name: value for name, value in model_args.items() if name in SOURCES}
+        return cls(config, build(config, **sources) if sources else None)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B,classes) of images (B,C,H,W), normalised as `config` says."""
+        logits: Tensor = self.backbone(images)
+        return logits
+
+    def predict(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
+        """Probabilities (images, classes) of image files or PIL pictures, fitted and normalised as `config` says.
+
+        Raises ValueError for a file that can't be read as an image.
+        """
+        from karat.share.hub import predict
+
+        return predict.probabilities(self, [predict.read(image, self.config) for image in images])
+
+    def present_config(self) -> ModelConfig:
+        """The configuration as the backbone now is: its image size and windows may have changed since it was built.
+
+        A Swin's windows are written down whether they're the model's own or not.
+        """
+        sides = tuple(getattr(getattr(self.backbone, "patch_embed", None), "img_size", None) or self.config.sides)
+        arguments = dict(self.config.model_args)
+        if isinstance(self.backbone, SwinTransformer):  # windows grow with the image, or were changed alone
+            stages: Any = self.backbone.layers
+            arguments["window_size"] = tuple(tuple(stage.blocks[0].window_size) for stage in stages)
+        if sides == self.config.sides:
+            if arguments == self.config.model_args:
+                return self.config
+            return dataclasses.replace(self.config, model_args=arguments)
+        side = sides[0] if sides[0] == sides[1] else sides
+        return dataclasses.replace(self.config, img_size=side, model_args=arguments | {"img_size": side})
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.config = self.present_config()
+        check_rebuilds(self.backbone, self.config)
+        storage.write(save_directory, self.config, self.backbone.state_dict())
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model to the Hub as "user/name"; options as huggingface_hub's `ModelHubMixin.push_to_hub`."""
+        self.config = dataclasses.replace(self.config, training=self.config.training | {"repo": repo_id})
+        return super().push_to_hub(repo_id, **options)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The model card: README.md of the saved folder."""
+        return card.model_card(
+            self.config, sum(p.numel() for p in self.backbone.parameters()), self._hub_mixin_info.model_card_data
+        )
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # takes more
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        map_location: str | torch.device = "cpu",
+    ) -> KArAtModel:
+        """A saved model, in evaluation mode, from its folder or its name on the Hub ("user/name").
+
+        Nothing but JSON and safetensors is read. The random state is left as it was.
+
+        Args:
+            map_location: the device to put it on. The others are huggingface_hub's.
+
+        Raises:
+            ValueError: no such folder or name, or a config or weights that are missing, damaged, of another version
+                or don't fit; the message names the first difference.
+        """
+        folder = storage.fetch(
+            pretrained_model_name_or_path,
+            force_download=force_download,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            revision=revision,
+        )
+        config, weights = storage.read(folder)
+        with torch.random.fork_rng(devices=()):
+            try:
+                model = cls(config)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{folder / storage.CONFIG} describes no model: {error}") from None
+        storage.load(model.backbone, weights, str(folder / storage.WEIGHTS))
+        return model.to(map_location).eval()
+
+
+def build(config: ModelConfig, **sources: Any) -> nn.Module:
+    """The model that a configuration describes, its weights drawn anew."""
+    return create_model(config.model, **config.arguments(), **sources)
+
+
+def check_rebuilds(backbone: nn.Module, config: ModelConfig) -> None:
+    """Raise ValueError unless `config` gives a model with the weights of this one, name by name, shape by shape."""
+    with torch.random.fork_rng(devices=()):
+        again = build(config).state_dict()
+    difference = storage.first_difference(again, backbone.state_dict())
+    if difference is not None:
+        raise ValueError(f"the config does not describe this model, which could not be loaded again: {difference}")
+
+
+def from_pretrained(name_or_folder: str | Path, **options: Any) -> KArAtModel:
+    """A saved model from its folder or its name on the Hub; see `KArAtModel.from_pretrained`."""
+    return KArAtModel.from_pretrained(name_or_folder, **options)

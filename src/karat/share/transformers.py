@@ -1,0 +1,157 @@
+"""Learnable attention in Hugging Face's ViT and DeiT: an implementation in transformers' registry of attentions.
+
+>>> from transformers import ViTConfig, ViTForImageClassification
+>>> config = ViTConfig(image_size=32, patch_size=8, hidden_size=24, num_hidden_layers=2, num_attention_heads=3)
+>>> model = karatize_hf(ViTForImageClassification(config), "g3b")
+>>> model(torch.zeros(1, 3, 32, 32)).logits.shape
+torch.Size([1, 2])
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch  # noqa: F401  for the example above
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+from transformers.models.deit.modeling_deit import DeiTAttention
+from transformers.models.vit.modeling_vit import ViTAttention
+
+from karat.models.attention import split_mask
+from karat.models.karatize import SHARED_NAME, NoWeightDecay, chosen_blocks
+from karat.operator.config import KArAtConfig
+from karat.operator.operator import KArAtOperator
+from karat.ops.masks import safe_softmax, softmax_attention
+
+NAME = "karat"
+SERVED = (ViTAttention, DeiTAttention)
+SETTING = "karat_attention"  # in the model's config.json
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def karat_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """σ(scaling · q kᵀ) v by `module.operator`, or by softmax in a block without one.
+
+    q, k, v (B,H,N,D) -> (B,N,H,D), and σ (B,H,N,N) where the configuration's `output_attentions` asks for it.
+    """
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    bias, mask = split_mask(attention_mask)
+    operator: KArAtOperator | None = getattr(module, "operator", None)
+    if operator is None:
+        out = softmax_attention(query, key, value, factor, bias, mask, dropout)
+    else:
+        out = operator.attend(query, key, value, scale=factor, bias=bias, mask=mask, dropout_p=dropout)
+    sigma = None
+    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        scores = query @ key.transpose(-2, -1) * factor
+        scores = scores if bias is None else scores + bias
+        sigma = safe_softmax(scores, mask) if operator is None else operator(scores, mask)
+    return out.transpose(1, 2).contiguous(), sigma
+
+
+AttentionInterface.register(NAME, karat_attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def karatize_hf(model: Model, config: KArAtConfig | str) -> Model:
+    """Put learnable operators into a transformers ViT or DeiT, with any head on top, in place.
+
+    Blockwise, the operators are `...attention.operator` of each layer; with sharing="universal" there is one,
+    `karat_operator`, on the model. `model.config.karat_attention` notes the setting, so that `model.save_pretrained`
+    keeps it and `from_pretrained` below finds it. The image size is the one in the model's configuration:
+    interpolate_pos_encoding at another is refused by the operators. "softmax" leaves the model as it is.
+
+    Args:
+        model: any transformers model around ViTAttention or DeiTAttention; all other weights stay.
+        config: a `KArAtConfig` or its short name; `blocks` indices count the layers.
+
+    Raises:
+        ValueError: a model without such attention, one that has operators already, blocks out of range, or
+            softmax_heads that leave no head.
+    """
+    config = KArAtConfig.parse(config)
+    places: list[Any] = [module for module in model.modules() if isinstance(module, SERVED)]
+    if not places:
+        raise ValueError(
+            f"{type(model).__name__} has no attention that karat knows; it knows transformers' ViT and DeiT"
+        )
+    if any(hasattr(place, "operator") for place in places):
+        raise ValueError(f"this {type(model).__name__} has learnable attention already; build a new model")
+    if config.position_bias is not None:
+        raise ValueError(f"position_bias={config.position_bias!r} is for timm's models: transformers' ViT takes none")
+    if config.is_softmax:
+        return model
+    chosen = chosen_blocks(config, range(len(places)), len(places))
+    tokens = _tokens(model)
+    operators: list[KArAtOperator] = []
+    shared = config.sharing == "universal"
+    for index in chosen:
+        heads, weight = int(places[index].num_attention_heads), places[index].q_proj.weight
+        new = operators[0] if shared and operators else KArAtOperator(heads, tokens, config)
+        operators.append(new.to(device=weight.device, dtype=weight.dtype).train(model.training))
+    if shared and operators:
+        model.add_module(SHARED_NAME, operators[0])
+    for index, operator in zip(chosen, operators, strict=True):
+        if shared:
+            places[index].__dict__["operator"] = operator  # registered once, on the model
+        else:
+            places[index].operator = operator
+    model.config.karat_attention = str(config)
+    model.set_attn_implementation(NAME)
+    model.no_weight_decay = NoWeightDecay(model)
+    return model
+
+
+def _tokens(model: PreTrainedModel) -> int:
+    """N: a position embedding for each token."""
+    for module in model.modules():
+        positions = getattr(module, "position_embeddings", None)
+        if isinstance(positions, nn.Parameter):
+            return int(positions.shape[1])
+    raise ValueError(f"{type(model).__name__} has no position embeddings to count its tokens by")
+
+
+def from_pretrained(kind: type[Model], name_or_folder: str | Path, **options: Any) -> Model:
+    """A model that `karatize_hf` converted and its own save_pretrained or push_to_hub saved, operators included.
+
+    Args:
+        kind: its class, such as ViTForImageClassification.
+        options: as `kind.from_pretrained` takes them.
+
+    Raises:
+        ValueError: no such model, a config without learnable attention, or weights that are missing or left over.
+    """
+    try:
+        config = kind.config_class.from_pretrained(name_or_folder)
+    except OSError as error:
+        raise ValueError(f"{name_or_folder} can't be read: {' '.join(str(error).split())}") from None
+    spec = getattr(config, SETTING, None)
+    if spec is None:
+        raise ValueError(f"{name_or_folder} has no {SETTING!r} in its config: load it with {kind.__name__} itself")
+
+    class Converted(kind):  # type: ignore[valid-type,misc]  # a base chosen at run time
+        """`kind`, with its operators from the start, so that transformers' loader fills them too."""
+
+        def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
+            super().__init__(config, *arguments, **keywords)
+            karatize_hf(self, str(spec))
+
+    Converted.__name__ = kind.__name__
+    loaded, report = Converted.from_pretrained(name_or_folder, config=config, output_loading_info=True, **options)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(map(str, report.get(what) or ()))
+        if names:
+            raise ValueError(f"{name_or_folder}: {what.replace('_', ' ')} {', '.join(names[:3])}")
+    loaded.__class__ = kind
+    return loaded

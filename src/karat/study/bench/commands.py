@@ -1,0 +1,290 @@
+"""`karat bench op|step|memory|scaling|throughput|cost`: options, and what is printed and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from karat.errors import parse
+from karat.operator.config import KArAtConfig
+from karat.study.bench import attention, memory, paper_way, step, throughput
+from karat.study.bench.attention import Shape
+from karat.study.bench.results import Rows
+from karat.study.bench.timing import Timing, against_softmax
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a benchmark runs and where its results go."""
+
+    device: str = "cpu"
+    """cpu or cuda"""
+    threads: int = 0
+    """CPU threads; 0 keeps torch's own choice"""
+    output: Path | None = None
+    """folder for the JSON and the figure; nothing is written without it"""
+
+    def prepare(self) -> None:
+        """Set the threads. Raises ValueError for values that can't be."""
+        if self.threads < 0:
+            raise ValueError(f"--threads must be >= 0, got {self.threads}")
+        if self.device not in ("cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
+            raise ValueError(f"--device {self.device} is not there; choose cpu{' or cuda' * torch.cuda.is_available()}")
+        if self.threads:
+            torch.set_num_threads(self.threads)
+
+    def keep(self, rows: Rows, name: str, draw: Callable[[Rows, Path], None]) -> None:
+        """Show the rows and, if there is a folder, write NAME.json and NAME.png there."""
+        rows.show()
+        if self.output is not None:
+            rows.save(self.output / f"{name}.json")
+            draw(rows, self.output / f"{name}.png")
+
+
+@dataclass(frozen=True)
+class Common(Place):
+    """Options of all benchmarks that are timed."""
+
+    rounds: int = 15
+    """counted rounds; the median is quoted"""
+
+    def prepare(self) -> None:
+        """Raises ValueError for values that can't be."""
+        if self.rounds < 1:
+            raise ValueError(f"--rounds must be >= 1, got {self.rounds}")
+        super().prepare()
+
+
+def _bars(value: str, *groups: str) -> Callable[[Rows, Path], None]:
+    return lambda rows, path: rows.bars(path, value, "way", groups)
+
+
+def _curves(rows: Rows, path: Path) -> None:
+    rows.draw(path, "value", "median ms", "way")
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"--dtype {name} is unknown; choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _timing_rows(head: dict[str, Any], timings: dict[str, Timing]) -> list[dict[str, Any]]:
+    ratios = against_softmax(timings)
+    return [
+        {**head, "way": way, "median ms": 1e3 * t.median, "least ms": 1e3 * t.least, "× softmax": ratios[way]}
+        for way, t in timings.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Op(Common):
+    """Attention alone: softmax eager and SDPA, the paper's way, and every implementation of ours."""
+
+    attention: tuple[str, ...] = ("g1b", "g3b", "g3b,residual=softmax", "g3b,residual=softmax")
+    """learnable attentions, by short name"""
+    heads: tuple[int, ...] = (12, 3, 3, 6)
+    """heads of each attention, in the same order"""
+    batch: int = 8
+    """images"""
+    tokens: int = 197
+    """tokens"""
+    head_dim: int = 64
+    """width of a head"""
+    dtype: str = "float32"
+    """float32 or bfloat16"""
+
+    def run(self) -> None:
+        if len(self.heads) != len(self.attention):
+            raise ValueError(
+                f"--heads and --attention must be equally many, got {len(self.heads)} and {len(self.attention)}"
+            )
+        rows = []
+        for name, heads in zip(self.attention, self.heads, strict=True):
+            shape = Shape(self.batch, heads, self.tokens, self.head_dim)
+            for backward in (False, True):
+                head = {"attention": name, "H": heads, "pass": "forward+backward" if backward else "forward"}
+                timings = attention.measure(
+                    shape, name, rounds=self.rounds, device=self.device, dtype=_dtype(self.dtype), backward=backward
+                )
+                rows += _timing_rows(head, timings)
+        title = f"attention alone, B={self.batch}, N={self.tokens}, D={self.head_dim}, {self.dtype}"
+        self.keep(Rows(title, rows), "op", _bars("median ms", "attention", "H", "pass"))
+
+
+def _models(names: Sequence[str], paper: bool = False) -> list[tuple[str, str, str]]:
+    unknown = [name for name in names if name not in step.PAIRS]
+    if unknown:
+        raise ValueError(f"unknown model {unknown[0]!r}; choose from {', '.join(step.PAIRS)}")
+    pairs = [(name, *step.PAIRS[name]) for name in names]
+    for name, _, short in pairs:
+        lacking = paper_way.missing(KArAtConfig.parse(short)) if paper else []
+        if lacking:
+            raise ValueError(
+                f"{name} can't be measured beside the paper's way, which has no {lacking[0]}; leave it out"
+            )
+    return pairs
+
+
+@dataclass(frozen=True)
+class Step(Common):
+    """A whole training step (AdamW) of ViT-Tiny+G3B, Small+G3B, Base+G1B against timm's two softmax paths."""
+
+    models: tuple[str, ...] = ("tiny", "small", "base")
+    """which of tiny, small, base, tiny-residual, small-residual"""
+    batch: int = 16
+    """images a step"""
+    bf16: bool = False
+    """bfloat16 autocast"""
+    paper: bool = False
+    """time the paper's way as well"""
+
+    def run(self) -> None:
+        rows = []
+        for size, name, short in _models(self.models, paper=self.paper):
+            amp = torch.bfloat16 if self.bf16 else None
+            timings = step.measure(
+                name, short, batch=self.batch, rounds=self.rounds, device=self.device, amp=amp, materialised=self.paper
+            )
+            rows += _timing_rows({"model": f"{size}+{short}"}, timings)
+        title = f"training step, 224², batch {self.batch}{', bfloat16 autocast' * self.bf16}"
+        self.keep(Rows(title, rows), "step", _bars("median ms", "model"))
+
+
+@dataclass(frozen=True)
+class Memory(Place):
+    """Peak memory of a training step, against SDPA and the paper's way.
+
+    On a CPU the process's, above the idle process; on a GPU the allocator's, in bfloat16 autocast.
+    """
+
+    models: tuple[str, ...] = ("tiny", "small", "base")
+    """which of tiny, small, base"""
+    batch: int = 16
+    """images a step"""
+
+    def run(self) -> None:
+        rows = []
+        for size, name, short in _models(self.models, paper=True):
+            peaks = {
+                way: memory.measure(name, short, way, batch=self.batch, device=self.device)
+                for way in ("softmax SDPA", "karat", "paper's way")
+            }
+            rows += [
+                {
+                    "model": f"{size}+{short}",
+                    "way": way,
+                    "model MiB": peak.model,
+                    "peak MiB": peak.step,
+                    "× SDPA": peak.step / peaks["softmax SDPA"].step,
+                    "× paper's way": peak.step / peaks["paper's way"].step,
+                }
+                for way, peak in peaks.items()
+            ]
+        title = f"peak memory of a training step above the idle process, 224², batch {self.batch}"
+        self.keep(Rows(title, rows), "memory", _bars("peak MiB", "model"))
+
+
+@dataclass(frozen=True)
+class Scaling(Common):
+    """Forward+backward of attention alone over N, G and R."""
+
+    tokens: tuple[int, ...] = (65, 197, 785, 3137)
+    """N, at G=3, R=12"""
+    grids: tuple[int, ...] = (1, 3, 5, 11)
+    """G, at N=197, R=12"""
+    ranks: tuple[int, ...] = (2, 4, 12, 24)
+    """R, at N=197, G=3"""
+    batch: int = 2
+    """images"""
+    heads: int = 3
+    """heads"""
+    dtype: str = "float32"
+    """float32 or bfloat16"""
+    most_materialised: int = 800
+    """the paper's way is left out above this many tokens: it needs M·N·(2+3G) numbers a head"""
+
+    def run(self) -> None:
+        points = [("N", N, N, 3, 12) for N in self.tokens]
+        points += [("G", G, 197, G, 12) for G in self.grids] + [("R", R, 197, 3, R) for R in self.ranks]
+        rows = []
+        for axis, value, N, G, R in points:
+            timings = attention.measure(
+                Shape(self.batch, self.heads, N),
+                f"g{G}b,rank={R}",
+                rounds=self.rounds,
+                device=self.device,
+                dtype=_dtype(self.dtype),
+                materialised=self.most_materialised >= N,
+            )
+            rows += _timing_rows({"axis": axis, "value": value}, timings)
+        for axis in ("N", "G", "R"):
+            some = [row for row in rows if row["axis"] == axis]
+            if some:
+                title = f"attention forward+backward over {axis}, B={self.batch}, H={self.heads}"
+                self.keep(Rows(title, some), f"scaling-{axis}", _curves)
+
+
+@dataclass(frozen=True)
+class Throughput(Common):
+    """Inference of whole models, images a second."""
+
+    models: tuple[str, ...] = ("tiny", "small", "base")
+    """which of tiny, small, base, tiny-residual, small-residual"""
+    batch: int = 16
+    """images a batch"""
+    bf16: bool = False
+    """bfloat16 autocast"""
+
+    def run(self) -> None:
+        rows = []
+        amp = torch.bfloat16 if self.bf16 else None
+        for size, name, short in _models(self.models):
+            timings = throughput.measure(name, short, batch=self.batch, rounds=self.rounds, device=self.device, amp=amp)
+            for row in _timing_rows({"model": f"{size}+{short}"}, timings):
+                rows.append({**row, "images/s": 1e3 * self.batch / row["median ms"]})
+        self.keep(Rows(f"inference, 224², batch {self.batch}", rows), "throughput", _bars("images/s", "model"))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters and multiply-adds of the paper's nine models, as run here, beside the published figures."""
+
+    output: Path | None = None
+    """folder for the JSON; nothing is written without it"""
+
+    def run(self) -> None:
+        from karat.analyze import cost
+
+        costs = cost.cost_table()
+        cost.print_cost_table(costs)
+        if self.output is not None:
+            Rows("cost at 224²", [asdict(row) for row in costs]).save(self.output / "cost.json")
+
+
+BENCHMARKS: dict[str, type[Any]] = {
+    "op": Op,
+    "step": Step,
+    "memory": Memory,
+    "scaling": Scaling,
+    "throughput": Throughput,
+    "cost": Cost,
+}
+
+
+def bench(arguments: Sequence[str]) -> None:
+    """`karat bench NAME [options]`."""
+    benchmark = parse(
+        lambda: tyro.extras.subcommand_cli_from_dict(dict(BENCHMARKS), prog="karat bench", args=list(arguments)),
+        "karat bench",
+    )
+    if isinstance(benchmark, Place):
+        benchmark.prepare()
+    benchmark.run()

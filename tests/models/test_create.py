@@ -1,0 +1,114 @@
+"""Models by name: parameter totals of the paper, registration with timm, arguments."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import karat
+from karat.models.create import REGISTERED, ModelArgumentsError
+from support.small_models import VIT
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+# size, attention, classes, added parameters (SPEC §2), published total in millions (paper Table 1)
+PUBLISHED = [
+    ("tiny", "softmax", 10, 0, "5.53"),
+    ("tiny", "g3b", 10, 765_936, "6.29"),
+    ("tiny", "g3u", 10, 63_828, "5.59"),
+    ("small", "softmax", 1000, 0, "22.05"),
+    ("small", "g3b", 1000, 1_531_872, "23.58"),
+    ("small", "g3u", 1000, 127_656, "22.18"),
+    ("base", "softmax", 10, 0, "85.81"),
+    ("base", "g1b", 10, 1_702_080, "87.51"),
+    ("base", "g1u", 10, 141_840, "85.95"),
+]
+
+
+@pytest.mark.parametrize(("size", "attention", "classes", "added", "total"), PUBLISHED)
+def test_parameters_as_published(size: str, attention: str, classes: int, added: int, total: str) -> None:
+    spec = attention if attention == "softmax" else f"{attention},edge_scales=published"
+    with torch.device("meta"):
+        model = karat.create_model(f"vit_{size}_patch16_224", spec, num_classes=classes)
+    assert sum(count(op) for op in karat.karat_operators(model).values()) == added
+    assert f"{count(model) / 1e6:.2f}" == total
+
+
+@pytest.mark.parametrize("base", REGISTERED)
+def test_registered_names(base: str) -> None:
+    assert f"karat_{base}" in timm.list_models("karat_*")
+    with torch.device("meta"):
+        model = timm.create_model(f"karat_{base}", num_classes=7)
+    operators = karat.karat_operators(model)
+    assert len(operators) == (
+        2
+        if base.startswith("convit")
+        else len(model.blocks)
+        if "vit" in base or "deit" in base
+        else sum(len(stage.blocks) for stage in model.layers)
+    )
+    assert {str(op.config) for op in operators.values()} == {REGISTERED[base]}
+    assert model.num_classes == 7
+
+
+def test_a_registered_name_takes_another_attention() -> None:
+    for create in (timm.create_model, karat.create_model):
+        model = create("karat_vit_tiny_patch16_224", attention="dog-u", **VIT)
+        assert str(model.karat_operator.config) == "dog-u"
+        assert not karat.karat_operators(create("karat_vit_tiny_patch16_224", attention="softmax", **VIT))
+    assert karat.karat_operators(karat.create_model("karat_vit_tiny_patch16_224", **VIT))
+
+
+def test_softmax_is_the_default() -> None:
+    assert not karat.karat_operators(karat.create_model("vit_tiny_patch16_224", **VIT))
+
+
+def test_a_configuration_object_is_taken_as_well() -> None:
+    config = karat.KArAtConfig(basis="fourier(grid=2)", rank=3)
+    model = karat.create_model("vit_tiny_patch16_224", config, **VIT)
+    assert model.blocks[0].attn.operator.config == config
+
+
+def test_small_images_with_small_patches() -> None:
+    model = karat.create_model(
+        "vit_tiny_patch16_224", attention="g3b", img_size=32, patch_size=4, embed_dim=96, depth=6, num_heads=3
+    )
+    assert {op.num_tokens for op in karat.karat_operators(model).values()} == {65}
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
+
+
+def test_bad_names() -> None:
+    with pytest.raises(ValueError, match="unknown model 'vit_tiny_patch16_223'; did you mean vit_tiny_patch16_224"):
+        karat.create_model("vit_tiny_patch16_223")
+    with pytest.raises(ValueError, match="can't read the attention"):
+        karat.create_model("vit_tiny_patch16_224", "g3x")
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("vit_tiny_patch16_224", {"embed_dim": 10, "num_heads": 3}),
+        ("karat_vit_tiny_patch16_224", {"embed_dim": 10, "num_heads": 3}),
+        ("vit_tiny_patch16_224.bogus", {}),
+        ("deep_kan(foo=5)", {}),
+        ("resnet18", {"img_size": 32}),
+    ],
+)
+def test_what_timm_refuses_is_one_line(name: str, sizes: dict[str, int]) -> None:
+    with pytest.raises(ModelArgumentsError, match="can't be built with") as caught:
+        karat.create_model(name, **sizes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failing_download_is_not_the_arguments_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("timm.create_model", offline)
+    with pytest.raises(RuntimeError, match="no network"):
+        karat.create_model("vit_tiny_patch16_224", pretrained=True)

@@ -1,0 +1,125 @@
+"""Files that are whole or absent, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from karat import runs
+from karat.runs import checkpoint, files
+from karat.runs.model import load_run
+from karat.train.engine import Trainer, train
+from support.training import tiny
+
+
+def some_checkpoint(step: int = 3) -> checkpoint.Checkpoint:
+    weights = {"w": torch.arange(6.0).reshape(2, 3)}
+    return checkpoint.Checkpoint(weights, {"w/exp_avg": torch.ones(2, 3)}, None, {"step": step, "best": {}})
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    path = checkpoint.write(tmp_path / "run", some_checkpoint(), keep=2)
+    again = checkpoint.read(path)
+    assert again.state == {"step": 3, "best": {}}
+    assert again.ema is None
+    torch.testing.assert_close(again.model["w"], torch.arange(6.0).reshape(2, 3), rtol=0, atol=0)
+    torch.testing.assert_close(again.optimizer["w/exp_avg"], torch.ones(2, 3), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE, files.MANIFEST])
+def test_every_torn_file_is_noticed(tmp_path: Path, name: str) -> None:
+    checkpoint.write(tmp_path, some_checkpoint(3), keep=2)
+    newest = checkpoint.write(tmp_path, some_checkpoint(4), keep=2)
+    data = (newest / name).read_bytes()
+    (newest / name).write_bytes(data[:-3])
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    saved, refused = found
+    assert saved.state["step"] == 3
+    assert name in refused[0]
+
+
+def test_missing_file_is_noticed(tmp_path: Path) -> None:
+    newest = checkpoint.write(tmp_path, some_checkpoint(), keep=2)
+    (newest / checkpoint.OPTIMIZER).unlink()
+    with pytest.raises(ValueError, match=r"optimizer\.safetensors is missing"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_run_resumed_from_before_drops_the_refused_checkpoints_after_it(tmp_path: Path) -> None:
+    for step in (3, 6, 9):
+        checkpoint.write(tmp_path, some_checkpoint(step), keep=5)
+    checkpoint.write(tmp_path, some_checkpoint(5), keep=5)
+    assert [path.name for path in checkpoint.listed(tmp_path)] == ["step-00000003", "step-00000005"]
+
+
+def test_full_disk_loses_nothing_that_was_saved(tmp_path: Path) -> None:
+    """A limit on file size stands for the full disk: the system refuses the same write with the same kind of error."""
+    trainer = Trainer(tiny(tmp_path / "run"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill() -> None:
+        if trainer.progress.epoch == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+
+    trainer.after_step = fill  # type: ignore[method-assign]
+    try:
+        with pytest.raises(OSError, match=r"could not be saved .*; .*step-\d+ is whole"):
+            trainer.fit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "run" / checkpoint.FOLDER).glob(".*"))
+    train(tiny(tmp_path / "run", resume="auto"))
+    train(tiny(tmp_path / "whole"))
+    left, right = load_run(tmp_path / "run"), load_run(tmp_path / "whole")
+    for a, b in zip(left.parameters(), right.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weights_that_do_not_fit_are_refused_by_the_first_difference() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    good = model.state_dict()
+    with pytest.raises(ValueError, match=r"no '0.bias'"):
+        checkpoint.load_weights(model, {"0.weight": good["0.weight"]}, "file")
+    with pytest.raises(ValueError, match=r"'0.weight' is \(3, 2\) there, \(2, 3\) in the model"):
+        checkpoint.load_weights(model, {**good, "0.weight": torch.zeros(3, 2)}, "file")
+    with pytest.raises(ValueError, match=r"has '1.weight'"):
+        checkpoint.load_weights(model, {**good, "1.weight": torch.zeros(1)}, "file")
+
+
+def test_tampered_weights_of_a_run_are_refused(tmp_path: Path) -> None:
+    train(tiny(tmp_path / "run", epochs=1))
+    assert load_run(tmp_path / "run").training is False
+    weights = files.read_tensors(tmp_path / "run" / checkpoint.MODEL)
+    name = next(iter(weights))
+    weights[name] = weights[name] + 1
+    files.replace_tensors(tmp_path / "run" / checkpoint.MODEL, weights)
+    with pytest.raises(ValueError, match=r"model\.safetensors is refused: its SHA-256"):
+        runs.read_weights(tmp_path / "run")
+
+
+def test_no_pickle_is_read(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(1)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        files.read_tensors(tmp_path / "weights.safetensors")
+
+
+def test_json_keeps_every_bit_of_a_float(tmp_path: Path) -> None:
+    values = [0.1 + 0.2, 1e-320, 1.7976931348623157e308]
+    files.write_json(tmp_path / "x.json", values)
+    assert files.read_json(tmp_path / "x.json") == values
+
+
+def test_config_with_an_unknown_setting_is_refused(tmp_path: Path) -> None:
+    train(tiny(tmp_path / "run", epochs=1))
+    config = json.loads((tmp_path / "run" / runs.CONFIG).read_text())
+    config["settings"]["warp"] = 9
+    (tmp_path / "run" / runs.CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="'warp'"):
+        runs.read_config(tmp_path / "run")

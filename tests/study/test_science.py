@@ -1,0 +1,244 @@
+"""docs/science.md says what the results beside it hold: its tables, cell by cell, and what it infers from them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from karat.study.statistics import difference
+from support.paths import ROOT
+
+RESULTS = ROOT / "docs" / "results" / "science"
+PAGE = (ROOT / "docs" / "science.md").read_text(encoding="utf-8").splitlines()
+SENTENCES = " ".join(line.strip() for line in PAGE)
+DIM_96 = ("study.json", "study-float32.json")
+OTHER_TABLES = ("timm's start", "Xavier's start", "sine-cosine positions")  # of rows that the first table leaves out
+# What the page calls a row, where that isn't its name.
+LABELS = {
+    "softmax, as long as static beside it": "softmax, five epochs",
+    "softmax, as long as G1B beside it": "softmax, six epochs",
+    "beside softmax: one row, times 30": "beside softmax: one row, gate fixed at 30, weights from zero",
+    "beside softmax: one row, at 30 times the rate": (
+        "beside softmax: one row, its weights at 30 times the learning rate"
+    ),
+    "first half: G3B": "first half of the blocks: G3B",
+    "instead of softmax: G3B, paper's initialisation": "instead of softmax: G3B, the paper's initialisation",
+    "softmax, widened": "softmax, widened to {dim}",
+    "sine-cosine positions: softmax": "softmax, sine-cosine positions",
+    "sine-cosine positions: beside softmax, static, rank 12": "beside softmax: static, rank 12, sine-cosine positions",
+    "sine-cosine positions: beside softmax, G1B, rank 24": "beside softmax: G1B, rank 24, sine-cosine positions",
+}
+STATIC, G1B, G3B = "beside softmax: static, rank 12", "beside softmax: G1B, rank 24", "beside softmax: G3B"
+
+
+@pytest.fixture(scope="module")
+def merge_studies() -> ModuleType:
+    name = "benchmark_merge_studies"
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / "merge_studies.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def table(beginning: str) -> list[list[str]]:
+    """The cells of the page's table whose first line begins so, without its heading."""
+    (start,) = [number for number, line in enumerate(PAGE) if line.startswith(beginning)]
+    rows = []
+    for line in PAGE[start + 2 :]:
+        if not line.startswith("|"):
+            return rows
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def runs_of(merge_studies: ModuleType, *names: str) -> dict[str, Any]:
+    return {row.name: row for row in merge_studies.merged([RESULTS / name for name in names], "softmax")}
+
+
+def label(name: str, dim: int) -> str:
+    return LABELS.get(name, name).format(dim=dim)
+
+
+def mean(row: Any) -> str:
+    return f"{row.top1.mean:.2f}" + ("" if row.top1.deviation is None else f" ± {row.top1.deviation:.2f}")
+
+
+def signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def pooled_deviation(rows: Iterable[Any]) -> float:
+    """Of a run about the mean of its row, over all rows with several runs."""
+    several = [row for row in rows if len(row.seeds) > 1]
+    squares = sum(row.top1.deviation**2 * (len(row.seeds) - 1) for row in several)
+    return (squares / sum(len(row.seeds) - 1 for row in several)) ** 0.5
+
+
+def counted(row: Any) -> str:
+    return f"{mean(row)} ({len(row.seeds)})"
+
+
+def curve(row: Any) -> list[str]:
+    """Top-1 after each epoch; the last one with its deviation."""
+    return [*(f"{value:.2f}" for value in row.curve[:-1]), mean(row)]
+
+
+def rows_of_the_first_table(merge_studies: ModuleType) -> dict[str, Any]:
+    """By the page's names."""
+    found = runs_of(merge_studies, *DIM_96).items()
+    return {label(name, 102): row for name, row in found if not name.startswith(OTHER_TABLES)}
+
+
+def last_of_the_trial(name: str) -> tuple[int, float]:
+    """How far the first trial trained the row, its last epoch counted from 0, and that trial's softmax there."""
+    return (2, 56.7) if "pointwise" in name else (3, 59.1)
+
+
+def test_the_table_of_dim_96(merge_studies: ModuleType) -> None:
+    expected = {}
+    for name, row in rows_of_the_first_table(merge_studies).items():
+        *first, fourth = curve(row)[:4]
+        later = curve(row)[4:]
+        fourth = f"{fourth}, then {', '.join(later)}" if later else fourth
+        expected[name] = [str(len(row.seeds)), *first, fourth, f"{row.parameters / 1e3:,.0f}"]
+    assert {name: cells for name, *cells in table("| variant | runs |")} == expected
+
+
+def test_the_first_trials_table(merge_studies: ModuleType) -> None:
+    rows = rows_of_the_first_table(merge_studies)
+    softmax, deviation = rows["softmax"], pooled_deviation(rows.values())
+    page = table("| variant | first trial |")
+    assert page[0] == ["softmax", "59.1", "–", mean(softmax), "–", "–"]
+    assert len(page) == 9
+    for name, there, gain_there, *here in page[1:]:
+        row = rows[name]
+        epoch, softmax_there = last_of_the_trial(name)
+        gains = float(there) - softmax_there, row.curve[epoch] - softmax.curve[epoch]
+        error = deviation * (2 + 1 / len(row.seeds) + 1 / len(softmax.seeds)) ** 0.5  # of four numbers, two single runs
+        assert gain_there == signed(gains[0]), name
+        top1 = f"{row.curve[epoch]:.2f}" if epoch == 2 else mean(row)
+        assert here == [top1, signed(gains[1]), f"{signed(gains[1] - gains[0])} ± {error:.1f}"], name
+
+
+def test_the_first_trial_taken_together(merge_studies: ModuleType) -> None:
+    rows = rows_of_the_first_table(merge_studies)
+    softmax, page = rows["softmax"], table("| variant | first trial |")[1:]
+    differences, counts = [], []
+    for name, there, *_ in page:
+        epoch, softmax_there = last_of_the_trial(name)
+        here = rows[name].curve[epoch] - softmax.curve[epoch]
+        differences.append(here - (float(there) - softmax_there))
+        counts.append(len(rows[name].seeds))
+    # In units of a run's variance: each row's own runs, and the two softmaxes that all rows share.
+    covariance = np.diag(1 + 1 / np.array(counts)) + 1 + 1 / len(softmax.seeds)
+    d, freedom = np.array(differences), sum(len(row.seeds) - 1 for row in rows.values())
+    deviation = pooled_deviation(rows.values())
+    f = d @ np.linalg.solve(covariance, d) / len(d) / deviation**2
+    p = stats.f.sf(f, len(d), freedom)
+    assert f"(F = {f:.1f} with {len(d)} and {freedom} degrees of freedom, p = {p:.2f})" in SENTENCES
+    errors = np.abs(d) / deviation / np.diag(covariance) ** 0.5
+    assert (errors < 2).sum() == 7
+    assert f"seven of the eight gains differ by less than two errors and one by {errors.max():.1f}" in SENTENCES
+
+
+def test_the_highest_operator_against_static_mixing(merge_studies: ModuleType) -> None:
+    rows = rows_of_the_first_table(merge_studies)
+    static, operator = rows["beside softmax: static, rank 36"], rows[f"{G1B}, and the query's place"]
+    several = [row for name, row in rows.items() if "G" in name and len(row.seeds) > 1]
+    assert max(several, key=lambda row: row.top1.mean) is operator
+    gap = difference(operator.top1, static.top1)
+    assert (
+        f"{mean(operator)}, {gap.difference:.1f} ± {gap.standard_error:.1f} points or {gap.deviations:.1f}" in SENTENCES
+    )
+    assert f"(± {pooled_deviation(rows.values()) * (2 / 3) ** 0.5:.1f} if runs scatter by the pooled" in SENTENCES
+    later = [
+        fmean(curve[-1] for seed, curve in zip(row.seeds, row.curves, strict=True) if seed)
+        for row in (operator, static)
+    ]
+    assert "the two end at {:.1f} and {:.1f}".format(*later) in SENTENCES
+    equal = difference(rows[G1B].top1, static.top1)
+    assert f"the two end {abs(equal.difference):.1f} ± {equal.standard_error:.1f} points apart" in SENTENCES
+
+
+def test_the_table_of_positions(merge_studies: ModuleType) -> None:
+    strong = ["sine-cosine positions: " + name for name in ("softmax", *(n.replace(":", ",") for n in (STATIC, G1B)))]
+    expected = []
+    for dim, name in ((96, "study-float32.json"), (192, "study-192.json")):
+        rows = runs_of(merge_studies, name)
+        for kind, names in (
+            ("timm's, deviation 0.02", ("softmax", STATIC, G1B)),
+            ("sines and cosines", strong),
+        ):
+            expected.append([str(dim), kind, *(counted(rows[n]) if n in rows else "–" for n in names)])
+    assert table("| dim | position embeddings |") == expected
+
+
+def test_the_table_of_starts(merge_studies: ModuleType) -> None:
+    rows = runs_of(merge_studies, *DIM_96)
+    columns = ("softmax", G3B, STATIC, "beside softmax: one row")
+    for start, *cells in table("| start |"):
+        for name, cell in zip(columns, cells, strict=True):
+            if start == "torch's" and name.endswith("one row"):
+                fast = rows["beside softmax: one row, at 30 times the rate"]
+                assert cell == f"{counted(rows[name])}, {mean(fast)} at 30 times the rate ({len(fast.seeds)})"
+                continue
+            row = rows.get(name if start == "torch's" else f"{start} start: {name.replace(':', ',')}")
+            assert cell == ("–" if row is None else counted(row)), (start, name)
+
+
+def test_the_table_of_larger_models(merge_studies: ModuleType) -> None:
+    expected = []
+    for dim in (192, 384):
+        for place, (name, row) in enumerate(runs_of(merge_studies, f"study-{dim}.json").items()):
+            cells = [*curve(row), *[""] * (5 - len(row.curve))]
+            expected.append(["" if place else str(dim), label(name, 198), str(len(row.seeds)), *cells])
+    assert sorted(table("| dim | variant |")) == sorted(expected)
+
+
+def test_the_table_of_measures() -> None:
+    rows = {row["name"]: row for row in json.loads((RESULTS / "study-float32.json").read_text())["rows"]}
+    digits = {"largest_eigenvalue": 0, "loss_rise": 3, "map_faithfulness": 3, "map_entropy": 3}
+    page = table("| variant | curvature |")
+    assert len(page) == 5
+    for name, *cells in page:
+        measures = {key: rows[name]["measures"][key] for key in digits}
+        assert cells == [
+            f"{m['mean']:.{n}f}" + ("" if m["deviation"] is None else f" ± {m['deviation']:.{n}f}")
+            for m, n in zip(measures.values(), digits.values(), strict=True)
+        ], name
+
+
+def test_seeds_of_several_files_are_one_row(tmp_path: Path, merge_studies: ModuleType) -> None:
+    def study(name: str, seeds: list[int], curves: list[list[float]], title: str = "a study", epochs: int = 2) -> Path:
+        row = {"name": "softmax", "attention": "softmax", "epochs": epochs, "seeds": seeds, "curves": curves}
+        empty = row | {"name": "waits", "seeds": [], "curves": []}
+        rows = [row | {"amp_dtype": "float32", "parameters": 5}, empty]
+        path = tmp_path / name
+        path.write_text(json.dumps({"title": title, "rows": rows}))
+        return path
+
+    first, second = study("a", [0, 1], [[1.0, 2.0], [2.0, 4.0]]), study("b", [2], [[3.0, 6.0]])
+    (row,) = merge_studies.merged([first, second], "softmax")
+    assert (row.seeds, row.curve) == ((0, 1, 2), (2.0, 4.0))
+    assert (row.top1.mean, row.top1.deviation, row.top1.count) == (4.0, 2.0, 3)
+    with pytest.raises(ValueError, match="has a seed twice"):
+        merge_studies.merged([first, first], "softmax")
+    with pytest.raises(ValueError, match="no run of 'waits'"):
+        merge_studies.merged([first], "waits")
+    with pytest.raises(ValueError, match="different studies"):
+        merge_studies.merged([first, study("c", [2], [[3.0, 6.0]], title="another")], "softmax")
+    with pytest.raises(ValueError, match="one row has one setting"):
+        merge_studies.merged([first, study("d", [2], [[3.0, 6.0, 7.0]], epochs=3)], "softmax")
