@@ -31,7 +31,8 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python docs/tables.py
+	$(BIN)/zensical build --strict --clean
 
 install: $(STAMP)
 
