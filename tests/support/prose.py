@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-# What is no prose: fenced code, comments, tables, headings, pictures, tags of HTML.
+# What is no prose: code in fences or set in, comments, tables, headings, pictures, tags of HTML.
 NO_PROSE = re.compile(
-    r"^```.*?^```$|<!--.*?-->|^\s*\|.*?$|^#.*?$|^!\[.*?\]\(.*?\)$|</?(?:details|summary|p|img|picture)[^>]*>",
+    r"^```.*?^```$|<!--.*?-->|^\s*\|.*?$|^ {4}.*?$|^#.*?$|^!\[.*?\]\(.*?\)$|</?(?:details|summary|p|img|picture)[^>]*>",
     re.MULTILINE | re.DOTALL,
 )
 ITEM = re.compile(r"^\s*(?:[-*]|\d+\.)\s+", re.MULTILINE)
@@ -16,7 +16,7 @@ NAMES = re.compile(
     r"(?:Tables?|Figures?|Algorithm|eq\.|§+|Listing|arXiv|Python|version|block|blocks|seed|seeds|head|heads)"
     r"\s*\d[\w.,]*(?:(?:,| and| to|–|-)\s*\d[\w.]*)*"
 )
-NUMBER = re.compile(r"(?<![\w.^/])[+−-]?\d[\d,.]*(?:\s*±\s*\d[\d.]*)?(?:\s*/\s*\d+)?")
+NUMBER = re.compile(r"(?<![\w.^/-])[+−-]?\d[\d,.]*(?:\s*±\s*\d[\d.]*)?(?:\s*/\s*\d+)?")
 END = re.compile(r"(?<=[.!?])[)\"”*]*\s+(?=[A-ZÀ-ÖΑ-Ωα-ω`*(\"“\[_σφψ])")
 
 
