@@ -11,9 +11,9 @@ NO_PROSE = re.compile(
 )
 ITEM = re.compile(r"^\s*(?:[-*]|\d+\.)\s+", re.MULTILINE)
 LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
-# Names that hold digits: a table or section of a paper, an equation, an arXiv number, a version, a date.
+# Names that hold digits: a table or section of a paper, an equation, an arXiv number, a version; seed 2, dim 96.
 NAMES = re.compile(
-    r"(?:Tables?|Figures?|Algorithm|eq\.|§+|Listing|arXiv|Python|version|block|blocks|seed|seeds|head|heads)"
+    r"(?:Tables?|Figures?|Algorithm|eq\.|§+|Listing|arXiv|Python|version|blocks?|seeds?|heads?|dims?|ranks?|epochs?)"
     r"\s*\d[\w.,]*(?:(?:,| and| to|–|-)\s*\d[\w.]*)*"
 )
 NUMBER = re.compile(r"(?<![\w.^/-])[+−-]?\d[\d,.]*(?:\s*±\s*\d[\d.]*)?(?:\s*/\s*\d+)?")
