@@ -9,6 +9,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NoReturn
 
 import pytest
@@ -18,9 +19,12 @@ import karat.basis
 import karat.models.attention
 import karat.models.karatize
 from karat.cli import COMMANDS, main
+from support.prose import numbers, paragraphs, sentences, words
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PROSE = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if page.name != "paper-tables.md"]
+HOUSE = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
 NEEDED = {
     "transformers": "transformers",
     "karat.share.export": "onnxruntime",
@@ -112,21 +116,59 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == {name_of(page).removeprefix("docs/") for page in PAGES if page.parent != ROOT}
 
 
-def test_published_tables_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hook that the site is built with: all 468 rows, and the measured costs where they're comparable."""
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "hooks"))
-    hook = importlib.import_module("paper_tables")
-    page = hook.on_page_markdown("<!-- published -->")
-    assert len(re.findall(r"^    \| \d+ \|", page, re.MULTILINE)) == 468
-    line = next(line for line in page.splitlines() if "| vit_tiny | `g3b,rank=12` |  | params_M |" in line)
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], types.ModuleType]:
+    """A script of docs/, by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    return importlib.import_module
+
+
+def test_pages_hold_the_tables_that_are_generated(script: Callable[[str], types.ModuleType]) -> None:
+    tables = script("tables")
+    assert [name_of(page) for page in PAGES if tables.filled(text := page.read_text(encoding="utf-8")) != text] == []
+
+
+def test_published_tables_are_the_papers(script: Callable[[str], types.ModuleType]) -> None:
+    """All 468 rows, and the measured costs where they're comparable."""
+    published = script("tables").published()
+    assert len(re.findall(r"^\| \d+ \|", published, re.MULTILINE)) == 468
+    line = next(line for line in published.splitlines() if "| vit_tiny | `g3b,rank=12` |  | params_M |" in line)
     assert "| 6.29 | 6.29 |" in line
-    assert "| `g1u` | 85.95 | 85.95 | 17.383 | 17.847 |" in hook.on_page_markdown("<!-- measured cost -->")
+    assert "| `g1u` | 85.95 | 85.95 | 17.383 | 17.847 |" in script("tables").cost()
 
 
-def test_doctests_become_code_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctests_become_code_blocks(script: Callable[[str], types.ModuleType]) -> None:
     pytest.importorskip("griffe", reason="the site is an optional extra: pip install 'karat[docs]'")
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "hooks"))
-    fenced = importlib.import_module("doctests").fenced
+    fenced = script("doctests").fenced
     example = ">>> for i in range(2):\n...     print(i)\n0\n1"
     assert fenced(f"Counts.\n\n{example}\n\nThat is all.") == (f"Counts.\n\n```pycon\n{example}\n```\n\nThat is all.")
     assert fenced("a >>> b") == "a >>> b"
+
+
+@pytest.mark.parametrize("page", PROSE, ids=name_of)
+def test_pages_are_easy_to_read(page: Path) -> None:
+    """Sentences of under 18 words on average, no paragraph over 100, at most three figures a sentence."""
+    found = paragraphs(page.read_text(encoding="utf-8"))
+    every = [sentence for paragraph in found for sentence in sentences(paragraph)]
+    assert fmean(words(sentence) for sentence in every) < 18
+    assert [paragraph for paragraph in found if words(paragraph) > 100] == []
+    assert [sentence for sentence in every if numbers(sentence) > 3] == []
+
+
+def rooms() -> dict[str, int]:
+    """The rooms and root files of docs/house.md with their numbers."""
+    rows = re.findall(r"^\| (\d+) \| `?(\w+(?:\.py)?)`? \|", HOUSE, re.MULTILINE)
+    return {name: int(number) for number, name in rows}
+
+
+def test_the_house_has_every_room_in_its_order(script: Callable[[str], types.ModuleType]) -> None:
+    found = {path.name for path in (ROOT / "src" / "karat").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert set(rooms()) == found - {"__pycache__"}
+    drawn = {name: int(number) for floor in script("pictures").FLOORS for name, number in (r[0].split() for r in floor)}
+    assert drawn == {name: number for name, number in rooms().items() if 1 <= number <= 12}
+
+
+def test_the_house_names_files_that_are_there() -> None:
+    named = set(re.findall(rf"`((?:{'|'.join(rooms())})/[\w./]*)`", HOUSE))
+    assert len(named) > 20
+    assert {path for path in named if not (ROOT / "src" / "karat" / path).exists()} == set()

@@ -16,7 +16,7 @@ NAMES = re.compile(
     r"(?:Tables?|Figures?|Algorithm|eq\.|§+|Listing|arXiv|Python|version|blocks?|seeds?|heads?|dims?|ranks?|epochs?)"
     r"\s*\d[\w.,]*(?:(?:,| and| to|–|-)\s*\d[\w.]*)*"
 )
-NUMBER = re.compile(r"(?<![\w.^/-])[+−-]?\d[\d,.]*(?:\s*±\s*\d[\d.]*)?(?:\s*/\s*\d+)?")
+NUMBER = re.compile(r"(?<![\w.^/-])[+−-]?\d[\d,.]*+(?:e[+−-]?\d+)?(?![A-Za-z·])(?:\s*±\s*\d[\d.]*)?(?:/\d+)*")
 END = re.compile(r"(?<=[.!?])[)\"”*]*\s+(?=[A-ZÀ-ÖΑ-Ωα-ω`*(\"“\[_σφψ])")
 
 
