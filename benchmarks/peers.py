@@ -148,6 +148,8 @@ def write() -> None:
     page = [
         "# The peers, measured",
         "",
+        "*Measured with the start and the rates of version 0.1.*",
+        "",
         "Written by `python benchmarks/peers.py` from the JSON beside it (peers/, performance/). CIFAR-10 is the real",
         "one, re-encoded as JPEG; the digits are scikit-learn's. 2 CPU cores, float32. Short runs with one seed, the",
         "same for all rows of a table: they show that each peer trains and what it costs, not which is best when",

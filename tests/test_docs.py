@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import re
 import shlex
 import sys
@@ -172,3 +173,24 @@ def test_the_house_names_files_that_are_there() -> None:
     named = set(re.findall(rf"`((?:{'|'.join(rooms())})/[\w./]*)`", HOUSE))
     assert len(named) > 20
     assert {path for path in named if not (ROOT / "src" / "karat" / path).exists()} == set()
+
+
+def test_the_house_names_the_line_where_something_is_added() -> None:
+    named = re.findall(r"\| `(\w+)`, `([\w/]+\.py)` \|$", HOUSE, re.MULTILINE)
+    assert len(named) > 10
+    for name, path in named:
+        text = (ROOT / "src" / "karat" / path).read_text(encoding="utf-8")
+        assert re.search(rf"^(?:{name}\b|def {name}\()", text, re.MULTILINE), f"{name} isn't in {path}"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "reference").glob("*.md")), ids=name_of)
+def test_the_reference_names_what_is_there(page: Path) -> None:
+    """Every object of a page, and the members that it lists."""
+    for name, members in re.findall(
+        r"^::: (\S+)(?:\n    options:.*?members: \[([^\]]*)\])?", page.read_text(), re.MULTILINE
+    ):
+        if "transformers" in name:
+            pytest.importorskip("transformers")
+        found = pkgutil.resolve_name(name)
+        for member in filter(None, re.split(r",\s*", members)):
+            assert hasattr(found, member) or member in getattr(found, "__annotations__", {}), f"{name} has no {member}"
