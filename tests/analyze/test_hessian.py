@@ -100,24 +100,6 @@ def test_products_are_differences_of_the_gradient(attention: str, mlp: str | Non
     torch.testing.assert_close(product, difference, atol=1e-6 * float(difference.abs().max()), rtol=1e-4)
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.5])
-@pytest.mark.parametrize("form", ["residual=softmax,gate=0.5", "order=PhiW"])
-def test_the_curvature_is_the_losss_own_whatever_gradient_the_scores_get(form: str, factor: float) -> None:
-    spec = f"g1b,rank=2,{form}"
-    whole = karat.create_model("vit_tiny_patch16_224", attention=spec, **TINY).double().eval()
-    shaped = karat.create_model("vit_tiny_patch16_224", attention=f"{spec},score_gradient={factor}", **TINY).double()
-    shaped.load_state_dict(whole.state_dict())
-    images, labels = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.tensor([0, 2])
-    v, products = None, []
-    for model in (whole, shaped.eval()):
-        with twice_differentiable(model):
-            hessian = Hessian(loss_closure(model, images, labels), list(model.parameters()))
-            v = torch.randn(hessian.size, dtype=torch.float64) if v is None else v
-            products.append(hessian.times(v))
-    torch.testing.assert_close(products[1], products[0])
-    assert shaped.blocks[0].attn.operator.config.score_gradient == factor
-
-
 def test_curvature_leaves_the_model_as_it_was() -> None:
     model = karat.create_model("vit_tiny_patch16_224", attention="g1b,rank=2,impl=tiled", **TINY).train()
     images, labels = torch.randn(2, 3, 4, 4), torch.tensor([0, 2])

@@ -48,9 +48,9 @@ def test_whole_models_compile_without_a_break(name: str) -> None:
 
 
 SETTINGS = ("dog-b", "g2b,order=PhiW", "g2b,order=PhiPhi", "g2b,rank=None", "g2b,residual=softmax", "g2b,simplex=row")
-VARIANTS = ("g2b,rank=None,order=Pointwise", "g2b,rank=3,input=probabilities", "static-b,residual=softmax,gate=0.5")
+VARIANTS = ("g2b,rank=None,order=Pointwise", "static-b,residual=softmax,gate=0.5")
 VARIANTS += ("g2b,rank=3,order=Pointwise,position=query",)
-VARIANTS += ("g2b,normalise=rms,position=query,score_gradient=0.5",)
+VARIANTS += ("g2b,position=query",)
 RESIDUAL = ("g2b,rank=None,residual=softmax", "g2b,order=PhiPhi,residual=softmax", "dog-b,residual=softmax")
 
 

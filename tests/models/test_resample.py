@@ -335,7 +335,7 @@ def test_swin_tiny_from_224_to_384() -> None:
         assert torch.isfinite(model(torch.randn(1, 3, 384, 384))).all()
 
 
-NEW_FORMS = ("static-b,rank=3", "static-b,rank=None", "g2b,rank=3,position=query", "g2b,rank=3,position=gain")
+NEW_FORMS = ("static-b,rank=3", "static-b,rank=None", "g2b,rank=3,position=query")
 NEW_FORMS += ("g2b,rank=3,order=Pointwise,position=query",)
 NEW_FORMS += ("row-b,rank=None", "g2b,rank=None,order=Pointwise", "dog-b,rank=None,order=Pointwise,base=silu")
 

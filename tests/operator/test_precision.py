@@ -20,7 +20,6 @@ OPERATORS = (
     "g2b,rank=None,order=Pointwise",
     "g2b,rank=3,order=Pointwise,position=query",
     "g2b,rank=3,residual=softmax,gate=0.5",
-    "g2b,rank=3,input=probabilities",
     "static-b,residual=softmax,gate=0.5",
 )
 MASKS = {

@@ -7,22 +7,17 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from karat import KArAtConfig, KArAtOperator, simplex_projection
 from karat.models.distill.closed_form import Rows, fit_operator
 from karat.operator import controls
 from karat.operator.initialise import _moments_with_places as moments_with_places
-from karat.operator.rules import NORMALISATIONS, POSITIONS
 from support.operators import Attend, error, layer_sum, make_mask, qkv
 
 B, H, N, D = 2, 2, 6, 5
 BASES = ("fourier(grid=2)", "bspline(grid=3,order=2)", "dog", "rational")
 FORMS = ("rank=None", "rank=3", "rank=3,order=PhiW", "rank=3,order=PhiPhi")
-OF_HIDDEN = [f"normalise={n}" for n in NORMALISATIONS if n] + [f"position={p}" for p in POSITIONS if p]
-OF_HIDDEN += [f"normalise=rms,position={p}" for p in POSITIONS if p]
-SHAPED = [f"{basis}-b,rank=3,{setting}" for basis in BASES for setting in OF_HIDDEN]
-PROBABILITIES = [f"{basis}-b,{form},input=probabilities" for basis in BASES for form in FORMS]
+SHAPED = [f"{basis}-b,rank=3,position=query" for basis in BASES]
 POINTWISE = [
     f"{basis}-b,rank=None,order=Pointwise" for basis in (*BASES, "silu+fourier(grid=1)", "shannon(window=key)")
 ]
@@ -30,14 +25,13 @@ STATIC = ["static-b,rank=3", "static-b,rank=None", "row-b,rank=None"]
 PLACED = "g2b,rank=3,order=Pointwise,position=query"
 KINDS = ["g2b,rank=3,position=query", "g2b,rank=None,order=Pointwise", PLACED, *STATIC]
 COMBINED = [
-    *(f"{kind},residual=softmax{gate}" for kind in KINDS for gate in ("", ",gate=block", ",gate=0.7")),
+    *(f"{kind},residual=softmax{gate}" for kind in KINDS for gate in ("", ",gate=0.7")),
     *(f"{kind},simplex=row" for kind in KINDS),
-    "g2b,rank=3,normalise=rms,position=gain,simplex=rank",
-    "g2b,rank=3,input=probabilities,normalise=rms,residual=softmax,score_gradient=0.5",
-    "g2b,rank=None,order=Pointwise,input=probabilities,base=gelu,edge_scales=True",
-    f"{PLACED},input=probabilities,base=gelu,edge_scales=True",
+    "g2b,rank=3,position=query,simplex=rank",
+    "g2b,rank=None,order=Pointwise,base=gelu,edge_scales=True",
+    f"{PLACED},base=gelu,edge_scales=True",
 ]
-VARIANTS = [*SHAPED, *PROBABILITIES, *POINTWISE, PLACED, *STATIC, *COMBINED]
+VARIANTS = [*SHAPED, *POINTWISE, PLACED, *STATIC, *COMBINED]
 
 
 def outspoken(op: KArAtOperator) -> KArAtOperator:
@@ -52,8 +46,7 @@ def written_out(op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tenso
     config, W, C = op.config, op.projector, op.places
     allowed = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand(scores.shape)
     softmax = scores.masked_fill(~allowed, -math.inf).softmax(-1).nan_to_num(0)
-    x = softmax * allowed.sum(-1, keepdim=True) if config.input == "probabilities" else scores
-    x = torch.where(allowed, x, 0)
+    x = torch.where(allowed, scores, 0)
     if config.is_static:
         C = torch.ones(x.shape[1], x.shape[2], 1, dtype=x.dtype) if C is None else C  # a row for all queries
         sigma = (C if W is None else torch.einsum("hkp,hnp->hkn", C, W)).expand_as(x)
@@ -68,10 +61,7 @@ def written_out(op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tenso
         sigma = layer_sum(op, layer_sum(op, x, 0, allowed), 1)
     else:
         hidden = layer_sum(op, x, 0, allowed)
-        if config.normalise == "rms":
-            hidden = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-        if config.position is not None:
-            hidden = {"query": hidden + C, "gain": hidden * (1 + C)}[config.position]
+        hidden = hidden if C is None else hidden + C
         hidden = simplex_projection(hidden) if config.simplex == "rank" else hidden
         sigma = torch.einsum("hnp,bhkp->bhkn", W, hidden)
     sigma = simplex_projection(sigma, allowed) if config.simplex == "row" else sigma
@@ -110,7 +100,7 @@ def test_rows_that_see_nothing_give_nothing(spec: str) -> None:
         assert gradient is None or gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("spec", [*SHAPED[::3], *PROBABILITIES[::3], *POINTWISE, PLACED, *STATIC, *COMBINED[:3]])
+@pytest.mark.parametrize("spec", [*SHAPED, *POINTWISE, PLACED, *STATIC, *COMBINED[:3]])
 def test_gradcheck(spec: str) -> None:
     op = outspoken(KArAtOperator(1, 3, spec).double())
     names, parameters = zip(*op.named_parameters(), strict=True)
@@ -175,22 +165,6 @@ def test_places_of_a_pointwise_operator_that_starts_at_zero_learn(init: str) -> 
     assert op.W.grad.norm() > 0
 
 
-@pytest.mark.parametrize("streamed_from", [1, 1024])
-def test_a_pointwise_operator_takes_probabilities_as_they_are(
-    streamed_from: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It multiplies no more than it does for scores, of which σ is formed."""
-    q, k, v = qkv(torch.float32)
-    counts = []
-    for given, first in (("scores", 1024), ("probabilities", streamed_from)):
-        monkeypatch.setattr(controls, "STREAMED_FROM", first)
-        op = KArAtOperator(H, N, f"g2b,rank=None,order=Pointwise,input={given}")
-        with FlopCounterMode(display=False) as counter:
-            op.attend(q, k, v)
-        counts.append(counter.get_total_flops())
-    assert counts[1] == counts[0] > 0
-
-
 @pytest.mark.parametrize("spec", STATIC)
 def test_static_mixing_never_looks_at_the_scores(spec: str) -> None:
     op = KArAtOperator(H, N, spec).double()
@@ -219,9 +193,8 @@ def test_static_mixing_is_what_is_left_without_edges() -> None:
     torch.testing.assert_close(operator.attend(q, k, v), static.attend(q, k, v))
 
 
-@pytest.mark.parametrize("settings", ["position=gain", "position=query,init=paper"])
-def test_the_query_s_place_starts_as_absent(settings: str) -> None:
-    placed = KArAtOperator(H, N, f"g2b,rank=3,{settings}")
+def test_the_query_s_place_starts_as_absent_in_the_paper_s_draws() -> None:
+    placed = KArAtOperator(H, N, "g2b,rank=3,position=query,init=paper")
     plain = KArAtOperator(H, N, "g2b,rank=3")
     plain.load_state_dict({name: value for name, value in placed.state_dict().items() if name[0] != "C"})
     scores = torch.randn(B, H, N, N)
@@ -266,7 +239,7 @@ def test_what_has_no_edge_functions_of_its_keys_is_not_fitted(spec: str) -> None
     assert all(torch.equal(value, before[name]) for name, value in op.state_dict().items())
 
 
-@pytest.mark.parametrize("spec", ["g2b,position=query", "g2b,position=gain", PLACED, *STATIC[:2]])
+@pytest.mark.parametrize("spec", ["g2b,position=query", PLACED, *STATIC[:2]])
 def test_places_of_queries_ask_for_all_of_them(spec: str) -> None:
     op = KArAtOperator(H, N, spec)
     q, k, v = qkv(torch.float32)
@@ -276,53 +249,7 @@ def test_places_of_queries_ask_for_all_of_them(spec: str) -> None:
         op(torch.zeros(B, H, 3, N))
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        *FORMS,
-        "rank=None,order=Pointwise",
-        "rank=3,order=Pointwise,position=query",
-        "rank=3,input=probabilities",
-    ],
-)
-def test_the_gradient_through_the_scores_is_scaled(form: str) -> None:
-    q, k, v = (x.requires_grad_() for x in qkv())
-    bias = torch.randn(1, H, N, N, dtype=torch.float64, requires_grad=True)
-    op = KArAtOperator(H, N, f"g2b,{form}").double()
-
-    def gradients(factor: float) -> tuple[Tensor, list[Tensor]]:
-        other = KArAtOperator(H, N, f"g2b,{form},score_gradient={factor}").double()
-        other.load_state_dict(op.state_dict())
-        out = other.attend(q, k, v, bias=bias)
-        found = torch.autograd.grad(out.square().sum(), (q, k, bias, v, *other.parameters()), allow_unused=True)
-        return out, [torch.zeros(()) if g is None else g for g in found]
-
-    (whole_out, whole), (half_out, half), (none_out, none) = (gradients(factor) for factor in (1.0, 0.5, 0.0))
-    assert torch.equal(half_out, whole_out)
-    assert torch.equal(none_out, whole_out)
-    for full, some, zero in zip(whole[:3], half[:3], none[:3], strict=True):
-        torch.testing.assert_close(some, 0.5 * full)
-        assert (zero == 0).all()
-    for full, some, zero in zip(whole[3:], half[3:], none[3:], strict=True):
-        torch.testing.assert_close(some, full)
-        torch.testing.assert_close(zero, full)
-
-
-def test_softmax_beside_keeps_its_gradient() -> None:
-    """d(softmax + gate·operator)/dq = softmax's + factor · the operator's."""
-    q, k, v = (x.requires_grad_() for x in qkv())
-    found = []
-    for factor in (0.0, 0.25, 1.0):
-        torch.manual_seed(1)
-        op = KArAtOperator(H, N, f"g2b,rank=3,residual=softmax,gate=0.5,score_gradient={factor}").double()
-        found.append(torch.autograd.grad(op.attend(q, k, v).square().sum(), q)[0])
-        scores = (q @ k.transpose(-2, -1) * D**-0.5).detach().requires_grad_()
-        by_scores = torch.autograd.grad((op(scores) @ v).square().sum(), scores)[0]  # the other face agrees
-        torch.testing.assert_close(found[-1], by_scores @ k * D**-0.5)
-    torch.testing.assert_close(found[1], 0.75 * found[0] + 0.25 * found[2])
-
-
-@pytest.mark.parametrize(("gate", "shape"), [("head", (2,)), ("block", (1,)), ("1.0,init_scale=0.0", None)])
+@pytest.mark.parametrize(("gate", "shape"), [("head", (2,)), ("1.0,init_scale=0.0", None)])
 @pytest.mark.parametrize(
     "kind", ["g3b", "g2b,rank=None,order=Pointwise", PLACED, "static-b", "static-b,rank=None", "row-b,rank=None"]
 )
@@ -352,17 +279,12 @@ def test_the_initial_scale_multiplies_sigma(spec: str) -> None:
 
 
 STARTS = [
-    *(f"{basis}-b,{form},input=probabilities" for basis in ("fourier(grid=3)", "dog", "bspline") for form in FORMS),
     *(f"{basis}-b,rank=None,order=Pointwise" for basis in ("fourier(grid=3)", "morlet", "rational")),
     "silu+dog-b,rank=None,order=Pointwise,edge_scales=True",
     "g3b,order=Pointwise,position=query",
-    "dog-b,order=Pointwise,position=query,input=probabilities",
-    "g3b,normalise=rms",
-    "g3b,normalise=rms,simplex=rank",
+    "dog-b,order=Pointwise,position=query",
     "g3b,position=query",
-    "g3b,position=query,normalise=rms",
     "g3b,position=query,simplex=rank",
-    "g3b,input=probabilities,normalise=rms,position=query",
     "static-b",
     "static-b,rank=None",
     "row-b,rank=None",
@@ -384,12 +306,6 @@ def test_dropout_of_static_mixing_differs_from_image_to_image() -> None:
     kept = dropped != 0
     assert not torch.equal(kept[0], kept[1])
     torch.testing.assert_close(dropped[kept], 2 * op.attend(*qkv(torch.float32)[:2], v)[kept])
-
-
-def test_normalised_sums_stay_finite_in_half_precision() -> None:
-    op = KArAtOperator(H, N, "identity+fourier(grid=1)-b,rank=3,normalise=rms")
-    scores = torch.full((B, H, N, N), 2e3, dtype=torch.float16)
-    assert op(scores).isfinite().all()
 
 
 def test_the_configuration_of_an_operator_is_one_of_its_own() -> None:

@@ -26,7 +26,7 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 48,
 }
 SPECS = ("g3b", "dog-u", "g2b,residual=softmax,softmax_heads=1", "bspline(grid=3)-b,order=PhiW,blocks=(1,)")
-SPECS += ("static-u,rank=2,residual=softmax,blocks=last", "g2b,rank=None,order=Pointwise,blocks=alternate")
+SPECS += ("static-u,rank=2,residual=softmax,blocks=first", "g2b,rank=None,order=Pointwise,blocks=(0,)")
 
 
 def vit(spec: str) -> ViTForImageClassification:

@@ -34,13 +34,12 @@ class Curvature:
 @contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Within the block the whole model has second derivatives: attention by the reference path of basis attention or
-    by unfused softmax, KAN layers by their plain formulas (the fused ways have first derivatives only). They are those
-    of the loss itself: a `score_gradient` other than 1 shapes training's updates, not the loss, and counts as 1."""
+    by unfused softmax, KAN layers by their plain formulas (the fused ways have first derivatives only)."""
     operators = [module for module in model.modules() if isinstance(module, KArAtOperator)]
     configs = [operator.config for operator in operators]
     try:
         for operator in operators:
-            operator.config = dataclasses.replace(operator.config, impl="reference", score_gradient=1.0)
+            operator.config = dataclasses.replace(operator.config, impl="reference")
         with sdpa_kernel(SDPBackend.MATH), plain():
             yield
     finally:

@@ -89,8 +89,8 @@ def karatize(model: nn.Module, config: KArAtConfig | str) -> nn.Module:
     Args:
         model: the model; it must not be wrapped (DDP, torch.compile) yet.
         config: a `KArAtConfig` or its short name, such as "g3b". `blocks` indices count the model's attention
-            modules in forward order; in ConViT only the last blocks, which aren't gated, can be converted. "first",
-            "last" and "alternate" count those that can be converted.
+            modules in forward order; in ConViT only the last blocks, which aren't gated, can be converted. "first"
+            counts those that can be converted.
 
     Returns:
         The model.
@@ -242,15 +242,6 @@ def _chosen(model: nn.Module, config: KArAtConfig) -> list[AttentionSite]:
     return [sites[i] for i in chosen]
 
 
-# blocks="first" and so on, of those that can be converted. Halves of an odd number share the middle one, so that
-# both are of one size.
-HALVES: dict[str, Callable[[Sequence[int]], Sequence[int]]] = {
-    "first": lambda able: able[: (len(able) + 1) // 2],
-    "last": lambda able: able[len(able) // 2 :],
-    "alternate": lambda able: able[::2],
-}
-
-
 def chosen_blocks(config: KArAtConfig, able: Sequence[int], count: int) -> list[int]:
     """The blocks that a configuration converts, ascending, of `count`, those `able` to be.
 
@@ -258,8 +249,8 @@ def chosen_blocks(config: KArAtConfig, able: Sequence[int], count: int) -> list[
     """
     if config.blocks is None:
         return list(able)
-    if isinstance(config.blocks, str):
-        return list(HALVES[config.blocks](able))
+    if isinstance(config.blocks, str):  # "first"
+        return list(able[: (len(able) + 1) // 2])
     for i in config.blocks:
         if i >= count:
             raise ValueError(f"blocks={config.blocks}: there is no block {i}; the model has blocks 0 to {count - 1}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import re
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from karat.basis import Basis, parse_basis, with_base
-from karat.operator.rules import check
+from karat.operator.rules import GONE, check, without_gone
 
 _LETTERS = {"blockwise": "b", "universal": "u"}
 # In the place of a basis, without edge functions: σ is a learned matrix, or one learned row for all queries.
@@ -20,6 +20,22 @@ STATIC, ROW = "static", "row"
 ALIASES = {"recommended": "static-b,residual=softmax"}
 
 
+Class = TypeVar("Class", bound=type)
+
+
+def _of_any_version(cls: Class) -> Class:
+    """Let a class be made of settings of older versions: what is gone is left out, or refused where it was in use."""
+    make = vars(cls)["__init__"]
+
+    @functools.wraps(make)
+    def init(self: object, *args: Any, **settings: Any) -> None:
+        make(self, *args, **without_gone(settings))
+
+    cls.__init__ = init  # type: ignore[misc]  # of this very class
+    return cls
+
+
+@_of_any_version
 @dataclass(frozen=True)
 class KArAtConfig:
     """What a Kolmogorov-Arnold attention is made of (SPEC §1, §2).
@@ -38,23 +54,16 @@ class KArAtConfig:
             the paper's parameter counts do.
         simplex: None, "row" (σ's rows projected onto the simplex) or "rank" (Φ̂'s, before W).
         softmax_heads: indices of the heads that keep softmax; an int n means the last n.
-        blocks: indices of the blocks to convert, or "first" or "last" (half of those that can be converted; the
-            middle one of an odd number belongs to both halves) or "alternate" (every second one, from the first);
-            None means all.
+        blocks: indices of the blocks to convert, or "first" (half of those that can be converted, the middle one of an
+            odd number among them); None means all.
         residual: None, or "softmax": σ = softmax + gate · operator (SPEC §10).
-        gate: beside softmax: "head", a learnable gate for each head, "block", one for all heads of an operator,
-            both zero at the start, or a number other than 0, a fixed gate without a parameter.
-        input: what the edge functions see: "scores", or "probabilities", softmax's times the number of keys that
-            the row may see, so that uniform attention is 1; these are N×N numbers and are kept.
-        normalise: None, or "rms": each query's R sums Φ̂(A)_k are divided by their root mean square.
-        position: None, "query", Φ̂(A)_k,p + C_k,p, or "gain", Φ̂(A)_k,p · (1 + C_k,p), with learnable C (H,N,R) for
-            the query's place; after `normalise`. A gain starts at zero, the other as strong as the sums (at zero with
-            init="paper"). In order Pointwise "query" adds static mixing. Self-attention only.
-        score_gradient: factor of the gradient that the operator sends to q, k and bias through the scores; 0.0: it
-            reads the scores without shaping them. Softmax's own gradient stays whole.
+        gate: beside softmax: "head", a learnable gate for each head, zero at the start, or a number other than 0, a
+            fixed gate without a parameter.
+        position: None, or "query", Φ̂(A)_k,p + C_k,p with learnable C (H,N,R) for the query's place, at the start as
+            strong as the sums (zero with init="paper"); in order Pointwise static mixing. Self-attention only.
         position_bias: None, or "relative": a learnable bias for each head and offset of two tokens, added to the
             scores by `karat.karatize`; also with "softmax", where it and `blocks` are all that can be set. Something
-            must see the scores and teach it: softmax, or an operator with a `score_gradient`.
+            must see the scores and teach it: softmax, or an operator with edge functions.
         init: "default" (the output starts with the variance of V) or "paper".
         init_scale: factor of the operator's initial output; with 0.0 its last map starts at zero (not beside a gate
             that is learned and starts there too: neither would learn).
@@ -63,7 +72,8 @@ class KArAtConfig:
             is named here.
 
     Raises:
-        ValueError: a value that isn't one of these, or two that don't go together.
+        ValueError: a value that isn't one of these, or two that don't go together; a setting of an older version that
+            is gone, unless it has the value that says nothing.
 
     >>> KArAtConfig.parse("g3b,rank=4")
     KArAtConfig(basis='fourier(grid=3)', rank=4, ...)
@@ -82,10 +92,7 @@ class KArAtConfig:
     blocks: tuple[int, ...] | str | None = None
     residual: str | None = None
     gate: str | float = "head"
-    input: str = "scores"
-    normalise: str | None = None
     position: str | None = None
-    score_gradient: float = 1.0
     position_bias: str | None = None
     init: str = "default"
     init_scale: float = 1.0
@@ -102,7 +109,7 @@ class KArAtConfig:
         for name in ("softmax_heads", "blocks"):
             if isinstance(value := getattr(self, name), list | range):
                 object.__setattr__(self, name, tuple(value))
-        for name in ("gate", "score_gradient", "init_scale"):
+        for name in ("gate", "init_scale"):
             if type(value := getattr(self, name)) is int:
                 object.__setattr__(self, name, float(value))
         check(self)
@@ -124,7 +131,7 @@ class KArAtConfig:
         >>> [KArAtConfig.parse(f"g3b,residual=softmax{more}").begins_as_softmax for more in ("", ",gate=1")]
         [True, False]
         """
-        return self.residual == "softmax" and (isinstance(self.gate, str) or self.init_scale == 0.0)
+        return self.residual == "softmax" and (self.gate == "head" or self.init_scale == 0.0)
 
     @property
     def is_static(self) -> bool:
@@ -136,7 +143,7 @@ class KArAtConfig:
         """Whether there are edge functions of the scores."""
         return not (self.is_softmax or self.is_static)
 
-    @cached_property
+    @functools.cached_property
     def edge_basis(self) -> Basis:
         """The family of edge functions, base activation included."""
         if not self.has_edges:
@@ -191,7 +198,7 @@ class KArAtConfig:
         known = [field.name for field in dataclasses.fields(cls) if field.name not in ("basis", "sharing")]
         for option in options:
             key, equals, text = (part.strip() for part in option.partition("="))
-            if not equals or key not in known:
+            if not equals or key not in (*known, *GONE):
                 raise ValueError(f"can't read the option {option!r} of {spec!r}; known options: {', '.join(known)}")
             settings[key] = _value(text)
         return cls(**settings)

@@ -39,8 +39,6 @@ class Pointwise(Order):
     def hidden(
         self, op: KArAtOperator, seen: Products, mask: Tensor | None, sums: SumsOverKeys = basis_attention
     ) -> Tensor:
-        if op.config.input == "probabilities":  # they are the queries already, beside unit vectors as keys
-            return self.hidden_of_scores(op, seen.q, mask)
         return self.hidden_of_scores(op, seen.scores(), mask)
 
     def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -64,8 +62,7 @@ class Pointwise(Order):
         self, op: KArAtOperator, seen: Products, v: Tensor, mask: Tensor | None, sums: SumsOverKeys = basis_attention
     ) -> Tensor:
         layer = op.edge_layers[0]
-        formed = op.config.input == "probabilities" or seen.k.shape[2] < STREAMED_FROM
-        if formed or not isinstance(layer.basis, LinearBasis):
+        if seen.k.shape[2] < STREAMED_FROM or not isinstance(layer.basis, LinearBasis):
             return super().attend(op, seen, v, mask, sums)
         u = layer.packed().to(v.dtype) * v.unsqueeze(2)  # U_f,n = c_f v_n: (H,F,1,1), (B,H,1,N,D) -> (B,H,F,N,D)
         return summed(op, u, layer.basis, seen, mask)

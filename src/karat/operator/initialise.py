@@ -18,9 +18,7 @@ from torch import Tensor, nn
 
 from karat.basis import LinearBasis
 from karat.operator.edges import EdgeLayer
-from karat.operator.inputs import relative_probabilities
 from karat.operator.rates import set_factors
-from karat.operator.shaping import NORMALISATIONS
 from karat.operator.simplex import simplex_projection
 
 if TYPE_CHECKING:
@@ -59,7 +57,7 @@ def initialise(op: KArAtOperator) -> None:
                 _semi_orthogonal(head)
         if op.order.layer_shapes[:1] == ("NR",):  # Φ̂ first: each of its R numbers starts with unit power
             layer = op.edge_layers[0]
-            _scale(layer, _moments(layer, _inputs(op))[1].diagonal(dim1=-2, dim2=-1).rsqrt().unsqueeze(1))
+            _scale(layer, _moments(layer)[1].diagonal(dim1=-2, dim2=-1).rsqrt().unsqueeze(1))
         if _adds_to_edges(op):
             _scale_edges(op, _edges_power(op)[1].rsqrt())
             _match_places(op)
@@ -98,7 +96,7 @@ def _mixes_places(op: KArAtOperator) -> bool:
     """Whether C takes part from the start: alone, as a factor of W alone, or added to sums that have unit power as its
     own numbers have.
 
-    A gain starts as absent. C is drawn so that the sum holds static mixing at once: at zero beside a gate of zero
+    C is drawn so that the sum holds static mixing at once: at zero beside a gate of zero
     it left the curve of a training what it is without C.
     """
     return not op.edge_layers or _adds_to_edges(op) or (op.config.position == "query" and op.config.init == "default")
@@ -122,8 +120,7 @@ def _output_power(op: KArAtOperator) -> Tensor:
     last = op.edge_layers[-1]
     if op.order.gives_sigma:
         return _edges_power(op)[1]
-    sees_few = op.num_tokens <= FEW_TOKENS or last.inputs > op.num_tokens
-    if sees_few or op.config.input != "scores":
+    if op.num_tokens <= FEW_TOKENS or last.inputs > op.num_tokens:
         return _sampled_power(op)
     if len(op.edge_layers) == 2:  # Φ₂ sees what Φ̂ is: a sum over many keys, near normal, with a mean of its own
         mean, power = _moments(op.edge_layers[0])
@@ -141,7 +138,7 @@ def _edges_power(op: KArAtOperator) -> tuple[Tensor, Tensor]:
     """E of one σ_kn, averaged over n, and E Σ_n σ_kn², (H,) each, where edges alone give σ: each output the sum of
     all that one row of scores gives."""
     last = op.edge_layers[-1]
-    mean, power = _moments(last, _inputs(op), diagonal=True)
+    mean, power = _moments(last, diagonal=True)
     return mean.mean(-1), power.sum(-1) * (op.num_tokens / last.outputs)
 
 
@@ -168,21 +165,12 @@ def _hidden_power(op: KArAtOperator) -> Tensor:
         assert op.C is not None
         C = op.C.double()
         return C.transpose(-2, -1) @ C / op.num_tokens
-    mean, power = _moments(op.edge_layers[0], _inputs(op))
-    if op.config.normalise is not None:
-        mean, power = _moments_after(NORMALISATIONS[op.config.normalise], mean, power)
+    mean, power = _moments(op.edge_layers[0])
     if op.config.position == "query":
         mean, power = _moments_with_places(mean, power, op)
     if op.config.simplex == "rank":
         mean, power = _moments_after(simplex_projection, mean, power)
     return power
-
-
-def _inputs(op: KArAtOperator) -> Inputs:
-    """What the edges see where a score is standard normal, z."""
-    if op.config.input == "scores":
-        return lambda z: z
-    return lambda z: (z - 0.5).exp()  # N e^z / Σ e^z with many keys: the sum is N E e^z = N √e
 
 
 def _scale_last(op: KArAtOperator, factor: Tensor) -> None:
@@ -299,6 +287,5 @@ def _sampled_power(op: KArAtOperator) -> Tensor:
     """E Σ_n σ_n² (H,) over standard normal scores."""
     weight = op.edge_layers[0].packed()
     scores = torch.randn(1, weight.shape[0], SAMPLES, op.num_tokens, dtype=weight.dtype, device=weight.device)
-    seen = relative_probabilities(scores, None) if op.config.input == "probabilities" else scores
-    sigma = op.order.sigma(op, op.order.hidden_of_scores(op, seen, None))
+    sigma = op.order.sigma(op, op.order.hidden_of_scores(op, scores, None))
     return sigma.double().square().sum(-1).mean((0, 2))

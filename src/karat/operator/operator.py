@@ -13,7 +13,7 @@ from karat.operator.config import KArAtConfig
 from karat.operator.controls import order_of
 from karat.operator.edges import EdgeLayer, add_factors
 from karat.operator.initialise import initialise
-from karat.operator.inputs import Products, probabilities_as_products, relative_probabilities, scale_gradient
+from karat.operator.inputs import Products
 from karat.operator.orders import BesideSoftmax, SumsOverKeys
 from karat.operator.simplex import simplex_projection
 from karat.ops import basis_attention
@@ -34,8 +34,8 @@ class KArAtOperator(nn.Module):
         config: the settings, or their short name.
 
     Parameters: `layers[i]` (an EdgeLayer each), `W` (H',N,R), (H',R,N), (H',N,1) of a row, or None, `C` (H',N,R) with a
-    term of the query's position (static mixing: C (H',N,R), at full rank (H',N,N)) or None, `gate` (H',), or (1,) for
-    the whole block, with residual="softmax" and no fixed gate; H' counts the heads that learn.
+    term of the query's position (static mixing: C (H',N,R), at full rank (H',N,N)) or None, `gate` (H',), with
+    residual="softmax" and no fixed gate; H' counts the heads that learn.
 
     Each of them but the gate is learned up to a fixed factor, which sets its rate (`karat.operator.rates`; buffers
     `W_factor`, `C_factor` and the layers' `factor`): `projector`, `places` and `edges` give what they mean.
@@ -72,9 +72,8 @@ class KArAtOperator(nn.Module):
         for name in ("W", "C"):
             if getattr(self, name) is not None:
                 self.register_buffer(f"{name}_factor", torch.ones(()))
-        gates = {"head": learning, "block": 1}
-        learned = config.residual is not None and config.gate in gates
-        self.gate = nn.Parameter(torch.empty(gates[str(config.gate)])) if learned else None
+        learned = config.residual is not None and config.gate == "head"
+        self.gate = nn.Parameter(torch.empty(learning)) if learned else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -180,8 +179,8 @@ class KArAtOperator(nn.Module):
         Nothing of size M·N is kept wherever SPEC §8 allows it. σ is formed, and kept for the backward pass, with
         `dropout_p` > 0, with simplex="row", for bases that aren't linear in their parameters in every order but W∘Φ,
         in order Pointwise below 1024 keys, and with a mask of pairs: at full rank and in order Pointwise always,
-        elsewhere unless its rows are of at most four kinds and N > 128 (always under torch.compile). What the edge
-        functions see is formed and kept as well with input="probabilities", and in order PhiW with a mask of pairs.
+        elsewhere unless its rows are of at most four kinds and N > 128 (always under torch.compile). So are the scores
+        in order PhiW with a mask of pairs.
 
         Args:
             scale: factor of q·k; None means 1/√D.
@@ -218,7 +217,7 @@ class KArAtOperator(nn.Module):
     ) -> Tensor:
         given = Products(q, k, scale, bias)
         if dropout_p > 0:
-            hidden = self.order.hidden(self, self._seen(given, mask), mask)
+            hidden = self.order.hidden(self, given, mask)
             sigma = self._finished(self.order.sigma(self, hidden), mask)
             if self.config.residual:
                 sigma = safe_softmax(given.scores(), mask) + self._gated(sigma)
@@ -228,7 +227,7 @@ class KArAtOperator(nn.Module):
         if not self._shares_scores:
             out = self._operator_attend(given, v, mask)
             return softmax_attention(q, k, v, scale, bias, mask) + self._gated(out)
-        both = BesideSoftmax(v, self.config.score_gradient)  # one pass over the scores for both parts (SPEC §10)
+        both = BesideSoftmax(v)  # one pass over the scores for both parts (SPEC §10)
         out = self._operator_attend(given, v, mask, both)
         return both.attended + self._gated(out)
 
@@ -237,12 +236,10 @@ class KArAtOperator(nn.Module):
     ) -> Tensor:
         """The operator's part, without softmax and gate; its first layer sums by `sums`."""
         order = self.order
-        # Beside softmax in one pass the scores are seen as they are, and their gradient is scaled there.
-        seen = given if isinstance(sums, BesideSoftmax) else self._seen(given, mask)
         if self.config.simplex != "row" and (mask is None or mask.shape[2] == 1):  # a mask of keys
             kept = v if mask is None else torch.where(mask.transpose(-2, -1), v, 0)
-            return order.attend(self, seen, kept, mask, sums)
-        hidden = order.hidden(self, seen, mask, sums)
+            return order.attend(self, given, kept, mask, sums)
+        hidden = order.hidden(self, given, mask, sums)
         if self.config.simplex != "row" and not order.gives_sigma and mask is not None:
             patterns = row_patterns(mask)
             if patterns is not None:  # O_k = hidden_k · (what v becomes under k's kind of mask), kind by kind
@@ -254,24 +251,13 @@ class KArAtOperator(nn.Module):
         return self._finished(order.sigma(self, hidden), mask) @ v
 
     def _sigma_of_scores(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        seen = scale_gradient(scores, self.config.score_gradient)
-        if self.config.input == "probabilities":
-            seen = relative_probabilities(seen, mask)
-        sigma = self._finished(self.order.sigma(self, self.order.hidden_of_scores(self, seen, mask)), mask)
+        sigma = self._finished(self.order.sigma(self, self.order.hidden_of_scores(self, scores, mask)), mask)
         return safe_softmax(scores, mask) + self._gated(sigma) if self.config.residual else sigma
-
-    def _seen(self, given: Products, mask: Tensor | None) -> Products:
-        """What the edge functions see, by the settings `input` and `score_gradient`."""
-        q, k = (scale_gradient(x, self.config.score_gradient) for x in (given.q, given.k))
-        bias = None if given.bias is None else scale_gradient(given.bias, self.config.score_gradient)
-        seen = Products(q, k, given.scale, bias)
-        return probabilities_as_products(seen, mask) if self.config.input == "probabilities" else seen
 
     @property
     def _shares_scores(self) -> bool:
         """Whether one pass over the scores serves softmax and the operator's first layer."""
-        config = self.config
-        return self.order.streams_scores and config.input == "scores" and config.simplex != "row"
+        return self.order.streams_scores and self.config.simplex != "row"
 
     def _finished(self, sigma: Tensor, mask: Tensor | None) -> Tensor:
         if self.config.simplex == "row":

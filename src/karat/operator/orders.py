@@ -15,7 +15,6 @@ from torch import Tensor
 from karat.basis import Basis, LinearBasis
 from karat.operator.edges import EdgeLayer
 from karat.operator.inputs import Products
-from karat.operator.shaping import shaped
 from karat.operator.simplex import simplex_projection
 from karat.ops import basis_attention, basis_contraction, joint_attention
 from karat.ops.products import product_for_tokens, shared_product
@@ -45,14 +44,10 @@ class SumsOverKeys(Protocol):
 
 
 class BesideSoftmax:
-    """Basis attention that attends to v by softmax over the same scores, in one pass: `attended`, once called.
+    """Basis attention that attends to v by softmax over the same scores, in one pass: `attended`, once called."""
 
-    score_gradient: factor of the gradient that the sums, not softmax, send to the scores.
-    """
-
-    def __init__(self, v: Tensor, score_gradient: float = 1.0) -> None:
+    def __init__(self, v: Tensor) -> None:
         self.v = v
-        self.score_gradient = score_gradient
 
     def __call__(
         self,
@@ -76,7 +71,6 @@ class BesideSoftmax:
             bias=bias,
             mask=mask,
             impl=impl,
-            score_gradient=self.score_gradient,
         )
         return sums
 
@@ -178,8 +172,9 @@ class WPhi(Order):
         return self._shaped(op, _sum_of_edges(op.edge_layers[0], scores, mask))
 
     def _shaped(self, op: KArAtOperator, hidden: Tensor) -> Tensor:
-        """All that happens between the sums over the keys (B,H,M,R) and W: normalise, position, simplex="rank"."""
-        hidden = shaped(hidden, op.config.normalise, op.config.position, op.places)
+        """All that happens between the sums over the keys (B,H,M,R) and W: position, simplex="rank"."""
+        if op.config.position is not None:
+            hidden = hidden + op.places_as(hidden)
         return simplex_projection(hidden) if op.config.simplex == "rank" else hidden
 
     def sigma(self, op: KArAtOperator, hidden: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from karat.basis import ACTIVATIONS
 from karat.ops import IMPLS
@@ -18,12 +18,8 @@ BASES_OF_SCORES = ("zero", *ACTIVATIONS)
 EDGE_SCALES = (False, True, "published")
 SIMPLEX = (None, "row", "rank")
 RESIDUALS = (None, "softmax")
-GATES = ("head", "block")
-INPUTS = ("scores", "probabilities")
-NORMALISATIONS = (None, "rms")
-POSITIONS = (None, "query", "gain")
+POSITIONS = (None, "query")
 POSITION_BIASES = (None, "relative")
-BLOCKS = ("first", "last", "alternate")
 INITS = ("default", "paper")
 
 # Settings with a fixed list of values.
@@ -34,16 +30,29 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "edge_scales": EDGE_SCALES,
     "simplex": SIMPLEX,
     "residual": RESIDUALS,
-    "input": INPUTS,
-    "normalise": NORMALISATIONS,
     "position": POSITIONS,
     "position_bias": POSITION_BIASES,
     "init": INITS,
     "impl": IMPLS,
 }
+# Settings that are gone, with the value that says nothing and may still be read, and values that are.
+GONE: dict[str, object] = {"score_gradient": 1.0, "input": "scores", "normalise": None}
+GONE_VALUES: dict[str, tuple[str, ...]] = {"position": ("gain",), "gate": ("block",), "blocks": ("last", "alternate")}
 # What softmax has a use for, the second beside the first, and what only edges of the scores have.
 OF_SOFTMAX = ("basis", "position_bias", "blocks")
-OF_EDGES = ("base", "edge_scales", "order", "input", "normalise", "position", "score_gradient")
+OF_EDGES = ("base", "edge_scales", "order", "position")
+
+
+def without_gone(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of any version without those that are gone. Raises ValueError for one that meant something."""
+    for name, value in settings.items():
+        if name in GONE and value != GONE[name]:
+            raise ValueError(
+                f"the setting {name!r} is gone since version 0.2: no published result uses it; leave it out"
+            )
+        if isinstance(value, str) and value in GONE_VALUES.get(name, ()):
+            raise ValueError(f"{name}={value} is gone since version 0.2: no published result uses it; leave it out")
+    return {name: value for name, value in settings.items() if name not in GONE}
 
 
 def check(config: KArAtConfig) -> None:
@@ -53,11 +62,10 @@ def check(config: KArAtConfig) -> None:
             raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(str, known))}")
     _check_blocks(config.blocks)
     _check_indices("softmax_heads", config.softmax_heads, count_allowed=True)
-    for name, least in (("init_scale", 0.0), ("score_gradient", 0.0)):
-        if not _is_number(value := getattr(config, name)) or value < least:
-            raise ValueError(f"{name} must be a number >= {least:g}, got {value!r}")
-    if config.gate not in GATES and not _is_number(config.gate):
-        raise ValueError(f"unknown gate {config.gate!r}; choose {', '.join(GATES)}, or a number for a fixed gate")
+    if not _is_number(config.init_scale) or config.init_scale < 0:
+        raise ValueError(f"init_scale must be a number >= 0, got {config.init_scale!r}")
+    if config.gate != "head" and not _is_number(config.gate):
+        raise ValueError(f"unknown gate {config.gate!r}; choose head, or a number for a fixed gate")
     for rule in RULES:
         complaint = rule(config)
         if complaint is not None:
@@ -102,12 +110,8 @@ def _pointwise(config: KArAtConfig) -> str | None:
 def _before_w(config: KArAtConfig) -> str | None:
     if config.simplex == "rank" and config.order != "WPhi":
         return f"simplex='rank' acts before W in order WPhi; order {config.order!r} takes simplex='row'"
-    if config.order == "Pointwise" and config.position == "query":
-        asked = _set(config, ("normalise",))  # places are added to the function's value
-    else:
-        asked = _set(config, ("normalise", "position"))
-    if asked and (config.order != "WPhi" or config.rank is None):
-        return f"{asked} acts on the R sums before W: it needs order='WPhi' and a rank, not None"
+    if config.position and config.order != "Pointwise" and (config.order != "WPhi" or config.rank is None):
+        return f"position={config.position} acts on the R sums before W: it needs order='WPhi' and a rank, not None"
     return None
 
 
@@ -122,10 +126,10 @@ def _gate(config: KArAtConfig) -> str | None:
 def _initial_size(config: KArAtConfig) -> str | None:
     if config.init_scale == 1.0:
         return None
-    if config.init_scale == 0.0 and config.residual and config.gate in GATES:
+    if config.init_scale == 0.0 and config.residual and config.gate == "head":
         return (
-            f"init_scale=0 with gate={config.gate}, a learned gate that starts at zero: neither gets a gradient from "
-            "the other; fix the gate (gate=1), or leave init_scale at 1"
+            "init_scale=0 with a learned gate that starts at zero: neither gets a gradient from the other; fix the "
+            "gate (gate=1), or leave init_scale at 1"
         )
     if config.simplex == "row":
         return f"init_scale={config.init_scale:g}: simplex='row' gives rows of sum one whatever their size; use one"
@@ -164,13 +168,15 @@ def _static(config: KArAtConfig) -> str | None:
 
 
 def _position_bias(config: KArAtConfig) -> str | None:
-    """A bias of scores learns through softmax, or through an operator that sends the scores a gradient."""
+    """A bias of scores learns through softmax, or through edge functions."""
     if config.position_bias is None or config.is_softmax or config.residual or config.softmax_heads:
         return None
-    reason = "static mixing is blind to the scores" if config.is_static else "score_gradient=0 holds its gradient back"
-    if config.is_static or config.score_gradient == 0.0:
-        return f"position_bias={config.position_bias} can't learn: {reason}; add residual='softmax' or softmax_heads"
-    return None
+    if not config.is_static:
+        return None
+    return (
+        f"position_bias={config.position_bias} can't learn: static mixing is blind to the scores; add "
+        "residual='softmax' or softmax_heads"
+    )
 
 
 RULES: tuple[Callable[[KArAtConfig], str | None], ...] = (
@@ -192,8 +198,8 @@ def _is_number(value: object) -> bool:
 
 def _check_blocks(value: object) -> None:
     if isinstance(value, str):
-        if value not in BLOCKS:
-            raise ValueError(f"unknown blocks {value!r}; choose {', '.join(BLOCKS)}, or indices such as (0, 2)")
+        if value != "first":
+            raise ValueError(f"unknown blocks {value!r}; choose first, or indices such as (0, 2)")
     elif value is not None:
         _check_indices("blocks", value, count_allowed=False)
 

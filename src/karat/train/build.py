@@ -40,7 +40,7 @@ def create_accelerator(settings: RunSettings) -> Accelerator:
     config = KArAtConfig.parse(settings.attention)
     # DDP has to be told that parameters may stay unused: the published s_b gets no gradient while b = 0 (SPEC §2),
     # and the norms of queries and keys none where nothing that is learned looks at them through the scores
-    unused = config.edge_scales == "published" or config.is_static or config.score_gradient == 0
+    unused = config.edge_scales == "published" or config.is_static
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=unused)]
     leave_at_exit()
     accelerator = Accelerator(

@@ -106,7 +106,7 @@ def _read_run(folder: Path, settings: RunSettings) -> tuple[nn.Module, bool]:
 def same_operators(mine: str, other: str) -> bool:
     """Whether the operators of two attentions mean the same, so that one's weights may become the other's."""
     ours, theirs = KArAtConfig.parse(mine), KArAtConfig.parse(other)
-    meaning = ("basis", "order", "base", "sharing", "input", "normalise", "position")
+    meaning = ("basis", "order", "base", "sharing", "position")
     return all(getattr(ours, name) == getattr(theirs, name) for name in meaning)
 
 

@@ -28,10 +28,10 @@ VARIANTS = [
     ("vit", "softmax", "kan(grid=3)"),
     ("convit", "bspline(grid=4)-u", None),
     ("swin", "g3b,base=silu", None),
-    ("vit_registers", "softmax,position_bias=relative,blocks=last", None),
-    ("vit", "static-u,residual=softmax,gate=block", None),
+    ("vit_registers", "softmax,position_bias=relative,blocks=first", None),
+    ("vit", "static-u,residual=softmax,gate=0.5", None),
     ("vit", "g2b,rank=None,order=Pointwise,position_bias=relative", None),
-    ("convit", "g2b,position=gain,normalise=rms,input=probabilities", None),
+    ("convit", "g2b,position=query", None),
     ("vit", "recommended", None),
 ]
 

@@ -34,8 +34,7 @@ def test_the_papers_way_refuses_what_it_does_not_have() -> None:
         "simplex=rank",
         "residual=softmax",
         "softmax_heads=1",
-        "normalise=rms",
-        "input=probabilities",
+        "position=query",
     ):
         with pytest.raises(ValueError, match=f"can't do {option.split('=')[0]}"):
             paper_way.attend(KArAtOperator(3, 9, f"g1b,{option}"), q, q, q)

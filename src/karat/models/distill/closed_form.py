@@ -48,14 +48,10 @@ def check_fits(config: KArAtConfig) -> None:
             f"gate={config.gate} beside softmax adds an operator that starts at random, and no closed form fits it; "
             "use gate='head' or init_scale=0, which start as the softmax model"
         )
-    usual = {"order": "WPhi", "input": "scores", "normalise": None}
-    changed = [f"{name}={value}" for name, plain in usual.items() if (value := getattr(config, name)) != plain]
-    unserved = [text for text in changed if text not in ("order=PhiW", "order=PhiPhi")]
-    if config.is_static:
-        unserved.append("static mixing")
-    if unserved:
+    if config.is_static or config.order == "Pointwise":
+        unserved = "static mixing" if config.is_static else "order=Pointwise"
         raise ValueError(
-            f"{unserved[0]} can't be fitted to softmax in closed form; use another attention, or residual=softmax, "
+            f"{unserved} can't be fitted to softmax in closed form; use another attention, or residual=softmax, "
             "which starts as the softmax model"
         )
 
@@ -79,7 +75,7 @@ def fit_operator(op: KArAtOperator, rows: Source, ridge: float = 1e-4) -> Tensor
         raise ValueError(f"{op.config} has no edge functions to fit: name a basis, e.g. g3b")
     if op.config.order == "Pointwise":
         raise ValueError(f"{op.config}: a function that all keys share can't be fitted; use order='WPhi'")
-    if op.C is not None:  # neither a term nor a gain of the query's place takes part in the regression
+    if op.C is not None:  # a term of the query's place takes no part in the regression
         op.C.zero_()
     if op.order is FULL:
         return _fit_outputs(op, rows, ridge, hidden=False)

@@ -16,10 +16,9 @@ from karat.ops import basis_contraction
 
 def missing(config: KArAtConfig) -> list[str]:
     """What a configuration asks for and this baseline doesn't have; empty if it can compute it."""
-    absent = ("simplex", "residual", "softmax_heads", "normalise", "position")
+    absent = ("simplex", "residual", "softmax_heads", "position")
     found = [name for name in absent if getattr(config, name)]
-    others = {"order": "WPhi", "input": "scores", "score_gradient": 1.0}
-    found += [f"{name}={value}" for name, usual in others.items() if (value := getattr(config, name)) != usual]
+    found += [f"order={config.order}"] if config.order != "WPhi" else []
     return found if config.has_edges else [config.basis, *found]
 
 
