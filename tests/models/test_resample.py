@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import karat
+from karat.operator.layout import Axes
 from karat.operator.operator import KArAtOperator
 from karat.operator.token_grid import TokenGrid, resample_axis
 from support.small_models import SMALL, images, small_model
@@ -26,20 +27,20 @@ NEW = ((4, 5), (7, 9), (3, 4), (2, 8), (1, 1))
 def constant_over_positions(op: KArAtOperator) -> KArAtOperator:
     """Every edge function and row of W the same at all tokens; what isn't a token axis keeps its differences."""
     with torch.no_grad():
-        for layer, shape in zip(op.layers, op.order.layer_shapes, strict=True):
+        for layer, axes in zip(op.layers, op.layout.layers, strict=True):
             for parameter in layer.parameters():
                 nn.init.normal_(parameter)
-                flatten(parameter, shape)
+                flatten(parameter, axes)
         if op.W is not None:
-            flatten(nn.init.normal_(op.W), op.order.projector_shape)
+            flatten(nn.init.normal_(op.W), op.layout.W)
         if op.gate is not None:
             nn.init.normal_(op.gate)
     return op
 
 
-def flatten(parameter: torch.Tensor, shape: str) -> None:
-    for dim, letter in zip((-2, -1), shape, strict=True):
-        if letter == "N":
+def flatten(parameter: torch.Tensor, axes: Axes) -> None:
+    for dim, axis in zip((-2, -1), axes, strict=True):
+        if axis.is_tokens:
             parameter.copy_(parameter.narrow(dim, 0, 1).expand_as(parameter).clone())
 
 
@@ -347,12 +348,12 @@ def test_places_of_queries_are_carried_unscaled(spec: str) -> None:
     with torch.no_grad():
         for parameter in op.parameters():
             nn.init.normal_(parameter)
-        for layer, shape in zip(op.layers, op.order.layer_shapes, strict=True):
+        for layer, axes in zip(op.layers, op.layout.layers, strict=True):
             for parameter in layer.parameters():
-                flatten(parameter, shape)
-        for matrix, shape in ((op.W, op.order.projector_shape), (op.C, op.position_shape)):
+                flatten(parameter, axes)
+        for matrix, axes in ((op.W, op.layout.W), (op.C, op.layout.C)):
             if matrix is not None:
-                flatten(matrix, shape)
+                flatten(matrix, axes)
     scores = torch.tensor([-1.3, 0.2, 0.9], dtype=torch.float64)[:1, None]
     expected = op(scores.expand(1, 2, math.prod(OLD), math.prod(OLD))).sum(-1)[..., :1]
     C = None if op.C is None or op.W is None else op.places[:, :1].clone()

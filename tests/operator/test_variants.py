@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from karat import KArAtConfig, KArAtOperator, simplex_projection
 from karat.models.distill.closed_form import Rows, fit_operator
 from karat.operator import controls
-from karat.operator.initialise import _moments_with_places as moments_with_places
+from karat.operator.power import moments_with_places
 from support.operators import Attend, error, layer_sum, make_mask, qkv
 
 B, H, N, D = 2, 2, 6, 5
@@ -118,16 +118,16 @@ def test_gradcheck(spec: str) -> None:
 
 @pytest.mark.parametrize("kind", ["none", "keys"])
 @pytest.mark.parametrize("basis", ["fourier(grid=2)", "silu+bspline(grid=3,order=2)"])
-@pytest.mark.parametrize(("rank", "places"), [(None, ""), (3, ",position=query")])
+@pytest.mark.parametrize(("rank", "more"), [(None, ""), (3, ",position=query"), (None, ",residual=softmax,gate=0.5")])
 def test_a_pointwise_operator_streams_many_keys(
-    rank: int | None, places: str, basis: str, kind: str, monkeypatch: pytest.MonkeyPatch
+    rank: int | None, more: str, basis: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    op = KArAtOperator(H, N, f"{basis}-b,rank={rank},order=Pointwise{places}").double()
+    op = KArAtOperator(H, N, f"{basis}-b,rank={rank},order=Pointwise{more}").double()
     q, k, v = qkv()
     mask = make_mask(kind)
     formed = op.attend(q, k, v, mask=mask)
     monkeypatch.setattr(controls, "STREAMED_FROM", 1)
-    monkeypatch.setattr(controls.Pointwise, "hidden", None)
+    monkeypatch.setattr(controls.Pointwise, "form", None)
     assert error(op.attend(q, k, v, mask=mask), formed) < 1e-9
 
 
@@ -216,7 +216,7 @@ def test_moments_with_places_are_those_over_all_queries() -> None:
     assert op.places is not None
     x = torch.randn(1000, 2, 2, dtype=torch.float64) + 1
     y = (x.unsqueeze(2) + op.places.detach().double()).transpose(0, 1).flatten(1, 2)  # of all queries
-    mean, power = moments_with_places(x.mean(0), torch.einsum("shr,sht->hrt", x, x) / len(x), op)
+    mean, power = moments_with_places(x.mean(0), torch.einsum("shr,sht->hrt", x, x) / len(x), op.places)
     torch.testing.assert_close(mean, y.mean(1))
     torch.testing.assert_close(power, y.mT @ y / y.shape[1])
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from karat.basis import Basis, parse_basis, with_base
+from karat.operator.orders import BLIND
 from karat.operator.rules import GONE, check, without_gone
 
 _LETTERS = {"blockwise": "b", "universal": "u"}
-# In the place of a basis, without edge functions: σ is a learned matrix, or one learned row for all queries.
-STATIC, ROW = "static", "row"
 
 # Names for what a configuration is recommended for; `str` gives the explicit form.
 ALIASES = {"recommended": "static-b,residual=softmax"}
@@ -136,12 +135,17 @@ class KArAtConfig:
     @property
     def is_static(self) -> bool:
         """Whether σ is a learned matrix or row, blind to the scores."""
-        return self.basis in (STATIC, ROW)
+        return self.basis in BLIND
 
     @property
     def has_edges(self) -> bool:
         """Whether there are edge functions of the scores."""
         return not (self.is_softmax or self.is_static)
+
+    @property
+    def form(self) -> tuple[str, bool]:
+        """The name of the order in `karat.operator.orders.ORDERS`, and whether there is a rank."""
+        return self.basis if self.is_static else self.order, self.rank is not None
 
     @functools.cached_property
     def edge_basis(self) -> Basis:

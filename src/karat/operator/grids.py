@@ -54,11 +54,10 @@ def _view(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> KArAtOperator:
     view = _like(op)
     view.num_tokens = new.num_tokens
     layers = nn.ModuleList()
-    for layer, shape in zip(op.edge_layers, op.order.layer_shapes, strict=True):
+    for layer, axes in zip(op.edge_layers, op.layout.layers, strict=True):
         own = _like(layer)
-        own._parameters, own._buffers = resampled_layer(layer, shape, old, new)
-        sizes = {"N": new.num_tokens}
-        own.inputs, own.outputs = sizes.get(shape[0], layer.inputs), sizes.get(shape[1], layer.outputs)
+        own._parameters, own._buffers = resampled_layer(layer, axes, old, new)
+        own.inputs, own.outputs = (axis.size(new.num_tokens, op.config.rank) for axis in axes)
         layers.append(own)
     view._modules["layers"] = layers
     maps, factors = resampled_maps(op, old, new)

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from karat.basis import Basis
 from karat.operator.config import KArAtConfig
-from karat.operator.controls import order_of
 from karat.operator.edges import EdgeLayer, add_factors
 from karat.operator.initialise import initialise
-from karat.operator.inputs import Products
-from karat.operator.orders import BesideSoftmax, SumsOverKeys
+from karat.operator.orders import ORDERS
+from karat.operator.parameters import OperatorParameters
 from karat.operator.simplex import simplex_projection
-from karat.ops import basis_attention
-from karat.ops.masks import row_patterns, safe_softmax, softmax_attention
+from karat.ops import Call, basis_sums, joint_sums
+from karat.ops.masks import as_mask, row_patterns, safe_softmax, softmax_attention
 
 
-class KArAtOperator(nn.Module):
+class KArAtOperator(OperatorParameters):
     """σ: a learnable map of each row of attention scores to a row of attention, each head its own (paper §3; SPEC §1).
 
     Low rank, order W∘Φ:  Φ̂(A)_k,p = Σ_q φ_pq(A_k,q),  σ(A)_k,n = Σ_p W_n,p Φ̂(A)_k,p;  see `karat.operator.orders` for
@@ -37,99 +36,32 @@ class KArAtOperator(nn.Module):
     term of the query's position (static mixing: C (H',N,R), at full rank (H',N,N)) or None, `gate` (H',), with
     residual="softmax" and no fixed gate; H' counts the heads that learn.
 
-    Each of them but the gate is learned up to a fixed factor, which sets its rate (`karat.operator.rates`; buffers
-    `W_factor`, `C_factor` and the layers' `factor`): `projector`, `places` and `edges` give what they mean.
-
     >>> op = KArAtOperator(num_heads=3, num_tokens=17, config="g3b")
     >>> q, k, v = torch.randn(3, 2, 3, 17, 8).unbind()
     >>> torch.allclose(op.attend(q, k, v), op(q @ k.transpose(-2, -1) * 8**-0.5) @ v, atol=1e-5)
     True
     """
 
-    W_factor: Tensor
-    C_factor: Tensor
+    config: KArAtConfig
 
     def __init__(self, num_heads: int, num_tokens: int, config: KArAtConfig | str) -> None:
-        super().__init__()
         for name, value in (("num_heads", num_heads), ("num_tokens", num_tokens)):
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
-        self.config = config = KArAtConfig.parse(config)
-        self.num_heads, self.num_tokens = num_heads, num_tokens
-        self.softmax_heads = config.softmax_head_indices(num_heads)
-        self.karat_heads = tuple(head for head in range(num_heads) if head not in self.softmax_heads)
-        self.order = order_of(config)
-        sizes = {"N": num_tokens, "R": config.rank or 0, "A": 1, "1": 1}
-        learning = len(self.karat_heads)
-        self.layers = nn.ModuleList(
-            EdgeLayer(learning, sizes[shape[0]], sizes[shape[1]], config.edge_basis, config.edge_scales)
-            for shape in self.order.layer_shapes
-        )
-        self.W, self.C = (
-            nn.Parameter(torch.empty(learning, sizes[shape[0]], sizes[shape[1]])) if shape else None
-            for shape in (self.order.projector_shape, self.position_shape)
-        )
-        for name in ("W", "C"):
-            if getattr(self, name) is not None:
-                self.register_buffer(f"{name}_factor", torch.ones(()))
-        learned = config.residual is not None and config.gate == "head"
-        self.gate = nn.Parameter(torch.empty(learning)) if learned else None
+        config = KArAtConfig.parse(config)
+        softmax_heads = config.softmax_head_indices(num_heads)
+        order = ORDERS[config.form]
+        edges = None if config.is_static else (config.edge_basis, config.edge_scales)
+        gated = config.residual is not None and config.gate == "head"
+        super().__init__(num_heads - len(softmax_heads), num_tokens, order.layout_for(config), config, edges, gated)
+        self.num_heads, self.order = num_heads, order
+        self.softmax_heads = softmax_heads
+        self.karat_heads = tuple(head for head in range(num_heads) if head not in softmax_heads)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, by the configuration's `init`."""
-        initialise(self)
-
-    @property
-    def edge_layers(self) -> list[EdgeLayer]:
-        """`layers`, by their type."""
-        return list(self.layers)  # type: ignore[arg-type]  # all are
-
-    @property
-    def position_shape(self) -> str | None:
-        """The axes of C after the heads, queries first, in letters; None where there is no C."""
-        return "NR" if self.config.position is not None else self.order.position_shape
-
-    @property
-    def projector(self) -> Tensor | None:
-        """W: (H',R,N) in order PhiW, (H',N,1) of a row, (H',N,R) elsewhere; None where there is none."""
-        return None if self.W is None else self.W * self.W_factor
-
-    @property
-    def places(self) -> Tensor | None:
-        """C, the term of each query's place: (H',N,R), of static mixing at full rank (H',N,N); None where there is
-        none."""
-        return None if self.C is None else self.C * self.C_factor
-
-    def projector_as(self, x: Tensor) -> Tensor:
-        """W in x's precision."""
-        assert self.W is not None
-        return (self.W * self.W_factor).to(x.dtype)
-
-    def places_as(self, x: Tensor) -> Tensor:
-        """C in x's precision."""
-        assert self.C is not None
-        return (self.C * self.C_factor).to(x.dtype)
-
-    @torch.no_grad()
-    def write(self, name: str, value: Tensor) -> None:
-        """Make the map "W" or "C" what is given, factor included."""
-        getattr(self, name).copy_(value / getattr(self, f"{name}_factor"))
-
-    @torch.no_grad()
-    def set_factor(self, name: str, factor: float) -> None:
-        """Take another factor for "W" or "C" and leave the map what it is."""
-        old: Tensor = getattr(self, f"{name}_factor")
-        getattr(self, name).mul_(old / factor)
-        old.fill_(factor)
-
-    def factored(self) -> dict[str, tuple[str, ...]]:
-        """The parameter that each buffer of a factor multiplies, by name; the layers have their own."""
-        return {f"{name}_factor": (name,) for name in ("W", "C") if getattr(self, name) is not None}
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        add_factors(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        initialise(self, self.order, self.config)
 
     def edges(self, x: Tensor, layer: int = 0) -> Tensor:
         """φ_pq(x), the value of every edge function: x (...,) -> (...,H',P,Q), in x's precision.
@@ -153,7 +85,7 @@ class KArAtOperator(nn.Module):
         the operator's.
         """
         self._check(*scores.shape[1:])
-        mask = _four_axes(mask)
+        mask = as_mask(mask)
         dtype = torch.promote_types(scores.dtype, torch.float32)
         values = scores.to(dtype)
         if not self.softmax_heads:
@@ -193,73 +125,63 @@ class KArAtOperator(nn.Module):
                 operator's.
         """
         self._check(q.shape[1], q.shape[2], k.shape[2])
-        factor = q.shape[-1] ** -0.5 if scale is None else scale
-        bias, mask = _four_axes(bias), _four_axes(mask)
+        call = Call(q, k, q.shape[-1] ** -0.5 if scale is None else scale, as_mask(bias), as_mask(mask))
         if not self.softmax_heads:
-            return self._attend(q, k, v, factor, bias, mask, dropout_p)
-        parts = []
-        for heads, attend in ((self.karat_heads, self._attend), (self.softmax_heads, softmax_attention)):
-            places = _places(heads)
-            some = _heads(bias, places), _heads(mask, places)
-            out = attend(q[:, places], k[:, places], v[:, places], factor, *some, dropout_p)
-            parts.append(out.transpose(1, 2))  # (B,M,·,D): as the model joins its heads
-        return self._in_order(parts[0], parts[1], dim=2).transpose(1, 2)
+            return self._attend(call, v, dropout_p)
+        some, others = _places(self.karat_heads), _places(self.softmax_heads)
+        learned = self._attend(_heads_of(call, some), v[:, some], dropout_p)
+        q, k, scale, bias, mask = _heads_of(call, others)
+        fixed = softmax_attention(q, k, v[:, others], scale, bias, mask, dropout_p)
+        # (B,M,·,D): as the model joins its heads
+        return self._in_order(learned.transpose(1, 2), fixed.transpose(1, 2), dim=2).transpose(1, 2)
 
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        dropout_p: float,
-    ) -> Tensor:
-        given = Products(q, k, scale, bias)
+    def _attend(self, call: Call, v: Tensor, dropout_p: float) -> Tensor:
+        """σ v of the heads that learn, softmax beside it included."""
+        order, config, mask = self.order, self.config, call.mask
         if dropout_p > 0:
-            hidden = self.order.hidden(self, given, mask)
-            sigma = self._finished(self.order.sigma(self, hidden), mask)
-            if self.config.residual:
-                sigma = safe_softmax(given.scores(), mask) + self._gated(sigma)
+            sigma = self._sigma(self._sums(call, order.to_sum(self)), mask)
+            if config.residual:
+                sigma = safe_softmax(call.scores(), mask) + self._gated(sigma)
             return F.dropout(sigma, dropout_p) @ v
-        if not self.config.residual:
-            return self._operator_attend(given, v, mask)
-        if not self._shares_scores:
-            out = self._operator_attend(given, v, mask)
-            return softmax_attention(q, k, v, scale, bias, mask) + self._gated(out)
-        both = BesideSoftmax(v)  # one pass over the scores for both parts (SPEC §10)
-        out = self._operator_attend(given, v, mask, both)
-        return both.attended + self._gated(out)
+        # a projection needs σ, a mask of pairs needs it or at least sums that v has no part in
+        row_by_row = config.simplex == "row" or (mask is not None and mask.shape[2] > 1)
+        kept = v if row_by_row or mask is None else torch.where(mask.transpose(-2, -1), v, 0)
+        summed = order.to_sum(self, None if row_by_row else kept)
+        attended: Tensor | None = None
+        if summed is not None and config.residual and config.simplex != "row":
+            attended, sums = joint_sums(call, v, *summed, config.impl)  # one pass for both parts (SPEC §10)
+        else:
+            sums = self._sums(call, summed)
+        out = self._row_by_row(sums, v, mask) if row_by_row else order.finish(self, sums, kept)
+        if not config.residual:
+            return out
+        if attended is None:
+            attended = softmax_attention(call.q, call.k, v, call.scale, call.bias, mask)
+        return attended + self._gated(out)
 
-    def _operator_attend(
-        self, given: Products, v: Tensor, mask: Tensor | None, sums: SumsOverKeys = basis_attention
-    ) -> Tensor:
-        """The operator's part, without softmax and gate; its first layer sums by `sums`."""
-        order = self.order
-        if self.config.simplex != "row" and (mask is None or mask.shape[2] == 1):  # a mask of keys
-            kept = v if mask is None else torch.where(mask.transpose(-2, -1), v, 0)
-            return order.attend(self, given, kept, mask, sums)
-        hidden = order.hidden(self, given, mask, sums)
-        if self.config.simplex != "row" and not order.gives_sigma and mask is not None:
+    def _sums(self, call: Call, summed: tuple[Tensor, Basis] | None) -> Tensor:
+        """What `order.finish` takes: the sums, or what the order forms in their place."""
+        return self.order.form(self, call) if summed is None else basis_sums(call, *summed, self.config.impl)
+
+    def _row_by_row(self, sums: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """σ v where each row has a mask of its own, or is projected."""
+        if self.config.simplex != "row" and not self.order.gives_sigma and mask is not None:
             patterns = row_patterns(mask)
-            if patterns is not None:  # O_k = hidden_k · (what v becomes under k's kind of mask), kind by kind
+            if patterns is not None:  # what v becomes under each kind of mask, kind by kind
                 rows = [
-                    torch.where(member, order.apply(self, hidden, torch.where(keys, v, 0)), 0)
+                    torch.where(member, self.order.finish(self, sums, torch.where(keys, v, 0)), 0)
                     for member, keys in patterns
                 ]
                 return torch.stack(rows).sum(0)
-        return self._finished(order.sigma(self, hidden), mask) @ v
+        return self._sigma(sums, mask) @ v
 
     def _sigma_of_scores(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        sigma = self._finished(self.order.sigma(self, self.order.hidden_of_scores(self, scores, mask)), mask)
+        sigma = self._sigma(self.order.of_scores(self, scores, mask), mask)
         return safe_softmax(scores, mask) + self._gated(sigma) if self.config.residual else sigma
 
-    @property
-    def _shares_scores(self) -> bool:
-        """Whether one pass over the scores serves softmax and the operator's first layer."""
-        return self.order.streams_scores and self.config.simplex != "row"
-
-    def _finished(self, sigma: Tensor, mask: Tensor | None) -> Tensor:
+    def _sigma(self, sums: Tensor, mask: Tensor | None) -> Tensor:
+        """The operator's σ (B,H,M,N), projected where asked for, exactly zero for masked pairs."""
+        sigma = self.order.finish(self, sums, None)
         if self.config.simplex == "row":
             return simplex_projection(sigma, mask)
         return sigma if mask is None else torch.where(mask, sigma, 0)
@@ -333,10 +255,6 @@ def _with_factors(model: nn.Module) -> list[tuple[str, EdgeLayer | KArAtOperator
     ]
 
 
-def _four_axes(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.dim() == 4 else x.reshape((1,) * (4 - x.dim()) + x.shape)
-
-
 def _places(heads: tuple[int, ...]) -> slice | tuple[int, ...]:
     """An index of these heads: a slice, which copies nothing, if they are neighbours."""
     return slice(heads[0], heads[-1] + 1) if heads and heads[-1] - heads[0] == len(heads) - 1 else heads
@@ -344,3 +262,7 @@ def _places(heads: tuple[int, ...]) -> slice | tuple[int, ...]:
 
 def _heads(x: Tensor | None, heads: slice | tuple[int, ...]) -> Tensor | None:
     return x if x is None or x.shape[1] == 1 else x[:, heads]
+
+
+def _heads_of(call: Call, heads: slice | tuple[int, ...]) -> Call:
+    return Call(call.q[:, heads], call.k[:, heads], call.scale, _heads(call.bias, heads), _heads(call.mask, heads))

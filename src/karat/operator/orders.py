@@ -1,154 +1,186 @@
-"""The orders in which Φ and W are composed, each a small strategy around the operator's parameters (SPEC §1, §8).
-
-Every order sees the scores in two ways: as they are (`hidden_of_scores`) or as q and k that basis attention may
-stream (`hidden`). What follows from the hidden values (B,H,M,·) is either σ itself or its product with v.
-"""
+"""The orders in which Φ and W are composed, and the registry of all of them, controls included."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from karat.basis import Basis, LinearBasis
+from karat.operator.controls import Pointwise, PointwiseWithPlaces, Row, Static, StaticFull
 from karat.operator.edges import EdgeLayer
-from karat.operator.inputs import Products
+from karat.operator.layout import QUERIES, RANK, TOKENS, Layout
+from karat.operator.order import Order, sums_of_scores, through_projector
+from karat.operator.parameters import OperatorParameters, Settings
+from karat.operator.power import (
+    SAMPLES,
+    edge_moments,
+    edges_power,
+    moments_after,
+    moments_with_places,
+    projected_power,
+    scale_edges,
+    scale_map,
+)
+from karat.operator.rates import Gains, hidden_size, layer_gain, moments, projector_gain, scores_gain, values_gain
 from karat.operator.simplex import simplex_projection
-from karat.ops import basis_attention, basis_contraction, joint_attention
-from karat.ops.products import product_for_tokens, shared_product
+from karat.ops import Call, basis_contraction
+from karat.ops.products import shared_product
 
-if TYPE_CHECKING:
-    from karat.operator.operator import KArAtOperator
-
-# Numbers that op(scores) may hold at a time in a feature or edge tensor when no graph is recorded.
-CHUNK_NUMBERS = 1 << 25
+FEW_TOKENS = 64  # up to here what the last layer sees is neither normal nor independent enough: it's sampled
 
 
-class SumsOverKeys(Protocol):
-    """`karat.basis_attention`, or what computes the same beside something else."""
+class WPhi(Order):
+    """σ = W Φ̂(A), Φ̂ with R×N edges and W (N,R): the default."""
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        u: Tensor,
-        basis: str | Basis,
-        *,
-        scale: float | None,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        impl: str,
-    ) -> Tensor: ...
+    name: ClassVar[str] = "WPhi"
+    layout: ClassVar[Layout] = Layout(((TOKENS, RANK),), W=(TOKENS, RANK), C=(QUERIES, RANK))
 
+    def refuses(self, config: Settings) -> str | None:
+        return None
 
-class BesideSoftmax:
-    """Basis attention that attends to v by softmax over the same scores, in one pass: `attended`, once called."""
+    def layout_for(self, config: Settings) -> Layout:
+        return self.layout if config.position else self.layout._replace(C=None)
 
-    def __init__(self, v: Tensor) -> None:
-        self.v = v
+    def finish(self, parameters: OperatorParameters, sums: Tensor, v: Tensor | None) -> Tensor:
+        hidden = sums if parameters.C is None else sums + parameters.places_as(sums)
+        if parameters.config.simplex == "rank":
+            hidden = simplex_projection(hidden)
+        return through_projector(parameters, hidden, v)
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        u: Tensor,
-        basis: str | Basis,
-        *,
-        scale: float | None,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        impl: str,
-    ) -> Tensor:
-        self.attended, sums = joint_attention(
-            q,
-            k,
-            self.v,
-            u,
-            basis,
-            scale=scale,
-            bias=bias,
-            mask=mask,
-            impl=impl,
-        )
-        return sums
+    def places_take_part(self, init: str) -> bool:
+        # beside a gate of zero a C of zero left the curve of a training what it is without C
+        return init == "default"
+
+    def balance(self, parameters: OperatorParameters) -> None:
+        _to_unit_power(parameters.edge_layers[0])
+        super().balance(parameters)
+
+    def power(self, parameters: OperatorParameters) -> Tensor:
+        mean, power = edge_moments(parameters.edge_layers[0])
+        if parameters.places is not None:
+            mean, power = moments_with_places(mean, power, parameters.places)
+        if parameters.config.simplex == "rank":
+            mean, power = moments_after(simplex_projection, mean, power)
+        assert parameters.W is not None
+        return projected_power(parameters.W, power)
+
+    def scale(self, parameters: OperatorParameters, factor: Tensor) -> None:
+        scale_map(parameters.W, factor)
+
+    def gains(self, parameters: OperatorParameters, size: float) -> Gains:
+        layer, N = parameters.edge_layers[0], parameters.num_tokens
+        hidden = hidden_size(layer, N)
+        sum_to_one = parameters.config.simplex == "rank"
+        W = values_gain(N) if sum_to_one else projector_gain(layer.outputs, hidden, N)
+        return Gains((layer_gain(layer) / hidden,), W / size)
 
 
-class Order(ABC):
-    """How Φ and W make σ out of the scores.
+class Full(Order):
+    """σ = Φ(A), Φ with N×N edges, no W."""
 
-    The first edge layer sums over keys; `sums` says by what (see `SumsOverKeys`).
+    name: ClassVar[str] = "WPhi"
+    has_rank: ClassVar[bool] = False
+    layout: ClassVar[Layout] = Layout(((TOKENS, TOKENS),))
+    gives_sigma: ClassVar[bool] = True
+
+    def to_sum(self, parameters: OperatorParameters, v: Tensor | None = None) -> tuple[Tensor, Basis] | None:
+        layer = parameters.edge_layers[0]
+        if v is None or not isinstance(layer.basis, LinearBasis):  # the identity needs linearity; σ is streamed
+            return layer.packed(), layer.basis
+        return _values_as_parameters(layer, v), layer.basis
+
+    def finish(self, parameters: OperatorParameters, sums: Tensor, v: Tensor | None) -> Tensor:
+        return sums if v is None or isinstance(parameters.edge_layers[0].basis, LinearBasis) else sums @ v
+
+    def power(self, parameters: OperatorParameters) -> Tensor:
+        return edges_power(parameters.edge_layers[0], parameters.num_tokens)[1]
+
+    def gains(self, parameters: OperatorParameters, size: float) -> Gains:
+        return Gains((layer_gain(parameters.edge_layers[0]) * values_gain(parameters.num_tokens) / size,))
+
+
+class _EdgesLast(Order):
+    """σ_n = Σ_r φ_nr(hidden_r): R numbers of each query, then N×R edges."""
+
+    def finish(self, parameters: OperatorParameters, sums: Tensor, v: Tensor | None) -> Tensor:
+        layer, impl = parameters.edge_layers[-1], parameters.config.impl
+        if v is None:
+            return sums_of_scores(layer.packed(), layer.basis, sums)
+        if not isinstance(layer.basis, LinearBasis):
+            return basis_contraction(sums, layer.packed(), layer.basis, impl=impl) @ v
+        return basis_contraction(sums, _values_as_parameters(layer, v), layer.basis, impl=impl)
+
+    def power(self, parameters: OperatorParameters) -> Tensor:
+        layer, N = parameters.edge_layers[-1], parameters.num_tokens
+        if N > FEW_TOKENS and layer.inputs <= N:
+            return self._integrated(parameters)
+        weight = parameters.edge_layers[0].packed()
+        scores = torch.randn(1, weight.shape[0], SAMPLES, N, dtype=weight.dtype, device=weight.device)
+        sigma = self.finish(parameters, self.of_scores(parameters, scores, None), None)
+        return sigma.double().square().sum(-1).mean((0, 2))
+
+    def _integrated(self, parameters: OperatorParameters) -> Tensor:
+        """`power` where the R numbers are near normal and independent."""
+        return edge_moments(parameters.edge_layers[-1], diagonal=True)[1].sum(-1)
+
+
+class PhiW(_EdgesLast):
+    """σ = Φ(W A): W (R,N) maps a row of scores to R numbers, Φ with N×R edges maps them to σ's row.
+
+    W is absorbed into the keys, (W A)_k = scale·q_k (W K)ᵀ + W bias_k: linear in N. A mask of pairs can't be
+    absorbed: the scores are formed then.
     """
 
-    streams_scores: ClassVar[bool] = True  # whether the first edge layer sees the scores themselves, as softmax does
-    # (inputs, outputs) of each edge layer, in letters: N and R, A for one of all keys, 1 for one
-    layer_shapes: ClassVar[tuple[str, ...]]
-    projector_shape: ClassVar[str | None]  # W's, in letters
-    position_shape: ClassVar[str | None] = None  # C's where the order itself has one: (queries, outputs), in letters
-    gives_sigma: ClassVar[bool] = False  # whether the hidden values are σ itself
+    name: ClassVar[str] = "PhiW"
+    layout: ClassVar[Layout] = Layout(((RANK, TOKENS),), W=(RANK, TOKENS))
 
-    @abstractmethod
-    def hidden(
-        self, op: KArAtOperator, seen: Products, mask: Tensor | None, sums: SumsOverKeys = basis_attention
-    ) -> Tensor:
-        """What the scores scale·qkᵀ + bias become before the last map: (B,H,M,R), or σ itself where `gives_sigma`."""
+    def to_sum(self, parameters: OperatorParameters, v: Tensor | None = None) -> tuple[Tensor, Basis] | None:
+        return None
 
-    @abstractmethod
-    def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
-        """The same for given scores (B,H,M,N)."""
+    def form(self, parameters: OperatorParameters, call: Call) -> Tensor:
+        q, k, scale, bias, mask = call
+        if mask is not None and mask.shape[2] > 1:
+            return super().form(parameters, call)
+        if mask is not None:
+            k = torch.where(mask.transpose(-2, -1), k, 0)
+        projected = q @ shared_product(parameters.projector_as(k), k).transpose(-2, -1) * scale  # (B,H,M,R)
+        if bias is None:
+            return projected
+        bias = bias.to(projected.dtype).expand(*bias.shape[:3], k.shape[2])
+        bias = bias if mask is None else torch.where(mask, bias, 0)
+        return projected + bias @ parameters.projector_as(bias).transpose(-2, -1)
 
-    @abstractmethod
-    def sigma(self, op: KArAtOperator, hidden: Tensor) -> Tensor:
-        """σ (B,H,M,N)."""
+    def of_scores(self, parameters: OperatorParameters, scores: Tensor, mask: Tensor | None) -> Tensor:
+        scores = scores if mask is None else torch.where(mask, scores, 0)
+        return scores @ parameters.projector_as(scores).transpose(-2, -1)
 
-    @abstractmethod
-    def apply(self, op: KArAtOperator, hidden: Tensor, v: Tensor) -> Tensor:
-        """σ v (B,H,M,D), without σ where the identity of SPEC §8 allows it."""
-
-    def attend(
-        self, op: KArAtOperator, seen: Products, v: Tensor, mask: Tensor | None, sums: SumsOverKeys = basis_attention
-    ) -> Tensor:
-        """σ(scale·qkᵀ + bias) v; the mask is one of keys, already applied to v."""
-        return self.apply(op, self.hidden(op, seen, mask, sums), v)
+    def gains(self, parameters: OperatorParameters, size: float) -> Gains:
+        layer, N = parameters.edge_layers[0], parameters.num_tokens
+        return Gains((layer_gain(layer) * values_gain(N) / size,), scores_gain(N) * moments(layer.basis).slope)
 
 
-def _stream(op: KArAtOperator, seen: Products, mask: Tensor | None, sums: SumsOverKeys) -> Tensor:
-    first = op.edge_layers[0]
-    return summed(op, first.packed(), first.basis, seen, mask, sums)
+class PhiPhi(_EdgesLast):
+    """σ = Φ₂(Φ₁(A)): R×N edges, then N×R edges, no W."""
 
+    name: ClassVar[str] = "PhiPhi"
+    layout: ClassVar[Layout] = Layout(((TOKENS, RANK), (RANK, TOKENS)))
 
-def summed(
-    op: KArAtOperator,
-    u: Tensor,
-    basis: Basis,
-    seen: Products,
-    mask: Tensor | None,
-    sums: SumsOverKeys = basis_attention,
-) -> Tensor:
-    """Basis attention to what is seen, with parameters u; by `sums`."""
-    return sums(seen.q, seen.k, u, basis, scale=seen.scale, bias=seen.bias, mask=mask, impl=op.config.impl)
+    def balance(self, parameters: OperatorParameters) -> None:
+        _to_unit_power(parameters.edge_layers[0])
+        super().balance(parameters)
 
+    def _integrated(self, parameters: OperatorParameters) -> Tensor:
+        """Φ₂ sees what Φ₁ is: a sum over many keys, near normal, with a mean of its own."""
+        mean, power = edge_moments(parameters.edge_layers[0])
+        spread = (power.diagonal(dim1=-2, dim2=-1) - mean.square()).clamp(min=0).sqrt()
+        return edge_moments(parameters.edge_layers[1], lambda z: mean + spread * z, diagonal=True)[1].sum(-1)
 
-def _sum_of_edges(layer: EdgeLayer, scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Φ(scores) by the definition, a range of queries at a time: (B,H,M,Q) -> (B,H,M,P)."""
-    u = layer.packed()
-    B, H, M, N = scores.shape
-    width = layer.basis.num_parameters if isinstance(layer.basis, LinearBasis) else layer.outputs
-    rows = M if torch.compiler.is_exporting() else max(1, CHUNK_NUMBERS // max(1, B * H * N * width))  # B may be open
-    masks = (mask,) * max(1, -(-M // rows)) if mask is None or mask.shape[2] == 1 else mask.split(rows, dim=2)
-    chunks = [
-        basis_contraction(part, u, layer.basis, mask=keep, impl="reference")
-        for part, keep in zip(scores.split(rows, dim=2), masks, strict=True)
-    ]
-    return torch.cat(chunks, dim=2)
-
-
-def _last_layer(layer: EdgeLayer, hidden: Tensor, v: Tensor, impl: str) -> Tensor:
-    """σ v for σ_n = Σ_r φ_nr(hidden_r): U_f,r = Σ_n c_f,n,r v_n if the basis is linear, else through σ."""
-    if not isinstance(layer.basis, LinearBasis):
-        return basis_contraction(hidden, layer.packed(), layer.basis, impl=impl) @ v
-    return basis_contraction(hidden, _values_as_parameters(layer, v), layer.basis, impl=impl)
+    def gains(self, parameters: OperatorParameters, size: float) -> Gains:
+        first, last = parameters.edge_layers
+        second = layer_gain(last) * values_gain(parameters.num_tokens) / size
+        return Gains((layer_gain(first) * moments(last.basis).slope, second))
 
 
 def _values_as_parameters(layer: EdgeLayer, v: Tensor) -> Tensor:
@@ -157,116 +189,18 @@ def _values_as_parameters(layer: EdgeLayer, v: Tensor) -> Tensor:
     return shared_product(u.to(v.dtype).flatten(1, 2), v).unflatten(2, u.shape[1:3]) * layer.factor.to(v.dtype)
 
 
-class WPhi(Order):
-    """σ = W Φ̂(A), Φ̂ with R×N edges and W (N,R): the default."""
-
-    layer_shapes: ClassVar[tuple[str, ...]] = ("NR",)
-    projector_shape: ClassVar[str | None] = "NR"
-
-    def hidden(
-        self, op: KArAtOperator, seen: Products, mask: Tensor | None, sums: SumsOverKeys = basis_attention
-    ) -> Tensor:
-        return self._shaped(op, _stream(op, seen, mask, sums))
-
-    def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
-        return self._shaped(op, _sum_of_edges(op.edge_layers[0], scores, mask))
-
-    def _shaped(self, op: KArAtOperator, hidden: Tensor) -> Tensor:
-        """All that happens between the sums over the keys (B,H,M,R) and W: position, simplex="rank"."""
-        if op.config.position is not None:
-            hidden = hidden + op.places_as(hidden)
-        return simplex_projection(hidden) if op.config.simplex == "rank" else hidden
-
-    def sigma(self, op: KArAtOperator, hidden: Tensor) -> Tensor:
-        return hidden @ op.projector_as(hidden).transpose(-2, -1)
-
-    def apply(self, op: KArAtOperator, hidden: Tensor, v: Tensor) -> Tensor:
-        projected = shared_product(op.projector_as(v).transpose(-2, -1), v)  # (B,H,R,D)
-        return product_for_tokens(hidden, projected)
+def _to_unit_power(layer: EdgeLayer) -> None:
+    """Let each of the R numbers of Φ̂ have E y² = 1."""
+    scale_edges(layer, edge_moments(layer)[1].diagonal(dim1=-2, dim2=-1).rsqrt().unsqueeze(1))
 
 
-class Full(Order):
-    """σ = Φ(A), Φ with N×N edges, no W."""
-
-    layer_shapes: ClassVar[tuple[str, ...]] = ("NN",)
-    projector_shape: ClassVar[str | None] = None
-    gives_sigma: ClassVar[bool] = True
-
-    def hidden(
-        self, op: KArAtOperator, seen: Products, mask: Tensor | None, sums: SumsOverKeys = basis_attention
-    ) -> Tensor:
-        return _stream(op, seen, mask, sums)
-
-    def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
-        return _sum_of_edges(op.edge_layers[0], scores, mask)
-
-    def sigma(self, op: KArAtOperator, hidden: Tensor) -> Tensor:
-        return hidden
-
-    def apply(self, op: KArAtOperator, hidden: Tensor, v: Tensor) -> Tensor:
-        return hidden @ v
-
-    def attend(
-        self, op: KArAtOperator, seen: Products, v: Tensor, mask: Tensor | None, sums: SumsOverKeys = basis_attention
-    ) -> Tensor:
-        layer = op.edge_layers[0]
-        if not isinstance(layer.basis, LinearBasis):  # the identity needs linearity; σ is streamed, then multiplied
-            return super().attend(op, seen, v, mask, sums)
-        return summed(op, _values_as_parameters(layer, v), layer.basis, seen, mask, sums)
-
-
-class PhiW(Order):
-    """σ = Φ(W A): W (R,N) maps a row of scores to R numbers, Φ with N×R edges maps them to σ's row.
-
-    W is absorbed into the keys, (W A)_k = scale·q_k (W K)ᵀ + W bias_k: linear in N. A mask of pairs can't be
-    absorbed: the scores are formed then.
-    """
-
-    streams_scores: ClassVar[bool] = False
-    layer_shapes: ClassVar[tuple[str, ...]] = ("RN",)
-    projector_shape: ClassVar[str | None] = "RN"
-
-    def hidden(
-        self, op: KArAtOperator, seen: Products, mask: Tensor | None, sums: SumsOverKeys = basis_attention
-    ) -> Tensor:
-        if mask is not None and mask.shape[2] > 1:
-            return self.hidden_of_scores(op, seen.scores(), mask)
-        q, k, scale, bias = seen
-        if mask is not None:
-            k = torch.where(mask.transpose(-2, -1), k, 0)
-        projected = q @ shared_product(op.projector_as(k), k).transpose(-2, -1) * scale  # (B,H,M,R)
-        if bias is None:
-            return projected
-        bias = bias.to(projected.dtype).expand(*bias.shape[:3], k.shape[2])
-        bias = bias if mask is None else torch.where(mask, bias, 0)
-        return projected + bias @ op.projector_as(bias).transpose(-2, -1)
-
-    def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
-        scores = scores if mask is None else torch.where(mask, scores, 0)
-        return scores @ op.projector_as(scores).transpose(-2, -1)
-
-    def sigma(self, op: KArAtOperator, hidden: Tensor) -> Tensor:
-        return _sum_of_edges(op.edge_layers[-1], hidden, None)
-
-    def apply(self, op: KArAtOperator, hidden: Tensor, v: Tensor) -> Tensor:
-        return _last_layer(op.edge_layers[-1], hidden, v, op.config.impl)
-
-
-class PhiPhi(PhiW):
-    """σ = Φ₂(Φ₁(A)): R×N edges, then N×R edges, no W."""
-
-    streams_scores: ClassVar[bool] = True
-    layer_shapes: ClassVar[tuple[str, ...]] = ("NR", "RN")
-    projector_shape: ClassVar[str | None] = None
-
-    def hidden(
-        self, op: KArAtOperator, seen: Products, mask: Tensor | None, sums: SumsOverKeys = basis_attention
-    ) -> Tensor:
-        return _stream(op, seen, mask, sums)
-
-    def hidden_of_scores(self, op: KArAtOperator, scores: Tensor, mask: Tensor | None) -> Tensor:
-        return _sum_of_edges(op.edge_layers[0], scores, mask)
-
-
-ORDERS: dict[str, Order] = {"WPhi": WPhi(), "PhiW": PhiW(), "PhiPhi": PhiPhi()}
-FULL = Full()
+# A new order is one line here; it is found by its name and whether there is a rank.
+ORDERS: dict[tuple[str, bool], Order] = {
+    (order.name, order.has_rank): order
+    for order in (
+        *(WPhi(), Full(), PhiW(), PhiPhi()),
+        *(Pointwise(), PointwiseWithPlaces()),
+        *(Static(), StaticFull(), Row()),
+    )
+}
+BLIND = tuple(dict.fromkeys(order.name for order in ORDERS.values() if not order.layout.layers))

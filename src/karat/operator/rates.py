@@ -19,16 +19,14 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from karat.basis import Basis, EdgeParameter
 from karat.operator.edges import EdgeLayer, starts
-
-if TYPE_CHECKING:
-    from karat.operator.operator import KArAtOperator
+from karat.operator.parameters import OperatorParameters
 
 # Of each tensor, per unit of the rate: a linear layer of width 192 has 28 on white inputs, and two tensors add up.
 RATE = 20.0
@@ -108,20 +106,26 @@ def moments(basis: Basis) -> Moments:
     return Moments(float(mean.sum()), float(square.sqrt().sum()), power, math.sqrt(bend / power))
 
 
+class Gains(NamedTuple):
+    """The relative change of an operator's output by a step of one on every number of each tensor."""
+
+    layers: tuple[float, ...] = ()  # on every amplitude
+    W: float = 1.0
+    C: float = 1.0  # one beside sums of unit power
+
+
 @torch.no_grad()
-def set_factors(op: KArAtOperator, size: float) -> None:
+def set_factors(parameters: OperatorParameters, gains: Gains) -> None:
     """Give every learned tensor of an operator its factor; the operator stays what it is.
 
-    size: that of its output at the start, as a share of V's. Shapes (τ, s, denominators) and edge scales, whose steps
-    change the output less than a linear layer's do, keep factors of one.
+    Shapes (τ, s, denominators) and edge scales, whose steps change the output less than a linear layer's do, keep
+    factors of one.
     """
-    for place, (layer, shape) in enumerate(zip(op.edge_layers, op.order.layer_shapes, strict=True)):
-        layer.set_factor(_factors(layer, _layer_gain(op, place, shape, size)))
-    if op.W is not None:
-        op.set_factor("W", rounded(RATE / _projector_gain(op, size)))
-    if op.C is not None:
-        own = values_gain(op.num_tokens) / size if op.position_shape == "NN" else 1.0  # beside sums of unit power
-        op.set_factor("C", rounded(RATE / own))
+    for layer, gain in zip(parameters.edge_layers, gains.layers, strict=True):
+        layer.set_factor(_factors(layer, gain))
+    for name, gain in (("W", gains.W), ("C", gains.C)):
+        if getattr(parameters, name) is not None:
+            parameters.set_factor(name, rounded(RATE / gain))
 
 
 def _factors(layer: EdgeLayer, gain: float) -> Tensor:
@@ -133,42 +137,23 @@ def _factors(layer: EdgeLayer, gain: float) -> Tensor:
     return torch.tensor(found)[:, None, None]
 
 
-def _layer_gain(op: KArAtOperator, place: int, shape: str, size: float) -> float:
-    """The relative change of the operator's output by a step of one on every amplitude of a layer."""
-    layer, N = op.edge_layers[place], op.num_tokens
-    basis = moments(layer.basis)
-    if shape == "A1":  # one function for all pairs: its numbers have one sign each for all keys
-        return math.sqrt(N * basis.power) / size
-    gain = basis.gain(layer.inputs)
-    if shape[1] == "N":  # the outputs multiply values
-        return gain * values_gain(N) / size
-    if place + 1 < len(op.edge_layers):  # they are what the next layer's functions see
-        return gain * moments(op.edge_layers[place + 1].basis).slope
-    return gain / _hidden_size(op)
+def layer_gain(layer: EdgeLayer) -> float:
+    """The change of a layer's outputs by a step of one on every amplitude."""
+    return moments(layer.basis).gain(layer.inputs)
 
 
-def _projector_gain(op: KArAtOperator, size: float) -> float:
-    """The same for W."""
-    N, R = op.num_tokens, op.config.rank or 1
-    if op.order.projector_shape == "RN":
-        return scores_gain(N) * moments(op.edge_layers[-1].basis).slope
-    hidden = _hidden_size(op)
-    if op.config.simplex == "rank":  # R numbers that sum to one
-        rows = 1.0
-    elif hidden > 1.0:  # a fixed b(x) in every one of them
-        rows = R * hidden
-    else:
-        rows = rows_gain(R) if op.order.projector_shape == "NR" else 1.0
-    return rows * values_gain(N) / size
+def projector_gain(rows: int, hidden: float, keys: int) -> float:
+    """The change of Σ_n V_n Σ_p W_np h_p, p over `rows`, by a step of one on W, for h of root mean square `hidden`."""
+    # above one it is a fixed b(x), in step in every one of them
+    return (rows * hidden if hidden > 1.0 else rows_gain(rows)) * values_gain(keys)
 
 
-def _hidden_size(op: KArAtOperator) -> float:
+def hidden_size(layer: EdgeLayer, keys: int) -> float:
     """The root mean square of the R numbers before W: one, and more where a fixed b(x) is summed over the keys."""
-    if not op.edge_layers or not op.edge_layers[0].has_fixed_base:
+    if not layer.has_fixed_base:
         return 1.0
-    mean, power = base_moments(op.edge_layers[0].basis)
-    N = op.num_tokens
-    return math.sqrt(1 + (N * mean) ** 2 + N * (power - mean**2))
+    mean, power = base_moments(layer.basis)
+    return math.sqrt(1 + (keys * mean) ** 2 + keys * (power - mean**2))
 
 
 def base_moments(basis: Basis) -> tuple[float, float]:

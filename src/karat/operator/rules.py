@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from karat.basis import ACTIVATIONS
+from karat.operator.orders import BLIND, ORDERS
 from karat.ops import IMPLS
 
-if TYPE_CHECKING:
-    from karat.operator.config import KArAtConfig
+Config = Any  # a KArAtConfig, whose module imports this one
 
-ORDERS = ("WPhi", "PhiW", "PhiPhi", "Pointwise")
 SHARINGS = ("blockwise", "universal")
 BASES_OF_SCORES = ("zero", *ACTIVATIONS)
 EDGE_SCALES = (False, True, "published")
@@ -24,7 +23,7 @@ INITS = ("default", "paper")
 
 # Settings with a fixed list of values.
 CHOICES: dict[str, tuple[object, ...]] = {
-    "order": ORDERS,
+    "order": tuple(dict.fromkeys(name for name, _ in ORDERS if name not in BLIND)),
     "sharing": SHARINGS,
     "base": BASES_OF_SCORES,
     "edge_scales": EDGE_SCALES,
@@ -55,7 +54,7 @@ def without_gone(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in GONE}
 
 
-def check(config: KArAtConfig) -> None:
+def check(config: Config) -> None:
     """Raise ValueError with the first value that can't be, or can't be beside another."""
     for name, known in CHOICES.items():
         if (value := getattr(config, name)) not in known:
@@ -72,50 +71,30 @@ def check(config: KArAtConfig) -> None:
             raise ValueError(complaint)
 
 
-def _set(config: KArAtConfig, names: tuple[str, ...]) -> str | None:
+def _set(config: Config, names: tuple[str, ...]) -> str | None:
     """The first of these settings that isn't as it is by default, as text."""
     fields = type(config).__dataclass_fields__
     found = (f"{name}={value}" for name in names if (value := getattr(config, name)) != fields[name].default)
     return next(found, None)
 
 
-def _rank(config: KArAtConfig) -> str | None:
+def _rank(config: Config) -> str | None:
     rank = config.rank
     if rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1):
         return None
     return f"rank must be a whole number >= 1, or None for the full operator; got {rank!r}"
 
 
-def _full_rank(config: KArAtConfig) -> str | None:
-    if config.rank is not None:
-        return None
-    if config.order in ("PhiW", "PhiPhi"):
-        return f"rank=None, the full operator, has no W: use order='WPhi', not {config.order!r}"
-    if config.simplex == "rank":
-        return "simplex='rank' acts on the R numbers before W; the full operator has none: use 'row'"
-    return None
+def _order(config: Config) -> str | None:
+    if config.form in ORDERS:
+        return ORDERS[config.form].refuses(config)
+    name, has_rank = config.form
+    if has_rank:
+        return f"{ORDERS[name, False].title} has no rank: write rank=None, not {config.rank!r}"
+    return f"rank=None, the full operator, has no W: use order='WPhi', not {name!r}"
 
 
-def _pointwise(config: KArAtConfig) -> str | None:
-    if config.order != "Pointwise" or (config.rank is None) == (config.position != "query"):
-        return None
-    if config.rank is None:
-        return "position=query beside a function that all keys share is static mixing: give its rank"
-    return (
-        f"order='Pointwise' has one function a head and no rank: write rank=None, not {config.rank!r}, or add "
-        "position='query', static mixing of that rank"
-    )
-
-
-def _before_w(config: KArAtConfig) -> str | None:
-    if config.simplex == "rank" and config.order != "WPhi":
-        return f"simplex='rank' acts before W in order WPhi; order {config.order!r} takes simplex='row'"
-    if config.position and config.order != "Pointwise" and (config.order != "WPhi" or config.rank is None):
-        return f"position={config.position} acts on the R sums before W: it needs order='WPhi' and a rank, not None"
-    return None
-
-
-def _gate(config: KArAtConfig) -> str | None:
+def _gate(config: Config) -> str | None:
     if config.gate == 0.0:
         return "gate=0 silences the operator for good: gate='head' starts at zero and learns, softmax has no operator"
     if config.gate == "head" or config.residual:
@@ -123,7 +102,7 @@ def _gate(config: KArAtConfig) -> str | None:
     return f"gate={config.gate} belongs beside softmax: add residual='softmax'"
 
 
-def _initial_size(config: KArAtConfig) -> str | None:
+def _initial_size(config: Config) -> str | None:
     if config.init_scale == 1.0:
         return None
     if config.init_scale == 0.0 and config.residual and config.gate == "head":
@@ -133,8 +112,8 @@ def _initial_size(config: KArAtConfig) -> str | None:
         )
     if config.simplex == "row":
         return f"init_scale={config.init_scale:g}: simplex='row' gives rows of sum one whatever their size; use one"
-    edges_last = config.rank is None or config.order != "WPhi"
-    if config.has_edges and edges_last and config.edge_basis.parameters[0].name == "base" and not config.edge_scales:
+    edges_last = config.has_edges and ORDERS[config.form].layout.edges_last
+    if edges_last and config.edge_basis.parameters[0].name == "base" and not config.edge_scales:
         return (
             f"init_scale={config.init_scale:g}: the base activation enters the last map as it is; "
             "edge_scales=True makes its size learnable"
@@ -142,7 +121,7 @@ def _initial_size(config: KArAtConfig) -> str | None:
     return None
 
 
-def _softmax(config: KArAtConfig) -> str | None:
+def _softmax(config: Config) -> str | None:
     if not config.is_softmax:
         return None
     asked = _set(config, tuple(name for name in type(config).__dataclass_fields__ if name not in OF_SOFTMAX))
@@ -156,18 +135,14 @@ def _softmax(config: KArAtConfig) -> str | None:
     return None
 
 
-def _static(config: KArAtConfig) -> str | None:
+def _static(config: Config) -> str | None:
     if not config.is_static:
         return None
-    if config.basis == "row" and config.rank is not None:
-        return f"a row that all queries share has no rank: write rank=None, not {config.rank!r}"
-    if config.simplex == "rank":
-        return "simplex='rank' acts on sums over the scores; static mixing is blind to them: use 'row'"
     asked = _set(config, OF_EDGES)
     return f"{asked} is about edge functions of the scores; static mixing has none" if asked else None
 
 
-def _position_bias(config: KArAtConfig) -> str | None:
+def _position_bias(config: Config) -> str | None:
     """A bias of scores learns through softmax, or through edge functions."""
     if config.position_bias is None or config.is_softmax or config.residual or config.softmax_heads:
         return None
@@ -179,13 +154,11 @@ def _position_bias(config: KArAtConfig) -> str | None:
     )
 
 
-RULES: tuple[Callable[[KArAtConfig], str | None], ...] = (
+RULES: tuple[Callable[[Config], str | None], ...] = (
     _softmax,
     _static,
     _rank,
-    _full_rank,
-    _pointwise,
-    _before_w,
+    _order,
     _gate,
     _initial_size,
     _position_bias,

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from karat.operator.edges import EdgeLayer, starts
+from karat.operator.layout import Axes
 from karat.operator.operator import KArAtOperator
 
 
@@ -121,14 +122,13 @@ def resample_operator(
         )
     if old == new:
         return op
-    for layer, shape in zip(op.edge_layers, op.order.layer_shapes, strict=True):
-        parameters, buffers = resampled_layer(layer, shape, old, new)
+    for layer, axes in zip(op.edge_layers, op.layout.layers, strict=True):
+        parameters, buffers = resampled_layer(layer, axes, old, new)
         for name, parameter in list(layer.named_parameters()):
             setattr(layer, name, like(parameter, parameters[name]))
         for name, buffer in buffers.items():
             setattr(layer, name, buffer)
-        sizes = {"N": new.num_tokens}
-        layer.inputs, layer.outputs = sizes.get(shape[0], layer.inputs), sizes.get(shape[1], layer.outputs)
+        layer.inputs, layer.outputs = (axis.size(new.num_tokens, op.config.rank) for axis in axes)
     maps, factors = resampled_maps(op, old, new)
     for name, value in maps.items():
         setattr(op, name, like(getattr(op, name), value))
@@ -138,26 +138,26 @@ def resample_operator(
     return op
 
 
-def _halvings(axes: str, old: TokenGrid, new: TokenGrid) -> float:
-    """A power of two near what amplitudes of these axes, in letters, are multiplied by.
+def _halvings(axes: Axes, old: TokenGrid, new: TokenGrid) -> float:
+    """A power of two near what amplitudes of these axes are multiplied by.
 
     Factors take it instead of the parameters, which so keep about their size and rate (`karat.operator.rates`),
     the functions to the bit the same.
     """
-    return 2.0 ** round(math.log2(old.cells / new.cells) * sum(letter in "NA" for letter in axes))
+    return 2.0 ** round(math.log2(old.cells / new.cells) * sum(axis.summed for axis in axes))
 
 
 Tensors = dict[str, Tensor | None]
 
 
-def resampled_layer(layer: EdgeLayer, shape: str, old: TokenGrid, new: TokenGrid) -> tuple[Tensors, Tensors]:
+def resampled_layer(layer: EdgeLayer, axes: Axes, old: TokenGrid, new: TokenGrid) -> tuple[Tensors, Tensors]:
     """An edge layer's parameters and buffers on another grid, as differentiable functions of its own."""
     amplitudes = {id(parameter) for parameter in layer.amplitudes}
-    halvings = _halvings(shape, old, new)
+    halvings = _halvings(axes, old, new)
     parameters: Tensors = {}
     for name, x in layer._parameters.items():
         amplitude = id(x) in amplitudes
-        value = None if x is None else _resample(x, shape, old, new, amplitude=amplitude)
+        value = None if x is None else _resample(x, axes, old, new, amplitude=amplitude)
         parameters[name] = value / halvings if amplitude and value is not None else value
     buffers: Tensors = dict(layer._buffers)
     factor = layer.factor.clone()
@@ -166,7 +166,7 @@ def resampled_layer(layer: EdgeLayer, shape: str, old: TokenGrid, new: TokenGrid
             factor[start : start + group.count] *= halvings
     buffers["factor"] = factor
     if layer.has_fixed_base:
-        buffers["base_gain"] = _resample(layer.base_gain, shape, old, new, amplitude=True)
+        buffers["base_gain"] = _resample(layer.base_gain, axes, old, new, amplitude=True)
     return parameters, buffers
 
 
@@ -174,24 +174,22 @@ def resampled_maps(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> tuple[T
     """W and C on another grid, as differentiable functions of the operator's, and their factors; those it has."""
     parameters: Tensors = {}
     buffers: Tensors = {}
-    for name, axes in (("W", op.order.projector_shape), ("C", op.position_shape)):
+    for name, axes in (("W", op.layout.W), ("C", op.layout.C)):
         x: Tensor | None = getattr(op, name)
         if x is None or axes is None:
             continue
-        if name == "C":  # queries are not summed over
-            x, axes = resample_axis(x, -2, old, new, amplitude=False), "1" + axes[1]
         halvings = _halvings(axes, old, new)
         parameters[name] = _resample(x, axes, old, new, amplitude=True) / halvings
         buffers[f"{name}_factor"] = getattr(op, f"{name}_factor") * halvings
     return parameters, buffers
 
 
-def _resample(x: Tensor, shape: str, old: TokenGrid, new: TokenGrid, *, amplitude: bool) -> Tensor:
-    """`x` (..., a, b) with the axes that `shape`, two letters, calls N carried over, and A, all of N, rescaled."""
-    for dim, letter in zip((-2, -1), shape, strict=True):
-        if letter == "N":
-            x = resample_axis(x, dim, old, new, amplitude=amplitude)
-        elif letter == "A" and amplitude:
+def _resample(x: Tensor, axes: Axes, old: TokenGrid, new: TokenGrid, *, amplitude: bool) -> Tensor:
+    """`x` (..., a, b) with its axes of tokens carried over, and one that stands for all of them rescaled."""
+    for dim, axis in zip((-2, -1), axes, strict=True):
+        if axis.is_tokens:
+            x = resample_axis(x, dim, old, new, amplitude=amplitude and axis.summed)
+        elif axis.summed and amplitude:
             x = x * (old.cells / new.cells)
     return x
 

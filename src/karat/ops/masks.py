@@ -16,6 +16,11 @@ P_BYTES, DROPPED_BYTES, COPIES_BYTES = 2, 5, 16  # of a key, of one under dropou
 SURELY_ZERO = 300.0  # so far below the others exp() is zero, in float32 from 104 on, with room for the scores' spread
 
 
+def as_mask(x: Tensor | None) -> Tensor | None:
+    """A mask or bias with its four axes (B,H,M,N), those in front of size one."""
+    return x if x is None or x.dim() == 4 else x.reshape((1,) * (4 - x.dim()) + x.shape)
+
+
 def safe_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     """softmax over the keys that the mask allows, (B,H,M,N); exactly zero elsewhere and in rows that allow none."""
     if mask is None:

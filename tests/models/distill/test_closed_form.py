@@ -106,7 +106,7 @@ def test_a_shared_scale_of_the_rows_and_fitted_shapes() -> None:
     op = KArAtOperator(H, N, "dog-b,rank=6").double()
     fit_operator(op, source(softmax))
     assert len(op.layers[0].translation.unique()) == 4  # the shapes of the dictionary, shared out
-    hidden = op.order.hidden_of_scores(op, next(source(softmax)()).scores, None)
+    hidden = op.order.of_scores(op, next(source(softmax)()).scores, None)
     assert 0.3 < hidden.square().mean().sqrt() < 3
 
 

@@ -22,7 +22,6 @@ from karat.models.distill.least_squares import Moments, least_squares, reduced_r
 from karat.operator.config import KArAtConfig
 from karat.operator.edges import EdgeLayer
 from karat.operator.operator import KArAtOperator
-from karat.operator.orders import FULL
 
 SWEEPS = 3  # over the shapes of a basis that isn't linear: each block's regression takes what the others leave
 
@@ -77,7 +76,7 @@ def fit_operator(op: KArAtOperator, rows: Source, ridge: float = 1e-4) -> Tensor
         raise ValueError(f"{op.config}: a function that all keys share can't be fitted; use order='WPhi'")
     if op.C is not None:  # a term of the query's place takes no part in the regression
         op.C.zero_()
-    if op.order is FULL:
+    if op.config.rank is None:
         return _fit_outputs(op, rows, ridge, hidden=False)
     if op.config.order == "WPhi":
         return _fit_w_phi(op, rows, ridge)
@@ -126,7 +125,7 @@ def _collect(
     for scores, target, values, mask in rows():
         images += len(scores)
         weight += torch.einsum("bhnd,bhmd->hnm", values, values).to(weight)
-        every = op.order.hidden_of_scores(op, scores, mask) if hidden else scores
+        every = op.order.of_scores(op, scores, mask) if hidden else scores
         for head in range(heads):
             x, keep = every[:, head], _mask_of(mask, head)
             seen = None if hidden else keep

@@ -1,4 +1,4 @@
-"""What an operator's edge functions are given."""
+"""One question to attention: queries, keys, and what is done to their scores."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Products(NamedTuple):
-    """Scores that are not formed yet: queries (B,H,M,D), keys (B,H,N,D), bias broadcastable to (B,H,M,N) or None."""
+class Call(NamedTuple):
+    """Scores that are not formed yet: q (B,H,M,D), k (B,H,N,D); bias and mask broadcastable to (B,H,M,N), or None."""
 
     q: Tensor
     k: Tensor
     scale: float
-    bias: Tensor | None
+    bias: Tensor | None = None
+    mask: Tensor | None = None
 
     def scores(self) -> Tensor:
         """scale · q kᵀ + bias: (B,H,M,N), in the queries' precision."""
