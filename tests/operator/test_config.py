@@ -11,17 +11,7 @@ from hypothesis import strategies as st
 from karat import KArAtConfig
 from karat.basis import BASES
 from karat.operator.config import ALIASES
-from karat.operator.rules import (
-    BASES_OF_SCORES,
-    CHOICES,
-    EDGE_SCALES,
-    INITS,
-    POSITION_BIASES,
-    POSITIONS,
-    RESIDUALS,
-    SHARINGS,
-    SIMPLEX,
-)
+from karat.operator.rules import CHOICES
 from karat.runs.classification import Settings
 
 
@@ -70,13 +60,13 @@ def test_short_names_stay_short() -> None:
     basis=st.sampled_from([*BASES, "fourier(grid=7)", "morlet(omega=2.5)"]),
     rank=st.integers(1, 99),
     order=st.sampled_from(["WPhi", "PhiW", "PhiPhi"]),
-    sharing=st.sampled_from(SHARINGS),
-    base=st.sampled_from(BASES_OF_SCORES),
-    edge_scales=st.sampled_from(EDGE_SCALES),
+    sharing=st.sampled_from(CHOICES["sharing"]),
+    base=st.sampled_from(CHOICES["base"]),
+    edge_scales=st.sampled_from(CHOICES["edge_scales"]),
     softmax_heads=st.one_of(st.integers(0, 5), st.lists(st.integers(0, 9), unique=True).map(tuple)),
     blocks=st.one_of(st.none(), st.lists(st.integers(0, 9), unique=True).map(tuple)),
-    residual=st.sampled_from(RESIDUALS),
-    init=st.sampled_from(INITS),
+    residual=st.sampled_from(CHOICES["residual"]),
+    init=st.sampled_from(CHOICES["init"]),
 )
 def test_every_configuration_parses_back(**settings: object) -> None:
     config = KArAtConfig(**settings)
@@ -86,14 +76,14 @@ def test_every_configuration_parses_back(**settings: object) -> None:
 numbers = st.floats(0, 4, allow_nan=False).filter(lambda x: x == 0 or x > 1e-300)
 anywhere = {
     "blocks": st.one_of(st.none(), st.just("first"), st.lists(st.integers(0, 9), unique=True).map(tuple)),
-    "position_bias": st.sampled_from(POSITION_BIASES),
+    "position_bias": st.sampled_from(CHOICES["position_bias"]),
 }
 operators = {
     **anywhere,
     "softmax_heads": st.one_of(st.integers(0, 5), st.lists(st.integers(0, 9), unique=True).map(tuple)),
-    "sharing": st.sampled_from(SHARINGS),
+    "sharing": st.sampled_from(CHOICES["sharing"]),
     "gate": st.one_of(st.just("head"), numbers.filter(lambda x: x != 0)),
-    "init": st.sampled_from(INITS),
+    "init": st.sampled_from(CHOICES["init"]),
     "init_scale": numbers,
 }
 edges = {
@@ -104,8 +94,8 @@ FAMILIES = {
     "softmax": anywhere | {"basis": st.just("softmax")},
     "static": operators | {"basis": st.just("static"), "rank": st.one_of(st.none(), st.integers(1, 99))},
     "low rank": edges
-    | {"rank": st.integers(1, 99), "position": st.sampled_from(POSITIONS)}
-    | {"simplex": st.sampled_from([choice for choice in SIMPLEX if choice != "row"])},
+    | {"rank": st.integers(1, 99), "position": st.sampled_from(CHOICES["position"])}
+    | {"simplex": st.sampled_from([choice for choice in CHOICES["simplex"] if choice != "row"])},
     "other orders": edges | {"order": st.sampled_from(["PhiW", "PhiPhi"])},
     "pointwise": edges | {"order": st.just("Pointwise"), "rank": st.none()},
     "pointwise with places": edges

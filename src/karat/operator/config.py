@@ -143,7 +143,7 @@ class KArAtConfig:
         return not (self.is_softmax or self.is_static)
 
     @property
-    def form(self) -> tuple[str, bool]:
+    def order_key(self) -> tuple[str, bool]:
         """The name of the order in `karat.operator.orders.ORDERS`, and whether there is a rank."""
         return self.basis if self.is_static else self.order, self.rank is not None
 

@@ -50,7 +50,7 @@ class KArAtOperator(OperatorParameters):
                 raise ValueError(f"{name} must be >= 1, got {value}")
         config = KArAtConfig.parse(config)
         softmax_heads = config.softmax_head_indices(num_heads)
-        order = ORDERS[config.form]
+        order = ORDERS[config.order_key]
         edges = None if config.is_static else (config.edge_basis, config.edge_scales)
         gated = config.residual is not None and config.gate == "head"
         super().__init__(num_heads - len(softmax_heads), num_tokens, order.layout_for(config), config, edges, gated)

@@ -12,26 +12,18 @@ from karat.ops import IMPLS
 
 Config = Any  # a KArAtConfig, whose module imports this one
 
-SHARINGS = ("blockwise", "universal")
-BASES_OF_SCORES = ("zero", *ACTIVATIONS)
-EDGE_SCALES = (False, True, "published")
-SIMPLEX = (None, "row", "rank")
-RESIDUALS = (None, "softmax")
-POSITIONS = (None, "query")
-POSITION_BIASES = (None, "relative")
-INITS = ("default", "paper")
 
 # Settings with a fixed list of values.
 CHOICES: dict[str, tuple[object, ...]] = {
     "order": tuple(dict.fromkeys(name for name, _ in ORDERS if name not in BLIND)),
-    "sharing": SHARINGS,
-    "base": BASES_OF_SCORES,
-    "edge_scales": EDGE_SCALES,
-    "simplex": SIMPLEX,
-    "residual": RESIDUALS,
-    "position": POSITIONS,
-    "position_bias": POSITION_BIASES,
-    "init": INITS,
+    "sharing": ("blockwise", "universal"),
+    "base": ("zero", *ACTIVATIONS),
+    "edge_scales": (False, True, "published"),
+    "simplex": (None, "row", "rank"),
+    "residual": (None, "softmax"),
+    "position": (None, "query"),
+    "position_bias": (None, "relative"),
+    "init": ("default", "paper"),
     "impl": IMPLS,
 }
 # Settings that are gone, with the value that says nothing and may still be read, and values that are.
@@ -86,9 +78,9 @@ def _rank(config: Config) -> str | None:
 
 
 def _order(config: Config) -> str | None:
-    if config.form in ORDERS:
-        return ORDERS[config.form].refuses(config)
-    name, has_rank = config.form
+    if config.order_key in ORDERS:
+        return ORDERS[config.order_key].refuses(config)
+    name, has_rank = config.order_key
     if has_rank:
         return f"{ORDERS[name, False].title} has no rank: write rank=None, not {config.rank!r}"
     return f"rank=None, the full operator, has no W: use order='WPhi', not {name!r}"
@@ -112,7 +104,7 @@ def _initial_size(config: Config) -> str | None:
         )
     if config.simplex == "row":
         return f"init_scale={config.init_scale:g}: simplex='row' gives rows of sum one whatever their size; use one"
-    edges_last = config.has_edges and ORDERS[config.form].layout.edges_last
+    edges_last = config.has_edges and ORDERS[config.order_key].layout.edges_last
     if edges_last and config.edge_basis.parameters[0].name == "base" and not config.edge_scales:
         return (
             f"init_scale={config.init_scale:g}: the base activation enters the last map as it is; "
@@ -144,9 +136,7 @@ def _static(config: Config) -> str | None:
 
 def _position_bias(config: Config) -> str | None:
     """A bias of scores learns through softmax, or through edge functions."""
-    if config.position_bias is None or config.is_softmax or config.residual or config.softmax_heads:
-        return None
-    if not config.is_static:
+    if config.position_bias is None or not config.is_static or config.residual or config.softmax_heads:
         return None
     return (
         f"position_bias={config.position_bias} can't learn: static mixing is blind to the scores; add "
