@@ -12,7 +12,6 @@ from karat.ops import IMPLS
 
 Config = Any  # a KArAtConfig, whose module imports this one
 
-
 # Settings with a fixed list of values.
 CHOICES: dict[str, tuple[object, ...]] = {
     "order": tuple(dict.fromkeys(name for name, _ in ORDERS if name not in BLIND)),
