@@ -17,8 +17,7 @@ import pytest
 import torch
 
 import karat.basis
-import karat.models.attention
-import karat.models.karatize
+import karat.models.backbones
 from karat.cli import COMMANDS, main
 from support.prose import numbers, paragraphs, sentences, words
 
@@ -59,8 +58,7 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """All blocks of a page one after the other, in one namespace and a folder of its own."""
     registries: list[dict[Any, Any]] = [
         karat.basis.BASES,
-        karat.models.karatize.FAMILIES,
-        karat.models.attention.ADAPTERS,
+        karat.models.backbones.BACKBONES,
     ]
     before = [dict(registry) for registry in registries]
     monkeypatch.chdir(tmp_path)

@@ -15,13 +15,13 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import karat
-from karat.models.attention import CONVERTED, KArAtAttention
-from karat.models.karatize import attention_sites
+from karat.models.attention import KArAtAttention
+from karat.models.backbones import attention_sites
 from support.small_models import BACKBONES, SMALL, VIT, images, small_model
 
 
 def converted_indices(model: nn.Module) -> list[int]:
-    return [i for i, site in enumerate(attention_sites(model)) if isinstance(site.module, CONVERTED)]
+    return [i for i, site in enumerate(attention_sites(model)) if site.kind.learned]
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import karat
-from karat.models.attention import CONVERTED, token_inputs, window_inputs
+from karat.models.attention import KArAtAttention, token_inputs, window_inputs
 from support.small_models import SMALL, images, small_model
 
 NAMES = {
@@ -133,7 +133,7 @@ def test_universal_operators_are_recorded_block_by_block() -> None:
     with karat.record(model) as intermediates:
         model(images("vit"))
     assert list(intermediates) == NAMES["vit"]
-    assert all(isinstance(model.get_submodule(name), CONVERTED) for name in intermediates)
+    assert all(isinstance(model.get_submodule(name), KArAtAttention) for name in intermediates)
 
 
 def test_a_model_without_attention() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from karat import create_model, record
-from karat.models.transfer import TransferredAttention, teacher_of, transfer_attention
+from karat.models.attention import TransferredAttention
+from karat.models.transfer import teacher_of, transfer_attention
 from support.small_models import SMALL, images, small_model
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import karat
-from karat.models.karatize import attention_sites
+from karat.models.backbones import attention_sites
 from karat.runs.recipes import RECIPES
 from karat.train.optim import parameter_groups
 from support.small_models import images, small_model

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from karat.analyze.landscape import evaluate
-from karat.models.attention import AttentionInputs, KArAtAttention, KArAtWindowAttention
+from karat.models.attention import AttentionInputs
+from karat.models.backbones import attention_sites
 from karat.ops.masks import safe_softmax
 
 # What is left of the learned part of attention, given it (B,H',M,N) and its mean over images (1,H',M,N).
@@ -49,17 +50,18 @@ def ablate(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Outcom
             f"{len(images)} images with {len(labels)} labels: a mean over images wants two or more, with a label each; "
             "give e.g. --samples 128"
         )
-    modules = [module for module in model.modules() if isinstance(module, (KArAtAttention, KArAtWindowAttention))]
-    if not modules:
+    sites = [site for site in attention_sites(model) if site.kind.learned]
+    if not sites:
         raise ValueError(
             f"{type(model).__name__} has no learned attention of its own, so there is nothing to take away; this needs "
             "one with learnable attention, such as g3b"
         )
-    if any(isinstance(module, KArAtWindowAttention) for module in modules):
+    if any(site.kind.windows for site in sites):
         raise ValueError(
             f"attention of {type(model).__name__} is cut into windows, which have no mean over images; this needs a "
             "ViT, DeiT or ConViT"
         )
+    modules = [site.module for site in sites]
     means = _means(model, modules, images, labels)
     return {name: _evaluate(model, modules, means, kept, images, labels) for name, kept in KEPT.items()}
 

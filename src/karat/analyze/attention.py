@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from karat.models.evaluating import evaluating
 from karat.models.record import record
 from karat.ops.masks import safe_softmax
 
@@ -35,18 +36,14 @@ def attention_of(model: nn.Module, images: Tensor) -> list[BlockAttention]:
     The σ that is returned is the one that the model's own pass uses (to rounding). In evaluation mode.
     Raises ValueError for a model without attention that karat knows.
     """
-    training = model.training
-    try:
-        with torch.no_grad(), record(model.eval()) as intermediates:
-            model(images)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad(), record(model) as intermediates:
+        model(images)
     return [
         BlockAttention(
             name,
             seen.scores.detach().float().cpu(),
             seen.attention.detach().float().cpu(),
-            None if seen.mask is None else seen.mask[(None,) * (4 - seen.mask.dim())].cpu(),
+            None if seen.mask is None else seen.mask.cpu(),
         )
         for name, seen in intermediates.items()
     ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from karat.models.create import create_model
+from karat.models.evaluating import evaluating
 from karat.models.flops import multiply_adds
 from karat.operator.operator import karat_operators
 
@@ -87,19 +88,14 @@ def images_per_second(model: nn.Module, images: Tensor, *, repeats: int = 5) -> 
     """Images a second in inference: the median of `repeats` forward passes after one to warm up."""
     if repeats < 1:
         raise ValueError(f"repeats must be >= 1, got {repeats}")
-    training = model.training
     seconds = []
-    try:
-        model.eval()
-        with torch.inference_mode():
-            for _ in range(repeats + 1):
-                _synchronise(images)
-                began = time.perf_counter()
-                model(images)
-                _synchronise(images)
-                seconds.append(time.perf_counter() - began)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.inference_mode():
+        for _ in range(repeats + 1):
+            _synchronise(images)
+            began = time.perf_counter()
+            model(images)
+            _synchronise(images)
+            seconds.append(time.perf_counter() - began)
     return len(images) / statistics.median(seconds[1:])
 
 

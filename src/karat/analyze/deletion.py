@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from karat.analyze.attention import BlockAttention, num_prefix_tokens, rollout, rollout_maps
+from karat.models.evaluating import evaluating
 
 
 def flow_maps(blocks: list[BlockAttention], grid: tuple[int, int]) -> Tensor:
@@ -52,14 +53,10 @@ def faithfulness(model: nn.Module, images: Tensor, maps: Tensor, *, seed: int = 
     which patches matter; 1: all depends on those that it marks; negative: it marks those that don't. In evaluation
     mode.
     """
-    training = model.training
-    try:
-        model.eval()
+    with evaluating(model):
         predicted = model(images).argmax(1, keepdim=True)
         most, least = (
             model(without(images, chosen)).double().softmax(1).gather(1, predicted).squeeze(1)
             for chosen in halves(maps, seed=seed)
         )
-    finally:
-        model.train(training)
     return least - most

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from karat.models.karatize import attention_sites
+from karat.models.backbones import attention_sites
 from karat.operator.edges import EdgeLayer
 from karat.operator.operator import KArAtOperator, karat_operators
 

@@ -16,6 +16,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from karat.models.evaluating import evaluating
 from karat.models.kan.plain import plain
 from karat.operator.operator import KArAtOperator
 
@@ -130,14 +131,9 @@ def curvature(
 
     One graph of the gradient on all the images is held: choose few of them. In evaluation mode.
     """
-    training = model.training
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.eval()
-        with twice_differentiable(model):
-            hessian = Hessian(loss_closure(model, images, labels), parameters)
-            eigenvalues = top_eigenvalues(hessian, count, seed=seed)
-            mean, error = trace(hessian, samples, seed=seed)
-    finally:
-        model.train(training)
+    with evaluating(model), twice_differentiable(model):
+        hessian = Hessian(loss_closure(model, images, labels), parameters)
+        eigenvalues = top_eigenvalues(hessian, count, seed=seed)
+        mean, error = trace(hessian, samples, seed=seed)
     return Curvature(eigenvalues, mean, error)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from karat.analyze.trajectory import Direction
+from karat.models.evaluating import evaluating
 
 Progress = Callable[[int, int], None]  # points done, points in all
 
@@ -32,16 +33,12 @@ class Surface:
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 128) -> tuple[float, float]:
     """Mean cross-entropy and top-1 in percent on images (B,C,S,S) and labels (B,), in evaluation mode."""
-    training = model.training
-    model.eval()
     loss, hits = 0.0, 0
-    try:
+    with evaluating(model):
         for part, wanted in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             logits = model(part).double()
             loss += float(nn.functional.cross_entropy(logits, wanted, reduction="sum"))
             hits += int((logits.argmax(1) == wanted).sum())
-    finally:
-        model.train(training)
     return loss / len(labels), 100 * hits / len(labels)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from karat.analyze.attention import BlockAttention
 from karat.analyze.functions import operator_of_block
-from karat.models.attention import KArAtWindowAttention
+from karat.models.backbones import kind_of
 from karat.operator.operator import KArAtOperator
 
 FEWEST_IMAGES = 2
@@ -83,7 +83,8 @@ def parts_of(model: nn.Module, blocks: list[BlockAttention]) -> list[Parts]:
         op = operator_of_block(model, index)
         if op is None:
             continue
-        if isinstance(model.get_submodule(block.name), KArAtWindowAttention):
+        kind = kind_of(model.get_submodule(block.name))
+        if kind is not None and kind.windows:
             raise ValueError(
                 f"attention of {type(model).__name__} is cut into windows: a query's place and row belong to its "
                 "window, not to the image, so it has no such parts; they need a ViT, DeiT or ConViT"

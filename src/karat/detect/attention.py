@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from karat.models.attention import KArAtAttention, token_inputs
+from karat.models.attention import token_inputs
+from karat.models.backbones import kind_of
 from karat.operator.grids import on_grid
 from karat.operator.operator import KArAtOperator
 from karat.operator.token_grid import TokenGrid
@@ -60,7 +61,8 @@ class GridAttention(nn.Module):
         self.gate = getattr(attn, "gate", None)
         self.operator: KArAtOperator | None = None
         self.grids = TokenGrid(0, *grid), TokenGrid(0, *grid)  # the operator's, and the tokens' here
-        if isinstance(attn, KArAtAttention):
+        kind = kind_of(attn)
+        if kind is not None and kind.learned:
             op = attn.operator
             if "operator" in attn._modules:
                 self.operator = op
@@ -78,7 +80,6 @@ class GridAttention(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x (B,N,C); attn_mask boolean (True = takes part) or additive, broadcastable to (B,H,N,N)."""
         q, k, v, scale, bias, mask = token_inputs(self, x, attn_mask, is_causal)
-        bias, mask = (x if x is None else x[(None,) * (4 - x.dim())] for x in (bias, mask))
         dropout = self.attn_drop.p if isinstance(self.attn_drop, nn.Dropout) and self.training else 0.0
         if self.rel_pos_h is not None and self.rel_pos_w is not None:
             q, k = with_positions(q, k, scale, self.rel_pos_h, self.rel_pos_w)

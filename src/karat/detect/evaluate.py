@@ -17,6 +17,7 @@ from torch import Tensor
 
 from karat.detect.coco import CocoPart
 from karat.detect.detector import Detector
+from karat.models.evaluating import evaluating
 from karat.train.task import Batch
 
 # COCO's summary: figure -> its place in `stats`
@@ -86,19 +87,17 @@ def detect(
     category_ids: Sequence[int],
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """All detections of this process's batches, in the files' pixels, and the ids of the images; the mode stays."""
-    was_training = model.training
-    model.eval()
     results: list[dict[str, Any]] = []
     seen: list[int] = []
-    for images, targets in batches:
-        moved = [image.to(accelerator.device, non_blocking=True) for image in images]
-        sizes = [(int(t["size"][0]), int(t["size"][1])) for t in targets]
-        with accelerator.autocast():
-            outputs = model(moved, sizes=sizes)
-        for output, target in zip(outputs, targets, strict=True):
-            seen.append(int(target["image_id"]))
-            results += as_results(output, seen[-1], category_ids)
-    model.train(was_training)
+    with evaluating(model):
+        for images, targets in batches:
+            moved = [image.to(accelerator.device, non_blocking=True) for image in images]
+            sizes = [(int(t["size"][0]), int(t["size"][1])) for t in targets]
+            with accelerator.autocast():
+                outputs = model(moved, sizes=sizes)
+            for output, target in zip(outputs, targets, strict=True):
+                seen.append(int(target["image_id"]))
+                results += as_results(output, seen[-1], category_ids)
     return results, seen
 
 

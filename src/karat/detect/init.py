@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from karat import runs
@@ -17,16 +16,16 @@ from karat.detect.detector import Detector
 from karat.detect.measure import load_run
 from karat.detect.settings import DetectSettings
 from karat.detect.trunk import Trunk, resize_embeddings, to_grid
-from karat.models.attention import KArAtAttention
+from karat.models.backbones import AttentionKind, backbone_of, kind_of
 from karat.models.create import create_model
 from karat.models.resample import resample_tokens
 from karat.operator.operator import with_factors, without_loose_factors
 from karat.operator.token_grid import resample_operator
 from karat.runs import files
-from karat.train.init import FRESH, Fate, adapt, read_model, same_operators, transplant
+from karat.train.init import FRESH, Transplanted, adapt, read_model, same_operators, transplant
 
 
-def load_init(detector: Detector, settings: DetectSettings) -> list[Fate]:
+def load_init(detector: Detector, settings: DetectSettings) -> list[Transplanted]:
     """Give the detector the weights that `settings.init` names, as far as they fit; what became of each part.
 
     A detector's run gives everything, the heads where the classes are as many; anything else gives the trunk.
@@ -39,7 +38,7 @@ def load_init(detector: Detector, settings: DetectSettings) -> list[Fate]:
     return load_trunk(detector, settings)
 
 
-def _load_detector(detector: Detector, settings: DetectSettings, folder: Path) -> list[Fate]:
+def _load_detector(detector: Detector, settings: DetectSettings, folder: Path) -> list[Transplanted]:
     source, theirs, _ = load_run(folder)
     before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
     _carry(source.trunk, settings.recipe.img_size // detector.trunk.stride)
@@ -71,7 +70,7 @@ def _carry(trunk: Trunk, side: int) -> None:
     resize_embeddings(trunk.vit, side * trunk.stride)
 
 
-def load_trunk(detector: Detector, settings: DetectSettings) -> list[Fate]:
+def load_trunk(detector: Detector, settings: DetectSettings) -> list[Transplanted]:
     """Give the trunk the weights that `settings.init` names, as far as they fit; what became of each part.
 
     The source loses its class token and is carried to the window's grid (operators 197 -> 196 tokens), then to the
@@ -96,22 +95,29 @@ def load_trunk(detector: Detector, settings: DetectSettings) -> list[Fate]:
     others["heads"] = detector.roi_heads
     for name, module in others.items():
         own = list(module.parameters())
-        fates.append(Fate(name, FRESH, len(own), sum(p.numel() for p in own)))
+        fates.append(Transplanted(name, FRESH, len(own), sum(p.numel() for p in own)))
     return fates
 
 
 def _check_trunk(source: nn.Module, name: str) -> None:
     """ValueError for a model whose blocks don't compute an attention of their own over a grid of tokens."""
     why = f"a {type(source).__name__} is no plain ViT"
-    if isinstance(source, VisionTransformer):
-        kinds = {type(getattr(block, "attn", block)) for block in source.blocks}
-        other = sorted(kind.__name__ for kind in kinds if not issubclass(kind, Attention | KArAtAttention))
+    backbone = backbone_of(source)
+    if backbone is not None and backbone.plain:
+        blocks: Any = source.blocks
+        attentions = [getattr(block, "attn", block) for block in blocks]
+        other = sorted(type(attn).__name__ for attn in attentions if not _serves(kind_of(attn)))
         if not other:
             return
         why = f"its blocks have {other[0]}"
     raise ValueError(
         f"--init {name}: it can't be a detector's trunk ({why}); give a ViT with softmax or karat's attention"
     )
+
+
+def _serves(kind: AttentionKind | None) -> bool:
+    """Whether `GridAttention` can take an attention over: softmax that could be converted, or converted."""
+    return kind is not None and (kind.learned or kind.adapter is not None)
 
 
 def _source(name: str, settings: DetectSettings) -> tuple[nn.Module, dict[str, Tensor], bool]:

@@ -18,7 +18,7 @@ from karat.detect.init import load_init
 from karat.detect.settings import DetectSettings
 from karat.train import randomness
 from karat.train.engine import Trainer
-from karat.train.init import Fate
+from karat.train.init import Transplanted
 from karat.train.task import Batch, Objective, Task
 
 FIGURES = ("box_AP", "box_AP50", "box_AP75", "mask_AP", "mask_AP50", "mask_AP75")
@@ -51,7 +51,7 @@ class Detection(Task):
             "skipped": data.skipped,
         }
 
-    def build(self, data: DetectData, folder: Path | None) -> tuple[nn.Module, list[Fate]]:
+    def build(self, data: DetectData, folder: Path | None) -> tuple[nn.Module, list[Transplanted]]:
         """As Task.build."""
         detector = build_detector(self.settings, data.num_classes)
         return detector, [] if self.settings.init is None else load_init(detector, self.settings)

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from karat.detect.attention import GridAttention
-from karat.models.attention import KArAtAttention
+from karat.models.backbones import backbone_of
 from karat.models.create import ModelArgumentsError, create_model
 from karat.operator.token_grid import resample_operator
 
@@ -128,7 +127,8 @@ def create_trunk(
         if not isinstance(error.__cause__, TypeError):
             raise
         known = None  # it doesn't take an argument that only ViTs have
-    if not isinstance(known, VisionTransformer):
+    backbone = backbone_of(known)
+    if backbone is None or not backbone.plain:
         raise ValueError(f"{name} is no plain ViT, which a detector's trunk must be: e.g. vit_tiny_patch16_224")
     patch: int = known.patch_embed.patch_size[0]
     kwargs = {"class_token": False, "global_pool": "avg", "num_classes": 0, "img_size": window * patch, **timm_kwargs}
@@ -137,7 +137,7 @@ def create_trunk(
 
 def resize_embeddings(vit: Any, img_size: int) -> None:
     """timm's own set_input_size: that of a converted model would move the operators, which have grids of their own."""
-    VisionTransformer.set_input_size(vit, img_size=(img_size, img_size))
+    type(vit).set_input_size(vit, img_size=(img_size, img_size))
 
 
 def to_grid(
@@ -164,8 +164,7 @@ def to_grid(
     base, grid = (side, side), (img_size // patch,) * 2
     for index, block in enumerate(vit.blocks):
         here = grid if index in whole else base
-        own = isinstance(block.attn, KArAtAttention) and "operator" in block.attn._modules
-        if own and here != base:
+        if "operator" in block.attn._modules and here != base:
             resample_operator(block.attn.operator, base, here)
         block.attn = GridAttention(block.attn, here, base, relative)
     resize_embeddings(vit, img_size)

@@ -1,28 +1,24 @@
-"""Attention modules around a learnable operator, one for each kind of attention that timm's backbones have, and one
-around softmax with a relative position bias.
+"""Attention modules in the place of a backbone's own: around a learnable operator, around softmax with a relative
+position bias, and on an attention that is handed in.
 
 They take over the very submodules of the attention they replace (qkv, projection, norms, dropouts, position tables),
-so that names in the state dict stay the same; the operator is injected. ADAPTERS says which kinds are served.
+so that names in the state dict stay the same. `karat.models.backbones` says which takes whose place.
 """
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from inspect import signature
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from timm.models.convit import GPSA, MHSA
 from timm.models.swin_transformer import WindowAttention
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from karat.models.relative_bias import RelativeBias
 from karat.operator.grids import GridWatch
 from karat.operator.operator import KArAtOperator
-from karat.ops.masks import softmax_attention
+from karat.ops.masks import safe_softmax, softmax_attention
 
 # An additive mask entry this low means "masked": timm's Swin writes -100, others -inf or the smallest number.
 MASKED = -100.0
@@ -35,14 +31,36 @@ class AttentionInputs(NamedTuple):
     k: Tensor  # (B,H,N,D)
     v: Tensor  # (B,H,N,D)
     scale: float
-    bias: Tensor | None  # broadcastable to (B,H,M,N)
-    mask: Tensor | None  # boolean, broadcastable to (B,H,M,N), True = takes part
+    bias: Tensor | None  # four axes, broadcastable to (B,H,M,N)
+    mask: Tensor | None  # boolean, four axes, broadcastable to (B,H,M,N), True = takes part
 
     @property
     def scores(self) -> Tensor:
         """scale·q kᵀ + bias, (B,H,M,N)."""
         scores = self.q @ self.k.transpose(-2, -1) * self.scale
         return scores if self.bias is None else scores + self.bias
+
+    @property
+    def softmax(self) -> Tensor:
+        """The attention (B,H,M,N) that softmax gives, exactly zero for masked pairs."""
+        return safe_softmax(self.scores, self.mask)
+
+
+@dataclass(frozen=True)
+class Intermediate:
+    """One attention module in one forward pass.
+
+    scores (B,H,M,N): scale·q kᵀ + bias. attention (B,H,M,N): σ, before dropout. mask: boolean, broadcastable to
+    (B,H,M,N), True = takes part; None where there is none. In Swin B counts windows.
+    """
+
+    scores: Tensor
+    attention: Tensor
+    mask: Tensor | None = None
+
+
+def _four_axes(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x[(None,) * (4 - x.dim())]
 
 
 def split_mask(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -75,7 +93,7 @@ def token_inputs(attn: Any, x: Tensor, attn_mask: Tensor | None = None, is_causa
     if positions is not None:
         relative = positions(None if attn.watch is None else attn.watch.grid_of(N, positions.prefix))
         bias = relative if bias is None else relative + bias
-    return AttentionInputs(q, k, v, attn.scale, bias, mask)
+    return AttentionInputs(q, k, v, attn.scale, _four_axes(bias), _four_axes(mask))
 
 
 def window_inputs(attn: Any, x: Tensor, mask: Tensor | None = None) -> AttentionInputs:
@@ -137,6 +155,11 @@ class _AroundOperator(_TakenOver):
         """The operator on the grid of images of so many tokens: another one than `operator` with dynamic_img_size."""
         return self.operator if self.watch is None else self.watch.operator(self.operator, num_tokens)
 
+    def sigma(self, inputs: AttentionInputs) -> Tensor:
+        """σ (B,H,M,N), before dropout."""
+        scores = inputs.scores
+        return self.present_operator(scores.shape[-1])(scores, inputs.mask)
+
     def _attend(self, inputs: AttentionInputs) -> Tensor:
         """(B,H,N,D) heads' inputs -> (B,N,H·D)."""
         q, k, v, scale, bias, mask = inputs
@@ -184,9 +207,7 @@ class BiasedAttention(_Tokens):
     """
 
     def _attend(self, inputs: AttentionInputs) -> Tensor:
-        q, k, v, scale, bias, mask = inputs
-        bias, mask = (x if x is None else x[(None,) * (4 - x.dim())] for x in (bias, mask))
-        return softmax_attention(q, k, v, scale, bias, mask, self._dropout).transpose(1, 2).flatten(2)
+        return softmax_attention(*inputs, self._dropout).transpose(1, 2).flatten(2)
 
 
 class KArAtWindowAttention(_AroundOperator):
@@ -218,47 +239,38 @@ class KArAtWindowAttention(_AroundOperator):
         return self.proj_drop(self.proj(self._attend(window_inputs(self, x, mask))))
 
 
-# Which attention of timm's is served, by its exact class, and by what. A new backbone is one entry.
-ADAPTERS: dict[type[nn.Module], Callable[[nn.Module, KArAtOperator, bool], KArAtAttention | KArAtWindowAttention]] = {
-    Attention: KArAtAttention,
-    MHSA: KArAtAttention,
-    WindowAttention: KArAtWindowAttention,
-}
+class TransferredAttention(nn.Module):
+    """The value path of an attention module, mixed by an attention that is handed in.
 
-# Attention that stays as it is: ConViT's gated positional blocks (SPEC §3).
-KEPT: tuple[type[nn.Module], ...] = (GPSA,)
+    x (B,N,C) -> proj(gate · norm(concat_h σ_t(h) v_h)) with v = x W_v; σ (B,T,N,N) has the teacher's T heads, and
+    student head h of H takes teacher head t(h) = h·T // H. The replaced module's queries and keys are gone; its
+    projection, dropouts, inner norm and gate are taken over, and its values are the linear map `values`.
+    """
 
-CONVERTED = (KArAtAttention, KArAtWindowAttention)
-OURS = (*CONVERTED, BiasedAttention)
+    def __init__(self, attn: Any, values: nn.Linear) -> None:
+        super().__init__()
+        self.num_heads: int = attn.num_heads
+        self.v = values
+        self.attn_drop, self.proj, self.proj_drop = attn.attn_drop, attn.proj, attn.proj_drop
+        self.norm = getattr(attn, "norm", nn.Identity())
+        self.gate: nn.Module | None = getattr(attn, "gate", None)
+        self.given: Intermediate | None = None  # of the present batch, set by `karat.models.transfer`
+        self.train(attn.training)
 
-
-def refusal(module: nn.Module) -> str | None:
-    """Why `module`, an attention, can't be converted; None if it can, or if it's no attention at all."""
-    kind = type(module)
-    if kind in ADAPTERS:
-        return _pruned(module)
-    looks_like_attention = hasattr(module, "attn_drop") or re.search("attention|attn", kind.__name__, re.IGNORECASE)
-    if isinstance(module, (*KEPT, *OURS)) or not looks_like_attention or "Pool" in kind.__name__:
-        return None
-    if getattr(module, "rope", None) is not None or "rope" in signature(kind.forward).parameters:
-        return "it rotates queries and keys by position (rotary embeddings), which the operator is not made for"
-    known = ", ".join(f"{known.__module__}.{known.__name__}" for known in ADAPTERS)
-    parents = [base.__name__ for base in ADAPTERS if isinstance(module, base)]
-    if parents:
-        return f"it is a subclass of {parents[0]} that may compute something else; exactly {known} are served"
-    return f"{kind.__module__}.{kind.__name__} is an attention that karat has no adapter for; it has them for {known}"
-
-
-def _pruned(attn: Any) -> str | None:
-    """Why the projections don't fit the number of heads, if they don't."""
-    qkv, proj, heads = attn.qkv, attn.proj, attn.num_heads
-    width, inner = getattr(qkv, "in_features", None), getattr(qkv, "out_features", None)
-    if width is None or inner is None or not hasattr(proj, "in_features"):
-        return "its qkv or its projection is no linear layer"
-    attn_dim = heads * getattr(attn, "head_dim", proj.in_features // heads)
-    pruned = bool(getattr(attn, "pruned_heads", None))
-    if pruned or inner != 3 * attn_dim or proj.in_features != attn_dim:
-        return f"heads were pruned: {heads} heads, a qkv of {inner} and a projection of {proj.in_features} don't agree"
-    if not isinstance(attn, WindowAttention) and attn_dim < width:  # Swin may be built with narrow heads
-        return f"heads were pruned: its {heads} heads are {attn_dim} wide, the model {width}"
-    return None
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (B,N,C) -> (B,N,C); masks are the teacher's matter. Raises ValueError where no attention fits x."""
+        if self.given is None:
+            raise ValueError("no teacher has looked at these images: call the model itself, not a part of it")
+        sigma = self.given.attention
+        if sigma.shape[0] != x.shape[0] or sigma.shape[-1] != x.shape[1]:
+            raise ValueError(
+                f"the teacher's attention is for {sigma.shape[0]} x {sigma.shape[-1]} tokens, the student has "
+                f"{x.shape[0]} x {x.shape[1]}"
+            )
+        v = self.v(x)  # (B,N,H·D); the H/T student heads of one teacher head lie side by side
+        v = v.unflatten(-1, (sigma.shape[1], -1)).transpose(1, 2)  # (B,T,N,H·D/T)
+        out = (self.attn_drop(sigma.to(v.dtype)) @ v).transpose(1, 2).flatten(2)
+        out = self.norm(out)
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from karat.models.evaluating import evaluating
 from karat.models.transfer import look, teacher_of
 
 
@@ -33,11 +34,7 @@ def multiply_adds(model: nn.Module, images: Tensor) -> int:
     Counted by torch's FLOP counter and halved. Elementwise work (softmax, cos, sin, GELU) is not in it. Fused softmax
     attention is unfused while counting, for the counter knows no formula of the CPU's.
     """
-    training = model.training
     counter = FlopCounterMode(display=False)
-    try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            model.eval()(images)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(images)
     return counter.get_total_flops() // 2

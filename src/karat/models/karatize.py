@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from timm.models.convit import GPSA, ConVit
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from karat.models.attention import ADAPTERS, KEPT, OURS, BiasedAttention, refusal
+from karat.models.attention import BiasedAttention
+from karat.models.backbones import BACKBONES, OWN, AttentionSite, Backbone, attention_sites, backbone_of, refusal
 from karat.models.relative_bias import RelativeBias, relative_biases
 from karat.models.resample import SetInputSize
 from karat.operator.config import KArAtConfig
@@ -18,60 +16,6 @@ from karat.operator.grids import GridWatch
 from karat.operator.operator import KArAtOperator, karat_operators
 
 SHARED_NAME = "karat_operator"
-
-
-def _vit_tokens(model: Any, attn: nn.Module) -> int:
-    if not isinstance(model.patch_drop, nn.Identity):
-        raise ValueError(
-            "patch_drop_rate > 0 changes the number of tokens at random, the operator needs it fixed; build the "
-            "model with patch_drop_rate=0"
-        )
-    return _patches(model) + int(model.num_prefix_tokens)
-
-
-def _convit_tokens(model: Any, attn: nn.Module) -> int:
-    return _patches(model) + int(model.cls_token is not None)  # MHSA blocks come after the class token is added
-
-
-def _swin_tokens(model: Any, attn: Any) -> int:
-    return int(attn.window_area)
-
-
-def _patches(model: Any) -> int:
-    if model.patch_embed.num_patches is None:
-        raise ValueError("the model has no fixed image size, the operator needs a number of tokens; give img_size=")
-    return int(model.patch_embed.num_patches)
-
-
-# Models whose attention can be given a relative position bias: the prefix tokens before their grid.
-PREFIXES: dict[type[nn.Module], Callable[[Any], int]] = {
-    VisionTransformer: lambda model: int(model.num_prefix_tokens),
-    ConVit: lambda model: int(model.cls_token is not None),
-}
-
-# The models that are served, and how many tokens reach an attention of theirs.
-FAMILIES: dict[type[nn.Module], Callable[[Any, Any], int]] = {
-    VisionTransformer: _vit_tokens,  # DeiT too
-    ConVit: _convit_tokens,
-    SwinTransformer: _swin_tokens,
-}
-
-
-class AttentionSite(NamedTuple):
-    """An attention module of a model and its dotted name."""
-
-    name: str
-    module: Any
-
-
-def attention_sites(model: nn.Module) -> list[AttentionSite]:
-    """Every attention that karat knows, converted or not, in forward order.
-
-    The index in this list is what `KArAtConfig.blocks` means: for ViT and ConViT the block, for Swin the block
-    counted through all stages.
-    """
-    known: tuple[type[nn.Module], ...] = (*ADAPTERS, *KEPT, *OURS)
-    return [AttentionSite(name, module) for name, module in model.named_modules() if isinstance(module, known)]
 
 
 def karatize(model: nn.Module, config: KArAtConfig | str) -> nn.Module:
@@ -106,15 +50,21 @@ def karatize(model: nn.Module, config: KArAtConfig | str) -> nn.Module:
     'KArAtAttention'
     """
     config = KArAtConfig.parse(config)
-    converted = next((name for name, module in model.named_modules() if isinstance(module, OURS)), None)
+    converted = next((site.name for site in attention_sites(model) if type(site.module) in OWN), None)
     if converted is not None:
         raise ValueError(f"the model is converted already ({converted} is an attention of karat's); build a new model")
     if config.leaves_attention:
         return model
-    tokens = _token_counter(model)
+    backbone = _served(model)
     sites = _chosen(model, config)
-    sizes = [(int(site.module.num_heads), tokens(model, site.module)) for site in sites]
-    replacements = (_biased if config.is_softmax else _learnable)(model, config, sites, sizes)
+    sizes = [(int(site.module.num_heads), backbone.tokens(model, site.module)) for site in sites]
+    biases = _position_biases(model, backbone, config, sites)
+    if config.is_softmax:
+        replacements: list[Any] = [BiasedAttention(site.module) for site in sites]
+    else:
+        replacements = _learnable(model, backbone, config, sites, sizes)
+    for new, bias in zip(replacements, biases, strict=True):
+        new.position_bias = bias
     for site, new in zip(sites, replacements, strict=True):
         parent, _, child = site.name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
@@ -127,14 +77,13 @@ def karatize(model: nn.Module, config: KArAtConfig | str) -> nn.Module:
 
 
 def _learnable(
-    model: nn.Module, config: KArAtConfig, sites: list[AttentionSite], sizes: list[tuple[int, int]]
+    model: nn.Module, backbone: Backbone, config: KArAtConfig, sites: list[AttentionSite], sizes: list[tuple[int, int]]
 ) -> list[nn.Module]:
     """The attention around operators for each place; a shared operator is put on the model."""
     shared = config.sharing == "universal"
     if shared:
-        _check_shareable(model, sites, sizes)
-    # All operators and biases first: an error leaves the model as it was.
-    biases = _position_biases(model, config, sites)
+        _check_shareable(backbone, sites, sizes)
+    # All operators first: an error leaves the model as it was.
     operators: list[KArAtOperator] = []
     for site, size in zip(sites, sizes, strict=True):
         new = operators[0] if shared and operators else KArAtOperator(*size, config)
@@ -142,35 +91,25 @@ def _learnable(
     if shared and operators:
         model.add_module(SHARED_NAME, operators[0])
     found: list[nn.Module] = []
-    for site, operator, bias in zip(sites, operators, biases, strict=True):
-        attn = ADAPTERS[type(site.module)](site.module, operator, shared)
-        attn.position_bias = bias
-        found.append(attn)
+    for site, operator in zip(sites, operators, strict=True):
+        assert site.kind.adapter is not None
+        found.append(site.kind.adapter(site.module, operator, shared))
     return found
 
 
-def _biased(model: nn.Module, config: KArAtConfig, sites: list[AttentionSite], _: Any) -> list[nn.Module]:
-    """Softmax attention with a relative position bias for each place."""
-    found: list[nn.Module] = []
-    for site, bias in zip(sites, _position_biases(model, config, sites), strict=True):
-        attn = BiasedAttention(site.module)
-        attn.position_bias = bias
-        found.append(attn)
-    return found
-
-
-def _position_biases(model: Any, config: KArAtConfig, sites: list[AttentionSite]) -> Sequence[RelativeBias | None]:
+def _position_biases(
+    model: Any, backbone: Backbone, config: KArAtConfig, sites: list[AttentionSite]
+) -> Sequence[RelativeBias | None]:
     """A fresh bias for each place, or None where the configuration has none."""
     if config.position_bias is None:
         return [None] * len(sites)
-    prefix = next((count for family, count in PREFIXES.items() if isinstance(model, family)), None)
-    if prefix is None:
+    if backbone.prefix is None:
         raise ValueError(
             f"position_bias={config.position_bias!r}: {type(model).__name__} has relative position biases of its own; "
             "leave the option out"
         )
-    grid = tuple(model.patch_embed.grid_size)
-    return [like_attention(RelativeBias(site.module.num_heads, grid, prefix(model)), site.module) for site in sites]
+    grid, prefix = tuple(model.patch_embed.grid_size), backbone.prefix(model)
+    return [like_attention(RelativeBias(site.module.num_heads, grid, prefix), site.module) for site in sites]
 
 
 Part = TypeVar("Part", bound=nn.Module)
@@ -187,7 +126,7 @@ def _watch_grids(model: Any) -> None:
     watch = GridWatch(model)
     model.patch_embed.register_forward_hook(watch)
     for site in attention_sites(model):
-        if isinstance(site.module, OURS):
+        if type(site.module) in OWN:
             site.module.watch = watch
 
 
@@ -211,32 +150,33 @@ class NoWeightDecay:
         }
 
 
-def _token_counter(model: nn.Module) -> Callable[[Any, Any], int]:
-    """How tokens are counted in this model; ValueError if it or an attention in it isn't served."""
+def _served(model: nn.Module) -> Backbone:
+    """What is known of this model; ValueError if it or an attention in it isn't served."""
     for name, module in model.named_modules():
         reason = refusal(module)
         if reason is not None:
             raise ValueError(f"{name or 'the model'} ({type(module).__name__}) can't be converted: {reason}")
-    for family, counter in FAMILIES.items():
-        if isinstance(model, family):
-            return counter
-    known = ", ".join(family.__name__ for family in FAMILIES)
-    raise ValueError(
-        f"{type(model).__name__} has no attention that karat knows how to convert; it knows timm's {known}, not wrapped"
-    )
+    backbone = backbone_of(model)
+    if backbone is None:
+        known = ", ".join(family.__name__ for family in BACKBONES)
+        raise ValueError(
+            f"{type(model).__name__} has no attention that karat knows how to convert; it knows timm's {known}, not "
+            "wrapped"
+        )
+    return backbone
 
 
 def _chosen(model: nn.Module, config: KArAtConfig) -> list[AttentionSite]:
     """The attention modules that the configuration converts."""
     sites = attention_sites(model)
-    able = [i for i, site in enumerate(sites) if type(site.module) in ADAPTERS]
+    able = [i for i, site in enumerate(sites) if site.kind.adapter is not None]
     if not able:
         raise ValueError(f"{type(model).__name__} has no attention that can be converted")
     chosen = chosen_blocks(config, able, len(sites))
     for i in chosen:
-        if isinstance(sites[i].module, GPSA):
+        if sites[i].kind.adapter is None:
             raise ValueError(
-                f"blocks={config.blocks}: {sites[i].name} is gated positional attention (GPSA), which stays; "
+                f"blocks={config.blocks}: {sites[i].name} is {sites[i].kind.stays}, which stays; "
                 f"blocks that can be converted: {', '.join(map(str, able))}"
             )
     return [sites[i] for i in chosen]
@@ -257,8 +197,8 @@ def chosen_blocks(config: KArAtConfig, able: Sequence[int], count: int) -> list[
     return sorted(config.blocks)
 
 
-def _check_shareable(model: nn.Module, sites: list[AttentionSite], sizes: list[tuple[int, int]]) -> None:
-    if isinstance(model, SwinTransformer):
+def _check_shareable(backbone: Backbone, sites: list[AttentionSite], sizes: list[tuple[int, int]]) -> None:
+    if not backbone.universal:
         raise ValueError(
             "sharing='universal' can't serve Swin: its stages have different numbers of heads; use sharing='blockwise' "
             "(g3b instead of g3u)"

@@ -24,6 +24,7 @@ from karat.analyze.hessian import Hessian, loss_closure, top_eigenvalues, twice_
 from karat.analyze.landscape import evaluate, moved
 from karat.analyze.loading import open_run
 from karat.analyze.studies_loss import FOLDER
+from karat.models.evaluating import evaluating
 from karat.runs.checkpoint import MODEL
 from karat.runs.files import read_json, write_json
 
@@ -104,16 +105,12 @@ def largest_eigenvalue(model: nn.Module, images: Tensor, labels: Tensor) -> floa
     None where Lanczos' iteration doesn't settle.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training = model.training
     try:
-        model.eval()
-        with twice_differentiable(model):
+        with evaluating(model), twice_differentiable(model):
             hessian = Hessian(loss_closure(model, images, labels), parameters)
             return float(top_eigenvalues(hessian, 1, tolerance=1e-2, which="LA"))
     except ArpackNoConvergence:
         return None
-    finally:
-        model.train(training)
 
 
 def loss_rise(model: nn.Module, images: Tensor, labels: Tensor, *, radius: float = 0.1, planes: int = 2) -> float:

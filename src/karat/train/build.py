@@ -19,7 +19,7 @@ from karat.operator.config import KArAtConfig
 from karat.runs.recipes import Recipe
 from karat.runs.settings import RunSettings
 from karat.train.ema import WeightAverage
-from karat.train.init import Fate
+from karat.train.init import Transplanted
 from karat.train.optim import create_optimizer, create_schedule
 from karat.train.processes import leave_at_exit
 from karat.train.randomness import seed_everything
@@ -114,7 +114,7 @@ class Parts:
     objective: Objective  # of the model and a batch on its device
     watch: GradientWatch
     parameters: int
-    loaded: list[Fate]  # what --init took over, kept or dropped
+    loaded: list[Transplanted]  # what --init took over, kept or dropped
 
 
 def assemble(

@@ -18,7 +18,7 @@ from karat.runs.model import input_size, plain_model, with_teacher
 from karat.train import transfer
 from karat.train.build import create_loss, create_mixup, mix
 from karat.train.evaluate import evaluate
-from karat.train.init import Fate, load_init
+from karat.train.init import Transplanted, load_init
 from karat.train.task import Batch, Objective, Task
 
 
@@ -69,7 +69,7 @@ class Classification(Task):
         """As Task.facts."""
         return {"num_classes": data.num_classes, "class_names": list(data.class_names), "in_chans": data.in_chans}
 
-    def build(self, data: Data, folder: Path | None) -> tuple[nn.Module, list[Fate]]:
+    def build(self, data: Data, folder: Path | None) -> tuple[nn.Module, list[Transplanted]]:
         """As Task.build."""
         model = plain_model(self.settings, data.num_classes, data.in_chans)
         loaded = [] if self.settings.init is None else load_init(model, self.settings)

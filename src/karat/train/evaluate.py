@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from karat.models.evaluating import evaluating
+
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator) -> dict[str, float]:
@@ -20,24 +22,22 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], acceler
         batches: this process's share of images (B,C,height,width) and labels (B,); rows with a negative label are
             padding and count for nothing.
     """
-    was_training = model.training
-    model.eval()
     device = accelerator.device
     precision = torch.float32 if device.type == "mps" else torch.float64  # whole numbers stay exact to 2^24, 2^53
     sums = torch.zeros(4, dtype=precision, device=device)  # images, loss, top-1, top-5
-    for images, labels in batches:
-        images = images.to(device, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
-        with accelerator.autocast():
-            logits = model(images)
-        real = labels >= 0
-        logits, labels = logits[real].float(), labels[real]
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = best == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        ones = loss.new_tensor(len(labels))
-        sums += torch.stack([ones, loss, hits[:, 0].sum(), hits.any(1).sum()]).to(precision)
-    model.train(was_training)
+    with evaluating(model):
+        for images, labels in batches:
+            images = images.to(device, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)
+            with accelerator.autocast():
+                logits = model(images)
+            real = labels >= 0
+            logits, labels = logits[real].float(), labels[real]
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            hits = best == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            ones = loss.new_tensor(len(labels))
+            sums += torch.stack([ones, loss, hits[:, 0].sum(), hits.any(1).sum()]).to(precision)
     total: Any = accelerator.reduce(sums, "sum")
     images_seen, loss_sum, top1, top5 = total.tolist()
     if images_seen == 0:

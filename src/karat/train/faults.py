@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from karat.models.evaluating import evaluating
+
 
 class TrainingDiverged(RuntimeError):
     """Too many steps had a non-finite loss or gradient; the message is the diagnosis."""
@@ -117,13 +119,9 @@ def diagnose(model: nn.Module, images: Tensor | list[Tensor], bad_gradients: lis
     def run() -> object:
         return model(images)
 
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         bad = _first_bad_module(model, run)
         scores = score_ranges(model, run)
-    finally:
-        model.train(was_training)
     if bad is not None:
         place = f"the output of {bad} is the first that is not finite"
         block = next((name for name in scores if bad.startswith(name.rsplit(".", 1)[0] + ".")), None)

@@ -32,7 +32,7 @@ LOADED, RESIZED, FRESH, DROPPED = "loaded", "resized", "fresh", "dropped"
 
 
 @dataclass(frozen=True)
-class Fate:
+class Transplanted:
     """What became of one part of a model: loaded, resized, fresh (the model's own) or dropped (the source's)."""
 
     part: str
@@ -41,7 +41,7 @@ class Fate:
     parameters: int
 
 
-def table(fates: list[Fate], source: str) -> Table:
+def table(fates: list[Transplanted], source: str) -> Table:
     """The account as a table for the terminal."""
     drawn = Table(title=f"weights from {source}", title_justify="left")
     for column in ("part", "fate"):
@@ -53,7 +53,7 @@ def table(fates: list[Fate], source: str) -> Table:
     return drawn
 
 
-def load_init(model: nn.Module, settings: RunSettings) -> list[Fate]:
+def load_init(model: nn.Module, settings: RunSettings) -> list[Transplanted]:
     """Give `model` the weights that `settings.init` names, as far as they fit; returns what became of each part.
 
     Raises ValueError when the source is missing, was tampered with, or shares no weight with the model.
@@ -132,7 +132,7 @@ def transplant(
     *,
     same_operator: bool = True,
     resized: Collection[str] = (),
-) -> list[Fate]:
+) -> list[Transplanted]:
     """Copy into `model` every weight of the same name and shape; position embeddings and input channels are adapted.
 
     `resized` names weights that were carried to the model's size before.
@@ -165,7 +165,7 @@ def transplant(
         first = next(iter(weights), "nothing")
         raise ValueError(f"--init {source}: it shares no weight with the model (it has {first!r}, …)")
     model.load_state_dict({**own, **without_loose_factors(model, taken)})
-    return [Fate(part, fate, *numbers) for (part, fate), numbers in sorted(counts.items())]
+    return [Transplanted(part, fate, *numbers) for (part, fate), numbers in sorted(counts.items())]
 
 
 def adapt(name: str, found: Tensor, target: Tensor, model: nn.Module) -> Tensor | None:
@@ -204,6 +204,6 @@ def _part(name: str, model: nn.Module, operators: set[str]) -> str:
     return f"{pieces[0]}: {pieces[2]}" if pieces[0] == "blocks" and len(pieces) > 2 else pieces[0]
 
 
-def as_json(fates: list[Fate]) -> list[dict[str, Any]]:
+def as_json(fates: list[Transplanted]) -> list[dict[str, Any]]:
     """The account as plain values."""
     return [asdict(fate) for fate in fates]

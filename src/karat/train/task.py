@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from karat.data.loader import Loader
-from karat.train.init import Fate
+from karat.train.init import Transplanted
 
 # A batch: images first, then what is known of each of them, as long as there are images. Both may be nested.
 Batch = tuple[Any, Any]
@@ -47,7 +47,7 @@ class Task(ABC):
         """What of the data config.json must hold so that the model can be built again, plain values."""
 
     @abstractmethod
-    def build(self, data: Any, folder: Path | None) -> tuple[nn.Module, list[Fate]]:
+    def build(self, data: Any, folder: Path | None) -> tuple[nn.Module, list[Transplanted]]:
         """The model on the CPU, from torch's present random state, and what --init gave it.
 
         folder: of the run that is resumed; None for a new one.

@@ -14,7 +14,7 @@ from karat.models.distill import gauge
 from karat.models.distill.closed_form import Rows, check_fits, fit_operator
 from karat.models.distill.features import reach
 from karat.models.distill.least_squares import Moments, least_squares
-from karat.models.distill.sites import Site, call_at, four_axes, sites, softmax_of
+from karat.models.distill.sites import Site, arguments_at, sites
 from karat.operator.operator import KArAtOperator
 
 Images = Callable[[], Iterable[Tensor]]
@@ -101,7 +101,7 @@ def _inputs(
         for number, batch in enumerate(images()):
             if most is not None and number >= most:
                 break
-            yield site, *site.read(call_at(source, inside, batch))
+            yield site, *site.read(arguments_at(source, inside, batch))
 
 
 def _rows(
@@ -115,12 +115,12 @@ def _rows(
     heads = list(op.karat_heads)
     for _, mine, theirs in _inputs(users, source, images, most):
         scores = mine.scores[:, heads]
-        mask = four_axes(mine.mask)
+        mask = mine.mask
         if mask is not None and mask.shape[1] > 1:
             mask = mask[:, heads]
         yield Rows(
             scores if scale is None else scores * scale[heads][:, None, None].to(scores),
-            softmax_of(theirs)[:, heads],
+            theirs.softmax[:, heads],
             theirs.v[:, heads],
             None if mask is None else mask.expand(*mask.shape[:2], *scores.shape[2:]),
         )
@@ -160,9 +160,9 @@ def refit_projection(site: Site, student: nn.Module, teacher: nn.Module, images:
     try:
         for batch in images():
             heads.clear()
-            mine = call_at(student, site.student, batch)
+            mine = arguments_at(student, site.student, batch)
             site.student(*mine.args, **mine.kwargs)
-            theirs = call_at(teacher, site.teacher, batch)
+            theirs = arguments_at(teacher, site.teacher, batch)
             y = site.teacher(*theirs.args, **theirs.kwargs)
             z = heads[-1].reshape(-1, heads[-1].shape[-1])
             if projection.bias is not None:

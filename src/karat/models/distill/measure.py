@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from karat.models.distill.sites import Call, sites, softmax_of, watching
+from karat.models.distill.sites import Arguments, sites, watching
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def measure_blocks(student: nn.Module, teacher: nn.Module, images: Iterable[Tens
         for site, call, mine, theirs in _both(student, teacher, batch):
             own, reference = site.read(call)
             heads = list(site.operator.karat_heads)
-            target = (softmax_of(reference) @ reference.v)[:, heads]
+            target = (reference.softmax @ reference.v)[:, heads]
             guess = site.operator.attend(*own[:3], scale=own.scale, bias=own.bias, mask=own.mask)[:, heads]
             fixed = (rows[site.name] @ reference.v)[:, heads].expand_as(target)
             explained, unmoved, followed = sums[site.name]
@@ -77,7 +77,7 @@ def measure_blocks(student: nn.Module, teacher: nn.Module, images: Iterable[Tens
     return [BlockReport(site.name, *(part.share() for part in sums[site.name])) for site in places]
 
 
-def _both(student: nn.Module, teacher: nn.Module, batch: Tensor) -> list[tuple[Any, Call, Tensor, Tensor]]:
+def _both(student: nn.Module, teacher: nn.Module, batch: Tensor) -> list[tuple[Any, Arguments, Tensor, Tensor]]:
     places = sites(student, teacher)
     with watching([site.student for site in places] + [site.teacher for site in places]) as seen:
         student(batch)
@@ -90,6 +90,6 @@ def _mean_rows(student: nn.Module, teacher: nn.Module, batches: list[Tensor]) ->
     totals: dict[str, Tensor] = {}
     for batch in batches:
         for site, call, _, _ in _both(student, teacher, batch):
-            row = softmax_of(site.read(call)[1]).mean((0, 2), keepdim=True) / len(batches)
+            row = site.read(call)[1].softmax.mean((0, 2), keepdim=True) / len(batches)
             totals[site.name] = totals.get(site.name, torch.zeros_like(row)) + row
     return totals

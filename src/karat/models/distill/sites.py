@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from timm.models.convit import MHSA
-from timm.models.swin_transformer import WindowAttention
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from karat.models.attention import (
-    CONVERTED,
-    AttentionInputs,
-    KArAtAttention,
-    KArAtWindowAttention,
-    token_inputs,
-    window_inputs,
-)
+from karat.models.attention import AttentionInputs
+from karat.models.backbones import attention_sites, kind_of
 from karat.operator.operator import KArAtOperator
-from karat.ops.masks import safe_softmax
-
-READERS: dict[type[nn.Module], Callable[..., AttentionInputs]] = {
-    Attention: token_inputs,
-    MHSA: token_inputs,
-    KArAtAttention: token_inputs,
-    WindowAttention: window_inputs,
-    KArAtWindowAttention: window_inputs,
-}
 
 
-class Call(NamedTuple):
+class Arguments(NamedTuple):
     """The arguments with which a module was called."""
 
     args: tuple[Any, ...]
@@ -51,10 +33,16 @@ class Site(NamedTuple):
         """The student's operator."""
         return self.student.operator
 
-    def read(self, call: Call) -> tuple[AttentionInputs, AttentionInputs]:
+    def read(self, call: Arguments) -> tuple[AttentionInputs, AttentionInputs]:
         """(student's, teacher's) queries, keys, values for the same input tokens."""
-        student, teacher = (READERS[type(module)] for module in (self.student, self.teacher))
-        return student(self.student, *call.args, **call.kwargs), teacher(self.teacher, *call.args, **call.kwargs)
+        return _inputs(self.student, call), _inputs(self.teacher, call)
+
+
+def _inputs(module: nn.Module, call: Arguments) -> AttentionInputs:
+    kind = kind_of(module)
+    assert kind is not None  # see `sites`
+    assert kind.inputs is not None
+    return kind.inputs(module, *call.args, **call.kwargs)
 
 
 def sites(student: nn.Module, teacher: nn.Module) -> list[Site]:
@@ -63,10 +51,11 @@ def sites(student: nn.Module, teacher: nn.Module) -> list[Site]:
     Raises ValueError if the student has none, or the teacher's isn't softmax attention that karat can replace.
     """
     found = []
-    for name, module in student.named_modules():
-        if isinstance(module, CONVERTED):
+    for name, module, kind in attention_sites(student):
+        if kind.learned:
             other = teacher.get_submodule(name)
-            if type(other) not in READERS or isinstance(other, CONVERTED):
+            theirs = kind_of(other)
+            if theirs is None or theirs.adapter is None:
                 raise ValueError(f"the teacher's {name} is {type(other).__name__}: it must be softmax attention")
             found.append(Site(name, module, other))
     if not found:
@@ -79,12 +68,12 @@ class _ReachedError(Exception):
 
 
 @torch.no_grad()
-def call_at(model: nn.Module, module: nn.Module, images: Tensor) -> Call:
+def arguments_at(model: nn.Module, module: nn.Module, images: Tensor) -> Arguments:
     """The arguments with which `model(images)` calls `module`; what lies beyond isn't computed."""
-    found: list[Call] = []
+    found: list[Arguments] = []
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(Call(args, kwargs))
+        found.append(Arguments(args, kwargs))
         raise _ReachedError
 
     handle = module.register_forward_pre_hook(note, with_kwargs=True)
@@ -98,12 +87,12 @@ def call_at(model: nn.Module, module: nn.Module, images: Tensor) -> Call:
 
 
 @contextmanager
-def watching(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Call, Tensor]]]:
+def watching(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Arguments, Tensor]]]:
     """While open, each forward pass notes the arguments and the output of every one of `modules`."""
-    seen: dict[nn.Module, tuple[Call, Tensor]] = {}
+    seen: dict[nn.Module, tuple[Arguments, Tensor]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        seen[module] = Call(args, kwargs), output
+        seen[module] = Arguments(args, kwargs), output
 
     handles = [module.register_forward_hook(note, with_kwargs=True) for module in modules]
     try:
@@ -111,13 +100,3 @@ def watching(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Call, T
     finally:
         for handle in handles:
             handle.remove()
-
-
-def four_axes(mask: Tensor | None) -> Tensor | None:
-    """A mask with its leading axes written out: (B,H,M,N) or sizes of one."""
-    return mask if mask is None or mask.dim() == 4 else mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
-
-
-def softmax_of(inputs: AttentionInputs) -> Tensor:
-    """The attention (B,H,M,N) that softmax gives."""
-    return safe_softmax(inputs.scores, four_axes(inputs.mask))

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from karat.models.evaluating import evaluating
 from karat.operator.operator import karat_operators
 
 BATCHES = (1, 3)  # what an exported file is tried with: neither is the batch that it was traced with
@@ -39,19 +40,15 @@ def exported_program(model: nn.Module, shape: tuple[int, int, int]) -> torch.exp
 
     shape: (C,H,W), which is fixed. Raises ValueError for a model that can't be traced, with the tracer's reason.
     """
-    training = model.training
     first = next(model.parameters())
     images = torch.zeros(TRACED, *shape, dtype=first.dtype, device=first.device)
     batch = torch.export.Dim("batch", min=1, max=MOST_IMAGES)
-    model.eval()
     try:
-        with plain_path(model), torch.no_grad():
+        with evaluating(model), plain_path(model), torch.no_grad():
             return torch.export.export(model, (images,), dynamic_shapes=({0: batch},), strict=False)
     except Exception as error:  # the tracer's own exceptions share no base but this
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{type(model).__name__} can't be exported: {type(error).__name__}: {reason}") from error
-    finally:
-        model.train(training)
 
 
 @torch.no_grad()
@@ -63,12 +60,10 @@ def largest_difference(
     In units of the largest logit where that is above 1. Raises ValueError where it is above the tolerance, or where
     a batch gives logits of another shape.
     """
-    training = model.training
     first = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in BATCHES:
             images = torch.randn(batch, *shape, generator=generator).to(first)
             expected = model(images).float().cpu()
@@ -77,8 +72,6 @@ def largest_difference(
                 raise ValueError(f"a batch of {batch} gives {tuple(found.shape)} instead of {tuple(expected.shape)}")
             difference = (found - expected).abs().max() / expected.abs().max().clamp(min=1)
             worst = max(worst, float(difference.nan_to_num(nan=float("inf"))))
-    finally:
-        model.train(training)
     if worst > tolerance:
         raise ValueError(f"the exported model's logits differ from PyTorch's by {worst:.2g}, more than {tolerance:g}")
     return worst

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from PIL import Image
-from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
+from karat.models.backbones import backbone_of
 from karat.models.create import PREFIX, REGISTERED, create_model
 from karat.share.hub import card, storage
 from karat.share.hub.config import ModelConfig
@@ -121,10 +121,8 @@ class KArAtModel(
         A Swin's windows are written down whether they're the model's own or not.
         """
         sides = tuple(getattr(getattr(self.backbone, "patch_embed", None), "img_size", None) or self.config.sides)
-        arguments = dict(self.config.model_args)
-        if isinstance(self.backbone, SwinTransformer):  # windows grow with the image, or were changed alone
-            stages: Any = self.backbone.layers
-            arguments["window_size"] = tuple(tuple(stage.blocks[0].window_size) for stage in stages)
+        known = backbone_of(self.backbone)
+        arguments = self.config.model_args | ({} if known is None else known.arguments(self.backbone))
         if sides == self.config.sides:
             if arguments == self.config.model_args:
                 return self.config

@@ -14,6 +14,7 @@ from torchvision import transforms
 
 from karat.analyze.loading import read_image
 from karat.data.augment import Fit, Normalise, decode, to_uint8
+from karat.models.evaluating import evaluating
 from karat.share.hub.config import ModelConfig
 
 BATCH = 32
@@ -52,15 +53,11 @@ def read(source: str | Path | Image.Image, config: ModelConfig) -> Tensor:
 def probabilities(model: nn.Module, images: Sequence[Tensor]) -> Tensor:
     """softmax of the logits, (images, classes) float32 on the CPU; the model is put in evaluation mode meanwhile."""
     first = next(model.parameters())
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         rows = [
             model(torch.stack(list(images[start : start + BATCH])).to(first.device, first.dtype)).float().softmax(-1)
             for start in range(0, len(images), BATCH)
         ]
-    finally:
-        model.train(training)
     return torch.cat(rows).cpu() if rows else torch.empty(0, 0)
 
 
