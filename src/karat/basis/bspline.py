@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,8 +12,36 @@ from torch import Tensor
 from karat.basis.base import EdgeParameter, LinearBasis, check_count, check_positive
 
 
+class LocalSplines(LinearBasis):
+    """Splines of degree k, of which k + 1 are not zero at any x: features and gradients touch those alone."""
+
+    @abstractmethod
+    def _local(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """The k+1 functions that are not zero at x: index of the first, inside?, values, derivatives in x."""
+
+    def _index(self, first: Tensor, inside: Tensor, j: int) -> tuple[Tensor, Tensor]:
+        index = first + j
+        valid = inside & (index >= 0) & (index < self.num_parameters)
+        return index.clamp_(0, self.num_parameters - 1).unsqueeze(-2), valid
+
+    def write_features(self, x: Tensor, out: Tensor) -> None:
+        first, inside, values, _ = self._local(x)
+        out.zero_()
+        for j, value in enumerate(values):
+            index, valid = self._index(first, inside, j)
+            out.scatter_add_(-2, index, torch.where(valid, value, 0).unsqueeze(-2))
+
+    def pull_back(self, x: Tensor, psi: Tensor, dpsi: Tensor) -> Tensor:
+        first, inside, _, slopes = self._local(x)
+        dx = torch.zeros_like(x)
+        for j, slope in enumerate(slopes):
+            index, valid = self._index(first, inside, j)
+            dx.addcmul_(torch.where(valid, slope, 0), dpsi.gather(-2, index).squeeze(-2))
+        return dx
+
+
 @dataclass(frozen=True)
-class BSpline(LinearBasis):
+class BSpline(LocalSplines):
     """φ(x) = Σ_i c_i B_i(x), the degree-k B-splines of G intervals on [-I, I] (SPEC §2; pykan's convention).
 
     k = `order`, G = `grid`, I = `range`. The uniform grid is extended by k knots a side, which makes G + k
@@ -52,7 +81,6 @@ class BSpline(LinearBasis):
         return values
 
     def _local(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """The k+1 functions that are not zero at x: index of the first, inside?, values, derivatives in x."""
         t = self._position(x)
         first = t.floor().clamp_(-1, self.grid + 2 * self.order)
         w = t - first
@@ -69,23 +97,3 @@ class BSpline(LinearBasis):
             values = raised
         inside = (t >= 0) & (t < self.grid + 2 * self.order)
         return first.long() - self.order, inside, values, slopes
-
-    def _index(self, first: Tensor, inside: Tensor, j: int) -> tuple[Tensor, Tensor]:
-        index = first + j
-        valid = inside & (index >= 0) & (index < self.num_parameters)
-        return index.clamp_(0, self.num_parameters - 1).unsqueeze(-2), valid
-
-    def write_features(self, x: Tensor, out: Tensor) -> None:
-        first, inside, values, _ = self._local(x)
-        out.zero_()
-        for j, value in enumerate(values):
-            index, valid = self._index(first, inside, j)
-            out.scatter_add_(-2, index, torch.where(valid, value, 0).unsqueeze(-2))
-
-    def pull_back(self, x: Tensor, psi: Tensor, dpsi: Tensor) -> Tensor:
-        first, inside, _, slopes = self._local(x)
-        dx = torch.zeros_like(x)
-        for j, slope in enumerate(slopes):
-            index, valid = self._index(first, inside, j)
-            dx.addcmul_(torch.where(valid, slope, 0), dpsi.gather(-2, index).squeeze(-2))
-        return dx

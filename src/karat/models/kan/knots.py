@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from karat.basis import EdgeParameter, LinearBasis
+from karat.basis import EdgeParameter
+from karat.basis.bspline import LocalSplines
 
 
 def uniform_knots(low: Tensor, high: Tensor, grid: int, order: int) -> Tensor:
@@ -35,7 +36,7 @@ def adaptive_knots(samples: Tensor, grid: int, order: int, adaptive: float) -> T
     return knots
 
 
-class KnotSpline(LinearBasis):
+class KnotSpline(LocalSplines):
     """B_1(x_q), ..., B_F(x_q) of degree k on the knots of input q: x (...,Q), F = K - k - 1 functions for K knots.
 
     The general, slower sibling of `karat.basis.BSpline`: knots (Q,K) need not have equal steps. Knots must rise.
@@ -65,7 +66,6 @@ class KnotSpline(LinearBasis):
         return values
 
     def _local(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """The k+1 functions that are not zero at x: index of the first, inside?, values, derivatives."""
         k, (Q, K) = self.order, self.knots.shape
         knots = self.knots.to(x.dtype)
         flat = x.reshape(-1, Q).t().contiguous()  # (Q,T): one row of knots searches one row of values
@@ -92,26 +92,6 @@ class KnotSpline(LinearBasis):
             values = [up + down for up, down in zip(rising, falling, strict=True)]
         back = [[v.t().reshape(x.shape) for v in group] for group in (values, slopes)]
         return (interval - k).t().reshape(x.shape), inside.t().reshape(x.shape), back[0], back[1]
-
-    def _index(self, first: Tensor, inside: Tensor, j: int) -> tuple[Tensor, Tensor]:
-        index = first + j
-        valid = inside & (index >= 0) & (index < self.num_parameters)
-        return index.clamp_(0, self.num_parameters - 1).unsqueeze(-2), valid
-
-    def write_features(self, x: Tensor, out: Tensor) -> None:
-        first, inside, values, _ = self._local(x)
-        out.zero_()
-        for j, value in enumerate(values):
-            index, valid = self._index(first, inside, j)
-            out.scatter_add_(-2, index, torch.where(valid, value, 0).unsqueeze(-2))
-
-    def pull_back(self, x: Tensor, psi: Tensor, dpsi: Tensor) -> Tensor:
-        first, inside, _, slopes = self._local(x)
-        dx = torch.zeros_like(x)
-        for j, slope in enumerate(slopes):
-            index, valid = self._index(first, inside, j)
-            dx.addcmul_(torch.where(valid, slope, 0), dpsi.gather(-2, index).squeeze(-2))
-        return dx
 
 
 def evaluate(knots: Tensor, order: int, coefficients: Tensor, x: Tensor) -> Tensor:
