@@ -240,14 +240,7 @@ def _beside_fixed_base(
 
     It's regressed out, the others take rank R - 1, and the last column of W makes W 1 what the sum is to have.
     """
-    base = slice(-1, None)
-    gain = moments.gram[:, base, :] / moments.gram[:, base, base].clamp(min=1e-30)  # (H,1,P)
-    rest = Moments(
-        (moments.gram - gain.mT @ moments.gram[:, base, :])[:, :-1, :-1],
-        (moments.cross - gain.mT @ moments.cross[:, base])[:, :-1],
-        moments.power,
-        moments.rows,
-    )
+    base, rest = slice(-1, None), moments.beside_last()
     K, W, which = _low_rank(rest, weight, rank - 1, blocks, ridge)
     K, W = _balanced(rest, K, W, size)
     wanted = (moments.cross[:, base] - moments.gram[:, base, :-1] @ K @ W.mT) / moments.gram[:, base, base]  # (H,1,N)
@@ -282,14 +275,7 @@ def _projection(op: KArAtOperator, rows: Source, ridge: float, size: float) -> T
         return torch.cat([kept, torch.ones_like(kept[:, :1])], dim=-1)
 
     moments, weight = _collect(op, rows, inputs)
-    one = slice(-1, None)
-    gain = moments.gram[:, one, :] / moments.gram[:, one, one]
-    centred = Moments(
-        (moments.gram - gain.mT @ moments.gram[:, one, :])[:, :-1, :-1],
-        (moments.cross - gain.mT @ moments.cross[:, one])[:, :-1],
-        moments.power,
-        moments.rows,
-    )
+    centred = moments.beside_last()
     K, W = reduced_rank(centred.gram, centred.cross, op.config.rank or 0, weight=weight, ridge=ridge)
     whole = Moments(moments.gram[:, :-1, :-1], moments.cross[:, :-1], moments.power, moments.rows)
     return _balanced(whole, K, W, size)[0].mT

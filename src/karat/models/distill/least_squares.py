@@ -40,6 +40,17 @@ class Moments:
         """The cross moments of what `fitted` (H,P,E) leaves of the targets: Σ z (y - fittedᵀ z)ᵀ."""
         return self.cross - self.gram @ fitted
 
+    def beside_last(self) -> Moments:
+        """The moments of the other features, and of the targets, once the last feature is regressed out of them."""
+        last = slice(-1, None)
+        gain = self.gram[:, last, :] / self.gram[:, last, last].clamp(min=1e-30)  # (H,1,P)
+        return Moments(
+            (self.gram - gain.mT @ self.gram[:, last, :])[:, :-1, :-1],
+            (self.cross - gain.mT @ self.cross[:, last])[:, :-1],
+            self.power,
+            self.rows,
+        )
+
     def error(self, fitted: Tensor) -> Tensor:
         """Σ (y - fittedᵀ z)(y - fittedᵀ z)ᵀ, (H,E,E)."""
         explained = fitted.mT @ self.cross
