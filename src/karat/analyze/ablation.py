@@ -84,7 +84,7 @@ def _attending(modules: list[Any], ways: list[Callable[[AttentionInputs], Tensor
 
     def attend(way: Callable[[AttentionInputs], Tensor], inputs: AttentionInputs) -> Tensor:
         sigma = way(inputs).to(inputs.v.dtype)
-        return (sigma @ inputs.v).transpose(1, 2).flatten(2)
+        return sigma @ inputs.v
 
     try:
         for module, way in zip(modules, ways, strict=True):

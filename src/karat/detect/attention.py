@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from karat.models.attention import token_inputs
+from karat.models.attention import AttentionInputs, TokenAttention
 from karat.models.backbones import kind_of
 from karat.operator.grids import on_grid
 from karat.operator.operator import KArAtOperator
@@ -16,7 +16,7 @@ from karat.operator.token_grid import TokenGrid
 from karat.ops.masks import softmax_attention
 
 
-class GridAttention(nn.Module):
+class GridAttention(TokenAttention):
     """Multi-head attention of the tokens of a grid: proj(concat_h σ_h(scale·q_h k_hᵀ + positions) v_h).
 
     Takes over the parts of a timm `Attention` (σ is softmax) or a `KArAtAttention` (σ is its operator): projections,
@@ -36,29 +36,16 @@ class GridAttention(nn.Module):
     Raises ValueError for an attention with a `position_bias`.
     """
 
-    qkv: nn.Linear
-    q_norm: nn.Module
-    k_norm: nn.Module
-    attn_drop: nn.Module
-    norm: nn.Module
-    gate: nn.Module | None
-    proj: nn.Module
-    proj_drop: nn.Module
+    parts = ("qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop", "norm", "gate")
 
     def __init__(self, attn: Any, grid: tuple[int, int], base: tuple[int, int], relative: bool = False) -> None:
-        super().__init__()
+        super().__init__(attn)
         if getattr(attn, "position_bias", None) is not None:
             raise ValueError(
                 "position_bias='relative' belongs to a classifier's grid; a detector has relative positions of its "
                 "own: leave the option out and give --rel-pos"
             )
-        self.num_heads: int = attn.num_heads
-        self.scale: float = attn.scale
         self.grid = grid
-        for name in ("qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop"):
-            setattr(self, name, getattr(attn, name))
-        self.norm = getattr(attn, "norm", nn.Identity())
-        self.gate = getattr(attn, "gate", None)
         self.operator: KArAtOperator | None = None
         self.grids = TokenGrid(0, *grid), TokenGrid(0, *grid)  # the operator's, and the tokens' here
         kind = kind_of(attn)
@@ -75,25 +62,16 @@ class GridAttention(nn.Module):
             width = self.qkv.out_features // (3 * self.num_heads)
             self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid[0] - 1, width))
             self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid[1] - 1, width))
-        self.train(attn.training)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x (B,N,C); attn_mask boolean (True = takes part) or additive, broadcastable to (B,H,N,N)."""
-        q, k, v, scale, bias, mask = token_inputs(self, x, attn_mask, is_causal)
-        dropout = self.attn_drop.p if isinstance(self.attn_drop, nn.Dropout) and self.training else 0.0
+    def _attend(self, inputs: AttentionInputs) -> Tensor:
+        q, k, v, scale, bias, mask = inputs
         if self.rel_pos_h is not None and self.rel_pos_w is not None:
             q, k = with_positions(q, k, scale, self.rel_pos_h, self.rel_pos_w)
             scale = 1.0
-        if self.operator is not None:  # a shared one is resampled here, and its gradients reach it (SPEC §9)
-            op = on_grid(self.operator, *self.grids)
-            out = op.attend(q, k, v, scale=scale, bias=bias, mask=mask, dropout_p=dropout)
-        else:
-            out = softmax_attention(q, k, v, scale, bias, mask, dropout)
-        out = self.norm(out.transpose(1, 2).flatten(2))
-        if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
-        projected: Tensor = self.proj_drop(self.proj(out))
-        return projected
+        if self.operator is None:
+            return softmax_attention(q, k, v, scale, bias, mask, self._dropout)
+        op = on_grid(self.operator, *self.grids)  # a shared one is resampled here, and its gradients reach it (SPEC §9)
+        return op.attend(q, k, v, scale=scale, bias=bias, mask=mask, dropout_p=self._dropout)
 
     def extra_repr(self) -> str:
         return f"grid={self.grid}, relative={self.rel_pos_h is not None}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from timm.models.swin_transformer import WindowAttention
@@ -111,20 +111,28 @@ def window_inputs(attn: Any, x: Tensor, mask: Tensor | None = None) -> Attention
     return AttentionInputs(q, k, v, attn.scale, bias, mask)
 
 
-class _TakenOver(nn.Module):
-    """What all modules below share: the parts taken over from `attn`."""
+# The order is that of the parameters in an optimiser, which saved ones rely on.
+PARTS = ("qkv", "attn_drop", "proj", "proj_drop", "q_norm", "k_norm", "norm", "gate")
 
-    qkv: nn.Module
+
+class _TakenOver(nn.Module):
+    """What all modules below share: the parts taken over from `attn`, those that it lacks doing nothing."""
+
+    parts: ClassVar[tuple[str, ...]] = PARTS
+
+    qkv: nn.Linear
     attn_drop: nn.Module
-    proj: nn.Module
+    proj: nn.Linear
     proj_drop: nn.Module
+    norm: nn.Module
+    gate: nn.Module | None
 
     def __init__(self, attn: Any) -> None:
         super().__init__()
         self.num_heads: int = attn.num_heads
         self.scale: float = attn.scale
-        for name in ("qkv", "attn_drop", "proj", "proj_drop"):
-            setattr(self, name, getattr(attn, name))
+        for name in self.parts:
+            setattr(self, name, getattr(attn, name, None if name == "gate" else nn.Identity()))
         self.watch: GridWatch | None = None  # with dynamic_img_size, set by karatize
         self.position_bias: RelativeBias | None = None  # where the configuration asks for one, set by karatize
         self.train(attn.training)
@@ -133,6 +141,14 @@ class _TakenOver(nn.Module):
     def _dropout(self) -> float:
         """The probability of dropping an entry of σ now."""
         return self.attn_drop.p if isinstance(self.attn_drop, nn.Dropout) and self.training else 0.0
+
+    def _finish(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """What follows σ v: (B,H,N,D) -> (B,N,C), gated by the tokens x (B,N,C)."""
+        out = self.norm(mixed.transpose(1, 2).flatten(2))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        projected: Tensor = self.proj_drop(self.proj(out))
+        return projected
 
 
 class _AroundOperator(_TakenOver):
@@ -161,36 +177,25 @@ class _AroundOperator(_TakenOver):
         return self.present_operator(scores.shape[-1])(scores, inputs.mask)
 
     def _attend(self, inputs: AttentionInputs) -> Tensor:
-        """(B,H,N,D) heads' inputs -> (B,N,H·D)."""
+        """σ v of every head, (B,H,N,D)."""
         q, k, v, scale, bias, mask = inputs
         operator = self.present_operator(k.shape[2])
-        out = operator.attend(q, k, v, scale=scale, bias=bias, mask=mask, dropout_p=self._dropout)
-        return out.transpose(1, 2).flatten(2)
+        return operator.attend(q, k, v, scale=scale, bias=bias, mask=mask, dropout_p=self._dropout)
 
 
-class _Tokens(_TakenOver, ABC):
-    """What timm's `Attention` and `MHSA` may have beside the projections: norms and a gate."""
-
-    def __init__(self, attn: Any) -> None:
-        super().__init__(attn)
-        self.q_norm = getattr(attn, "q_norm", nn.Identity())
-        self.k_norm = getattr(attn, "k_norm", nn.Identity())
-        self.norm = getattr(attn, "norm", nn.Identity())
-        self.gate: nn.Module | None = getattr(attn, "gate", None)
+class TokenAttention(_TakenOver, ABC):
+    """In the place of timm's `Attention` or ConViT's `MHSA`, whose forward pass it has but for σ."""
 
     @abstractmethod
     def _attend(self, inputs: AttentionInputs) -> Tensor:
-        """(B,H,N,D) heads' inputs -> (B,N,H·D)."""
+        """σ v of every head, (B,H,N,D)."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x (B,N,C); attn_mask boolean (True = takes part) or additive, broadcastable to (B,H,N,N)."""
-        out = self.norm(self._attend(token_inputs(self, x, attn_mask, is_causal)))
-        if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(out))
+        return self._finish(self._attend(token_inputs(self, x, attn_mask, is_causal)), x)
 
 
-class KArAtAttention(_AroundOperator, _Tokens):
+class KArAtAttention(_AroundOperator, TokenAttention):
     """timm's ViT `Attention`, or ConViT's `MHSA`, with a learnable operator instead of softmax.
 
     x (B,N,C) -> proj(gate · norm(concat_h σ_h(scale·q_h k_hᵀ + positions) v_h)); query and key norms, inner norm and
@@ -200,14 +205,14 @@ class KArAtAttention(_AroundOperator, _Tokens):
     """
 
 
-class BiasedAttention(_Tokens):
+class BiasedAttention(TokenAttention):
     """timm's ViT `Attention`, or ConViT's `MHSA`: softmax of scores with a relative position bias.
 
     x (B,N,C) -> proj(gate · norm(concat_h softmax(scale·q_h k_hᵀ + positions_h) v_h)), names as in `KArAtAttention`.
     """
 
     def _attend(self, inputs: AttentionInputs) -> Tensor:
-        return softmax_attention(*inputs, self._dropout).transpose(1, 2).flatten(2)
+        return softmax_attention(*inputs, self._dropout)
 
 
 class KArAtWindowAttention(_AroundOperator):
@@ -236,10 +241,10 @@ class KArAtWindowAttention(_AroundOperator):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B·windows, N, C); mask (windows, N, N), 0 or -100, or boolean."""
-        return self.proj_drop(self.proj(self._attend(window_inputs(self, x, mask))))
+        return self._finish(self._attend(window_inputs(self, x, mask)), x)
 
 
-class TransferredAttention(nn.Module):
+class TransferredAttention(_TakenOver):
     """The value path of an attention module, mixed by an attention that is handed in.
 
     x (B,N,C) -> proj(gate · norm(concat_h σ_t(h) v_h)) with v = x W_v; σ (B,T,N,N) has the teacher's T heads, and
@@ -247,15 +252,12 @@ class TransferredAttention(nn.Module):
     projection, dropouts, inner norm and gate are taken over, and its values are the linear map `values`.
     """
 
+    parts = ("v", "attn_drop", "proj", "proj_drop", "norm", "gate")
+
     def __init__(self, attn: Any, values: nn.Linear) -> None:
-        super().__init__()
-        self.num_heads: int = attn.num_heads
-        self.v = values
-        self.attn_drop, self.proj, self.proj_drop = attn.attn_drop, attn.proj, attn.proj_drop
-        self.norm = getattr(attn, "norm", nn.Identity())
-        self.gate: nn.Module | None = getattr(attn, "gate", None)
+        super().__init__(attn)
+        self.v = values  # in its place among the parts
         self.given: Intermediate | None = None  # of the present batch, set by `karat.models.transfer`
-        self.train(attn.training)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (B,N,C) -> (B,N,C); masks are the teacher's matter. Raises ValueError where no attention fits x."""
@@ -269,8 +271,5 @@ class TransferredAttention(nn.Module):
             )
         v = self.v(x)  # (B,N,H·D); the H/T student heads of one teacher head lie side by side
         v = v.unflatten(-1, (sigma.shape[1], -1)).transpose(1, 2)  # (B,T,N,H·D/T)
-        out = (self.attn_drop(sigma.to(v.dtype)) @ v).transpose(1, 2).flatten(2)
-        out = self.norm(out)
-        if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(out))
+        mixed = self.attn_drop(sigma.to(v.dtype)) @ v
+        return self._finish(mixed, x)

@@ -63,9 +63,8 @@ def karatize(model: nn.Module, config: KArAtConfig | str) -> nn.Module:
         replacements: list[Any] = [BiasedAttention(site.module) for site in sites]
     else:
         replacements = _learnable(model, backbone, config, sites, sizes)
-    for new, bias in zip(replacements, biases, strict=True):
+    for site, new, bias in zip(sites, replacements, biases, strict=True):
         new.position_bias = bias
-    for site, new in zip(sites, replacements, strict=True):
         parent, _, child = site.name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
     model.no_weight_decay = NoWeightDecay(model)  # type: ignore[assignment]  # a method before

@@ -7,17 +7,17 @@ SplineMLP(ratio=1.0, grid=5, order=3, range=4.0, base='silu')
 >>> type(replace_mlp(model, "grkan").blocks[0].mlp).__name__
 'GroupRationalMlp'
 
-A new kind is one dataclass with `build`, and one line in MLPS.
+A new kind is one dataclass with its `layer` or `build`, and one line in MLPS.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import Mlp
@@ -102,12 +102,13 @@ class GroupRationalMlp(nn.Module):
 
 
 @dataclass(frozen=True)
-class MLPKind(ABC):
+class MLPKind:
     """The settings of a replacement; `ratio` is hidden width / input width, None that of the MLP replaced."""
 
     ratio: float | None = 1.0
 
     name: ClassVar[str]
+    layer: ClassVar[Callable[..., nn.Module]]  # of an edge MLP: (inputs, outputs, the settings by name)
 
     def __post_init__(self) -> None:
         if self.ratio is not None:
@@ -117,9 +118,13 @@ class MLPKind(ABC):
         """Widths, given those of the MLP replaced."""
         return inputs, hidden if self.ratio is None else max(1, round(self.ratio * inputs)), outputs
 
-    @abstractmethod
     def build(self, sizes: tuple[int, int, int], drop: tuple[float, float]) -> nn.Module:
         """The module, of these widths and dropout rates."""
+        return EdgeMlp(partial(type(self).layer, **self.settings()), sizes, drop)
+
+    def settings(self) -> dict[str, Any]:
+        """What the layers are built with."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "ratio"}
 
     def __str__(self) -> str:
         changed = [
@@ -142,12 +147,7 @@ class SplineMLP(MLPKind):
     base: str = "silu"
 
     name: ClassVar[str] = "kan"
-
-    def build(self, sizes: tuple[int, int, int], drop: tuple[float, float]) -> nn.Module:
-        def layer(inputs: int, outputs: int) -> SplineLinear:
-            return SplineLinear(inputs, outputs, grid=self.grid, order=self.order, range=self.range, base=self.base)
-
-        return EdgeMlp(layer, sizes, drop)
+    layer = SplineLinear
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class GroupRationalMLP(MLPKind):
     name: ClassVar[str] = "grkan"
 
     def build(self, sizes: tuple[int, int, int], drop: tuple[float, float]) -> GroupRationalMlp:
-        return GroupRationalMlp(sizes, drop, self.groups, self.m, self.n, self.init, self.share_denominator)
+        return GroupRationalMlp(sizes, drop, **self.settings())
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,7 @@ class FourierMLP(MLPKind):
     grid: int = 3
 
     name: ClassVar[str] = "fourierkan"
-
-    def build(self, sizes: tuple[int, int, int], drop: tuple[float, float]) -> nn.Module:
-        return EdgeMlp(lambda inputs, outputs: FourierLinear(inputs, outputs, grid=self.grid), sizes, drop)
+    layer = FourierLinear
 
 
 @dataclass(frozen=True)
@@ -187,11 +185,7 @@ class FastMLP(MLPKind):
     range: float = 2.0
 
     name: ClassVar[str] = "fastkan"
-
-    def build(self, sizes: tuple[int, int, int], drop: tuple[float, float]) -> nn.Module:
-        return EdgeMlp(
-            lambda inputs, outputs: RBFLinear(inputs, outputs, grid=self.grid, range=self.range), sizes, drop
-        )
+    layer = RBFLinear
 
 
 MLPS: dict[str, type[MLPKind]] = {kind.name: kind for kind in (SplineMLP, GroupRationalMLP, FourierMLP, FastMLP)}
