@@ -59,7 +59,7 @@ def measure_blocks(student: nn.Module, teacher: nn.Module, images: Iterable[Tens
     """
     places = sites(student, teacher)
     sums = {site.name: [_Variance() for _ in range(3)] for site in places}
-    batches = list(images) if not isinstance(images, list) else images
+    batches = list(images)
     if not batches:
         raise ValueError("there are no images to measure on: give at least one")
     rows = _mean_rows(student, teacher, batches)
