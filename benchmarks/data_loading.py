@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from karat import create_model
 from karat.data.loader import Loader
-from karat.data.splits import load_data
+from karat.data.splits import DataOptions, load_data
 from karat.runs.recipes import RECIPES
 
 
@@ -58,13 +58,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    quick = load_data(options.data, recipe=RECIPES["quick"], img_size=32)
+    quick = load_data(DataOptions(options.data, RECIPES["quick"], img_size=32))
     began = time.perf_counter()
     _ = quick.train
     print(f"decoding {quick.train.order.n} images once: {time.perf_counter() - began:.1f} s")
     rates = {"quick, in memory": loader_rate(quick.train, options.seconds)}
     for workers in (0, 2):
-        data = load_data(options.data, recipe=RECIPES["vit"], img_size=32, workers=workers)
+        data = load_data(DataOptions(options.data, RECIPES["vit"], img_size=32, workers=workers))
         rates[f"vit recipe, {workers} workers"] = loader_rate(data.train, options.seconds)
     for attention in ("softmax", "g3b"):
         rates[f"training vit_tiny/4 at 32², {attention}"] = training_rate(attention, quick.num_classes, options.seconds)

@@ -1,4 +1,4 @@
-"""Command-line options by tyro, whose complaints become one line."""
+"""The errors that people see: one line with the value and the remedy, the complaints of tyro's parser among them."""
 
 from __future__ import annotations
 
@@ -35,3 +35,9 @@ def parse(parser: Callable[[], Parsed], command: str) -> Parsed:
     """What `parser`, a call of tyro's, returns. Raises ValueError for options that can't be read."""
     with one_line_errors(command):
         return parser()
+
+
+def require(ok: bool, name: str, value: object, remedy: str) -> None:
+    """ValueError unless `ok`: names the value and the remedy."""
+    if not ok:
+        raise ValueError(f"recipe: {name}={value!r}: {remedy}")

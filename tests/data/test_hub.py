@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from karat.data.hub import RowStream, find_columns
-from karat.data.splits import load_data
 from karat.runs.recipes import RECIPES
+from support import data as support
 
 VIT = RECIPES["vit"]
 CLASSES = ["cat", "dog", "owl"]
@@ -44,7 +44,7 @@ def quiet(tmp_path, monkeypatch):
 
 
 def load(spec, recipe=VIT, **options):
-    return load_data(str(spec), recipe=recipe, **{"img_size": 12, "batch_size": 4, **options})
+    return support.load(spec, recipe, **{"img_size": 12, "batch_size": 4, **options})
 
 
 def all_labels(loader):

@@ -8,17 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from karat.data.augment import keyed_randomness, mix, pad_crop_flip, uniforms
+from karat.data.augmentation import pad_crop_flip
 from karat.data.order import Order
-from karat.data.splits import load_data
+from karat.data.randomness import keyed_randomness, mix, uniforms
 from karat.runs.recipes import RECIPES
+from support.data import load
 
 RECIPE = {"resident": RECIPES["quick"], "one by one": RECIPES["vit"].override(reprob=0.5)}
 kinds = pytest.mark.parametrize("kind", RECIPE)
 
 
 def digits(kind, **options):
-    return load_data("digits", recipe=RECIPE[kind], img_size=16, fraction=0.2, **{"batch_size": 16, **options})
+    return load("digits", RECIPE[kind], img_size=16, fraction=0.2, **{"batch_size": 16, **options})
 
 
 def same(first, second):
@@ -122,7 +123,7 @@ def test_order_shares_positions_without_repeats(n, batch_size, world_size, train
 
 def test_repeated_augmentation_differs_between_the_copies():
     recipe = RECIPES["vit"].override(aug_repeats=2)
-    data = load_data("digits", recipe=recipe, img_size=16, batch_size=32, fraction=0.1)
+    data = load("digits", recipe, img_size=16, batch_size=32, fraction=0.1)
     images, labels = next(iter(data.train))
     assert torch.equal(labels[0::2], labels[1::2])
     assert not torch.equal(images[0::2], images[1::2])
@@ -188,7 +189,7 @@ def test_pad_crop_flip_shifts_and_mirrors_each_image_by_itself():
 
 
 def test_a_batch_larger_than_the_data_shrinks_to_it():
-    data = load_data("digits", recipe=RECIPES["quick"], fraction=0.02, batch_size=512)
+    data = load("digits", RECIPES["quick"], fraction=0.02, batch_size=512)
     assert data.train.batch_size == data.train.num_samples == len(next(iter(data.train))[0]) == 28
 
 

@@ -10,9 +10,11 @@ import torch
 import torchvision.datasets
 from PIL import Image
 
+from karat.data.images import statistics
 from karat.data.named import FILES
-from karat.data.splits import load_data, open_splits
+from karat.data.splits import open_splits
 from karat.runs.recipes import RECIPES
+from support.data import load
 
 QUICK = RECIPES["quick"]
 
@@ -49,7 +51,7 @@ def test_imagenet_is_a_folder(tmp_path):
             (tmp_path / "imagenet" / split / wnid).mkdir(parents=True)
             for i in range(2):
                 Image.new("RGB", (30, 20)).save(tmp_path / "imagenet" / split / wnid / f"{i}.JPEG")
-    data = load_data("torch/imagenet", recipe=RECIPES["vit"], data_dir=tmp_path, batch_size=2)
+    data = load("torch/imagenet", RECIPES["vit"], data_dir=tmp_path, batch_size=2)
     assert data.class_names == ("n01440764", "n01443537")
     assert data.img_size == 224
     assert next(iter(data.train))[0].shape == (2, 3, 224, 224)
@@ -70,7 +72,7 @@ def test_idx_files(tmp_path, name, folder, mirror, offline):
     for prefix, count in (("train", 40), ("t10k", 10)):
         write_idx(raw / f"{prefix}-images-idx3-ubyte", rng.integers(0, 256, (count, 28, 28)))
         write_idx(raw / f"{prefix}-labels-idx1-ubyte", np.arange(count) % 10)
-    data = load_data(f"torch/{name}", recipe=QUICK, data_dir=tmp_path, batch_size=8)
+    data = load(f"torch/{name}", QUICK, data_dir=tmp_path, batch_size=8)
     assert (data.in_chans, data.img_size, data.num_classes) == (1, 28, 10)
     assert (data.train.num_samples, data.eval.num_samples) == (40, 10)
     assert data.train.hflip == (0.5 if mirror else 0)
@@ -84,11 +86,11 @@ def test_cifar_arrays(tmp_path, monkeypatch):
         return SimpleNamespace(data=data, targets=[i % 10 for i in range(n)], classes=[f"c{i}" for i in range(10)])
 
     monkeypatch.setitem(__import__("timm.data.dataset_factory", fromlist=["x"])._TORCH_BASIC_DS, "cifar10", cifar)
-    data = load_data("torch/cifar10", recipe=QUICK, data_dir=tmp_path, batch_size=10)
+    data = load("torch/cifar10", QUICK, data_dir=tmp_path, batch_size=10)
     images, _ = next(iter(data.eval))
     assert images.shape == (10, 3, 32, 32)
     assert data.class_names[3] == "c3"
-    mean, std = torch.tensor(data.mean), torch.tensor(data.std)
+    mean, std = map(torch.tensor, statistics(3))
     assert torch.allclose(images[0, :, 0, 0], (7 / 255 - mean) / std, atol=1e-6)
 
 
@@ -101,7 +103,7 @@ def test_channel_first_arrays(tmp_path, monkeypatch, name, side):
         return SimpleNamespace(data=images, labels=np.arange(n) % 10, classes=[f"c{i}" for i in range(10)])
 
     monkeypatch.setattr(torchvision.datasets, name, channel_first)
-    data = load_data(f"torch/{name.lower()}", recipe=QUICK, data_dir=tmp_path, batch_size=5)
+    data = load(f"torch/{name.lower()}", QUICK, data_dir=tmp_path, batch_size=5)
     images, _ = next(iter(data.eval))
     assert images.shape == (5, 3, side, side)
     assert images[:, 0].min() > images[:, 1].max()
@@ -116,6 +118,6 @@ def test_flowers_train_on_train_and_val(tmp_path, monkeypatch):
         return SimpleNamespace(_image_files=paths, _labels=[i % 2 for i in range(n)], classes=["rose", "iris"])
 
     monkeypatch.setattr(torchvision.datasets, "Flowers102", flowers)
-    data = load_data("torch/flowers102", recipe=RECIPES["finetune"], data_dir=tmp_path, img_size=32, batch_size=5)
+    data = load("torch/flowers102", RECIPES["finetune"], data_dir=tmp_path, img_size=32, batch_size=5)
     assert (data.train.num_samples, data.eval.num_samples) == (10, 3)
     assert data.class_names == ("rose", "iris")

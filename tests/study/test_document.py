@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from karat import cli
+from karat.data.splits import Opener
 from karat.study.commands import _common
 from karat.study.document import parse_document, read_document
 from karat.study.plan import common_settings, make_plan
@@ -139,7 +140,7 @@ def test_data_beside_the_file_means_what_it_does_in_the_file(name: str, tmp_path
     plans = []
     for file, line in ((path, ["--data", "some/folder"]), (written, [])):
         document = read_document(file)
-        plans.append(make_plan(document, _common(document, line), Path("study")))
+        plans.append(make_plan(document, _common(document, line, Opener()), Path("study")))
     assert plans[0] == plans[1]
     assert plans[0].variants[0].settings.data == "some/folder"
 

@@ -8,12 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from karat import cli, runs
+from karat.data.augmentation import Augmentation
 from karat.runs.classification import Settings, resolve
 from karat.runs.optimisation import Optimisation
 from karat.runs.recipes import RECIPES
@@ -44,7 +49,7 @@ def test_every_setting_and_recipe_value_is_documented() -> None:
     import inspect
     import re
 
-    for kind in (RunSettings, Settings, Optimisation, type(RECIPES["vit"]), Compare):
+    for kind in (RunSettings, Settings, Optimisation, Augmentation, type(RECIPES["vit"]), Compare):
         source = inspect.getsource(kind)
         options = {f.name for f in fields(kind)}
         own = [name for name in kind.__annotations__ if name in options - {"recipe", "attention"}]
@@ -170,3 +175,33 @@ def test_signals_end_the_process_with_their_status(tmp_path: Path, number: signa
 def test_small_real_images_get_a_small_model(shared_data: Path) -> None:
     chosen = resolve(Settings(data=str(shared_data / "cifar10")))
     assert (chosen.img_size, chosen.patch_size) == (32, 4)
+
+
+def test_each_directory_of_the_data_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From --data to the last epoch: options' defaults, settings, model and trainer share one opening."""
+    data = tmp_path / "data"
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (data / part / name).mkdir(parents=True)
+            for index in range(2):
+                Image.new("RGB", (12, 12)).save(data / part / name / f"{index}.png")
+    folders = [str(path) for path in (data, *data.rglob("*")) if path.is_dir()]
+    read: Counter[str] = Counter()
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def count(path: Any = ".") -> Any:
+            read[os.path.abspath(path)] += os.path.abspath(path).startswith(str(data))
+            return call(path)
+
+        return count
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    line = ["--data", str(data), "--embed-dim", "16", "--depth", "1", "--num-heads", "2", "--device", "cpu"]
+    assert cli.main(["train", *line, "--epochs", "1", "--output", str(tmp_path / "run"), "--track"]) == 0
+    assert {path: count for path, count in read.items() if count} == dict.fromkeys(folders, 1)
+    assert runs.read_config(tmp_path / "run")[0].preset == "quick"  # it did look at the images
+    read.clear()
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    assert not sum(read.values())

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
 from karat import runs
-from karat.data.augment import Fit, Normalise, decode
+from karat.data.images import Fit, Normalise, read_file, statistics
 from karat.data.sources import size_of
-from karat.data.splits import Data, open_splits
+from karat.data.splits import Data, Opener
 from karat.runs.classification import Settings
 from karat.runs.files import read_json
-from karat.runs.model import input_size, load_run
+from karat.runs.model import data_options, input_size, load_run
 from karat.study.compare import RESULT
 
 WEIGHTS = ("last", "best", "ema")
@@ -46,6 +45,7 @@ class Run:
     settings: Settings
     facts: dict[str, Any]
     history: list[dict[str, Any]]
+    opened: Opener = field(default_factory=Opener, repr=False, compare=False)
 
     @property
     def label(self) -> str:
@@ -69,27 +69,13 @@ class Run:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
         s = self.settings
-        splits = open_splits(s.data, data_dir=Path(s.data_dir) if s.data_dir else None, num_samples=s.num_samples)
-        if not splits.class_names:  # a stream that doesn't name them
-            splits.class_names = tuple(map(str, range(int(self.facts["num_classes"]))))
-        splits = splits if split == "eval" else dataclasses.replace(splits, eval=splits.train)
+        splits = self.opened(s.data, s.data_dir, s.num_samples)
+        splits = splits if split == "eval" else replace(splits, eval=splits.train)
         total = size_of(splits.eval)
-        return Data(
-            s.data,
-            splits,
-            img_size=s.img_size or input_size(s.model),
-            recipe=s.recipe,
-            batch_size=128,
-            workers=0,
-            seed=0,
-            on_bad_image=s.on_bad_image,
-            rank=0,
-            world_size=1,
-            num_classes=int(self.facts["num_classes"]),
-            fraction=1.0 if count is None or count >= total else count / total,
-            mean=None,
-            std=None,
-        )
+        fraction = 1.0 if count is None or count >= total else count / total
+        classes = int(self.facts["num_classes"])
+        options = data_options(s, batch_size=128, workers=0, seed=0, num_classes=classes, fraction=fraction)
+        return Data(options, splits)
 
     def samples(self, count: int, split: str = "eval") -> Samples:
         """`count` images, the same ones each time (all of them where the data has fewer)."""
@@ -98,43 +84,31 @@ class Run:
         data = self.data(split, count)
         batches = list(data.eval)
         images, labels = (torch.cat([batch[i] for batch in batches])[:count] for i in (0, 1))
-        return Samples(images, labels, shown(images, data.mean, data.std), data.class_names)
+        return Samples(images, labels, shown(images), data.class_names)
 
     def image(self, path: Path) -> Samples:
         """One image file as the model takes it, label -1. Raises ValueError for a file that isn't a whole image."""
-        data = self.data("eval", 1)
-        pixels = self._fit(data.img_size)(read_image(path, data.in_chans))
-        images = Normalise(data.mean, data.std)(pixels.unsqueeze(0))
-        return Samples(images, torch.tensor([-1]), shown(images, data.mean, data.std), data.class_names)
+        in_chans, classes = int(self.facts["in_chans"]), int(self.facts["num_classes"])
+        pixels = self._fit()(read_file(path, in_chans))
+        images = Normalise(*statistics(in_chans))(pixels.unsqueeze(0))
+        names = self.facts.get("class_names") or range(classes)
+        return Samples(images, torch.tensor([-1]), shown(images), tuple(map(str, names)))
 
     def object_mask(self, mask: Image.Image) -> Tensor:
         """An object's mask, white on black in an image's own pixels, as the model sees that image: boolean (S,S)."""
-        data = self.data("eval", 1)
-        return self._fit(data.img_size, "nearest")(mask.convert("L"))[0] > 127
+        return self._fit("nearest")(mask.convert("L"))[0] > 127
 
-    def _fit(self, img_size: int, interpolation: str | None = None) -> Fit:
-        recipe = self.settings.recipe
-        return Fit(img_size, recipe.crop_pct, interpolation or recipe.interpolation)
-
-
-def read_image(path: Path, in_chans: int) -> Image.Image:
-    """An image file in colour (3 channels) or grey (1). Raises ValueError for one that can't be read or is torn."""
-    try:
-        return decode(str(path), in_chans)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is not there: give the path of an image") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not an image of a known format; give a PNG, JPEG or the like") from None
-    except Exception as error:  # a broken file can raise anything from within PIL's codecs
-        raise ValueError(
-            f"{path} can't be read as an image ({' '.join(str(error).split())}); give a whole one"
-        ) from None
+    def _fit(self, interpolation: str | None = None) -> Fit:
+        s = self.settings
+        side = s.img_size or input_size(s.model)
+        return Fit(side, s.recipe.crop_pct, interpolation or s.recipe.interpolation)
 
 
-def shown(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def shown(images: Tensor) -> Tensor:
     """Normalised images (B,C,S,S) back as pixels (B,S,S,3) in [0, 1]; grey ones with three equal channels."""
     shape = (1, -1, 1, 1)
-    pixels = images * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    mean, std = (torch.tensor(values).view(shape) for values in statistics(images.shape[1]))
+    pixels = images * std + mean
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).clamp(0, 1)
 
 

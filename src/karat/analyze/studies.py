@@ -36,6 +36,7 @@ from karat.analyze.study import Study, Subject
 from karat.analyze.sweep import sweep
 from karat.analyze.symbolic import Formula, fit_formula
 from karat.analyze.weights import histograms
+from karat.data.images import read_file
 from karat.operator.config import KArAtConfig
 
 # Panels beyond these make a figure unreadable.
@@ -142,12 +143,9 @@ def _overlap(s: Subject, maps: Tensor) -> dict[str, list[float]]:
         return {}
     if options.image is None:
         raise ValueError("--mask and --box belong to one image: name it with --image")
-    with Image.open(options.image) as image:
-        size = image.size
+    size = read_file(options.image).size
     if options.mask is not None:
-        from karat.analyze.loading import read_image
-
-        drawn = read_image(options.mask, 1)
+        drawn = read_file(options.mask, 1)
         if drawn.size != size:
             raise ValueError(f"{options.mask} is {drawn.size} and its image {size}: they must be of one size")
     else:

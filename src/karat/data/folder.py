@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.utils.misc import natural_key
 
 from karat.data.sources import FileSource, Source, Splits, hold_out
 
@@ -14,17 +16,73 @@ TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("val", "validation", "valid", "eval", "evaluation", "test")
 
 
-class FolderSource(FileSource):
-    """The images below one folder; a class is the name of the folder around an image (timm's reader)."""
+class Listing(NamedTuple):
+    """The names in one directory."""
 
-    def __init__(self, root: Path, class_to_idx: dict[str, int] | None = None) -> None:
-        found, self.class_to_idx = find_images_and_targets(str(root), class_to_idx=class_to_idx)
-        super().__init__([path for path, _ in found], [label for _, label in found])
-        self.root = root
+    folders: list[str]
+    files: list[str]
 
-    def split_name(self, index: int) -> str:
-        """The file's name below the root."""
-        return os.path.relpath(self[index].name, self.root)
+
+class Tree:
+    """The directories of a data set, each read once, when its names are first asked for."""
+
+    def __init__(self) -> None:
+        self._read: dict[str, Listing] = {}
+
+    def names(self, folder: str) -> Listing:
+        """What lies in a folder. Raises ValueError naming one that can't be listed."""
+        if folder not in self._read:
+            found = Listing([], [])
+            try:
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        (found.folders if entry.is_dir() else found.files).append(entry.name)
+            except OSError as error:
+                raise ValueError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from None
+            self._read[folder] = found
+        return self._read[folder]
+
+    def has_parquet(self, folder: str) -> bool:
+        """Whether parquet files lie in a folder or right below it."""
+        here = self.names(folder)
+        below = [self.names(os.path.join(folder, name)) for name in sorted(here.folders)]
+        return any(name.endswith(".parquet") for found in (here, *below) for names in found for name in names)
+
+    def images(self, folder: str) -> Iterator[tuple[str, str]]:
+        """The paths of all images below a folder, each with its class: the name of the folder around it."""
+        types = get_img_extensions(as_set=True)
+        found = self.names(folder)
+        for name in found.folders:
+            yield from self.images(os.path.join(folder, name))
+        for name in found.files:
+            if os.path.splitext(name)[1].lower() in types:
+                yield os.path.join(folder, name), os.path.basename(folder)
+
+
+def open_folder(root: Path, tree: Tree | None = None) -> Splits:
+    """Read DIR/train + DIR/val (or validation, test, ...), or one DIR with a tenth of every class held out.
+
+    Raises ValueError for a folder without images, without class subfolders, or whose val/ has a class that
+    train/ lacks.
+    """
+    tree = tree or Tree()
+    train_dir, eval_dir = subfolder(root, TRAIN_NAMES), subfolder(root, EVAL_NAMES)
+    folder = train_dir or root
+    found = _images(folder, tree)
+    names = sorted({name for _, name in found}, key=natural_key)
+    if len(names) < 2:
+        raise ValueError(f"{folder} has one class only ({names[0]!r}); put the images into one subfolder per class")
+    train = _source(found, names)
+    if not (train_dir and eval_dir):
+        part, evaluation = hold_out(train, [os.path.relpath(path, folder) for path, _ in found])
+        return Splits(part, evaluation, tuple(names))
+    own = _images(eval_dir, tree)
+    strangers = sorted({name for _, name in own} - set(names))
+    if strangers:
+        raise ValueError(
+            f"{eval_dir} has the class folder {strangers[0]!r}, which {train_dir} lacks; add it there or remove it"
+        )
+    return Splits(train, _source(own, names), tuple(names))
 
 
 def subfolder(root: Path, names: tuple[str, ...]) -> Path | None:
@@ -32,55 +90,20 @@ def subfolder(root: Path, names: tuple[str, ...]) -> Path | None:
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 
-def check_readable(root: Path) -> None:
-    """Raises ValueError naming `root`, or the first folder right below it, when it can't be listed."""
-    try:
-        inside = sorted(entry.path for entry in os.scandir(root) if entry.is_dir())
-        for folder in inside:
-            with os.scandir(folder) as entries:
-                next(entries, None)
-    except OSError as error:
-        name = error.filename or root
-        raise ValueError(f"{name}: cannot be read ({error.strerror}); check its permissions") from None
-
-
-def open_folder(root: Path) -> Splits:
-    """Read DIR/train + DIR/val (or validation, test, ...), or one DIR with a tenth of every class held out.
-
-    Raises ValueError for a folder without images, without class subfolders, or whose val/ has a class that
-    train/ lacks.
-    """
-    check_readable(root)
-    train_dir, eval_dir = subfolder(root, TRAIN_NAMES), subfolder(root, EVAL_NAMES)
-    train = _open(train_dir or root)
-    if len(train.class_to_idx) < 2:
-        (only,) = train.class_to_idx
-        raise ValueError(f"{train.root} has one class only ({only!r}); put the images into one subfolder per class")
-    evaluation: Source
-    if train_dir and eval_dir:
-        own = _open(eval_dir)
-        strangers = sorted(set(own.class_to_idx) - set(train.class_to_idx))
-        if strangers:
-            raise ValueError(
-                f"{eval_dir} has the class folder {strangers[0]!r}, which {train_dir} lacks; add it there or remove it"
-            )
-        part: Source = train
-        evaluation = FolderSource(eval_dir, train.class_to_idx)
-    else:
-        part, evaluation = hold_out(train)
-    names = sorted(train.class_to_idx, key=train.class_to_idx.__getitem__)
-    return Splits(part, evaluation, tuple(names))
-
-
-def _open(root: Path) -> FolderSource:
-    check_readable(root)
-    source = FolderSource(root)
-    if not len(source):
+def _images(root: Path, tree: Tree) -> list[tuple[str, str]]:
+    """The images below a folder in the order of their paths, numbers counting as such, with their classes."""
+    found = sorted(tree.images(str(root)), key=lambda image: natural_key(image[0]))
+    if not found:
         raise ValueError(
             f"{root}: no images found; put them into one subfolder per class "
             f"({', '.join(get_img_extensions())}), or give a folder with train.parquet and test.parquet"
         )
-    loose = next((path for path in source.paths if Path(os.fsdecode(path)).parent == root), None)
+    loose = next((path for path, _ in found if os.path.dirname(path) == str(root)), None)
     if loose is not None:
-        raise ValueError(f"{os.fsdecode(loose)} lies in no class subfolder; move it into {root}/CLASS/")
-    return source
+        raise ValueError(f"{loose} lies in no class subfolder; move it into {root}/CLASS/")
+    return found
+
+
+def _source(found: list[tuple[str, str]], names: list[str]) -> Source:
+    number = {name: index for index, name in enumerate(names)}
+    return FileSource([path for path, _ in found], [number[name] for _, name in found])

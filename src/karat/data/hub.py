@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from karat.data.folder import EVAL_NAMES, TRAIN_NAMES
+from karat.data.images import reason_of
 from karat.data.sources import Record, Splits, hold_out
 
 SHUFFLE_BUFFER = 2048  # encoded images kept at a time; ImageNet's are 110 kB each on average
@@ -52,9 +53,6 @@ class RowSource:
     def __getitem__(self, index: int) -> Record:
         value = self.dataset[index][self.image_key]
         return Record(*_encoded(value, int(self.labels[index]), f"{self.title}[{index}]"))
-
-    def split_name(self, index: int) -> str:
-        return str(index)
 
 
 @dataclass
@@ -134,8 +132,7 @@ def open_parquet(root: Path, *, streaming: bool = False) -> Splits:
         try:
             counts[split] += pq.read_metadata(path).num_rows
         except (OSError, ValueError) as error:  # pyarrow's errors derive from these
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path}: not a readable parquet file ({reason}); fetch it again") from None
+            raise ValueError(f"{path}: not a readable parquet file ({reason_of(error)}); fetch it again") from None
         files[split].append(str(path))
     if not files["train"]:
         raise ValueError(f"{root}: no training files; name them train*.parquet, and test*.parquet for evaluation")
@@ -149,7 +146,7 @@ def open_parquet(root: Path, *, streaming: bool = False) -> Splits:
                     "parquet", data_files=files[split], split="train", streaming=streaming
                 )
             except datasets.exceptions.DatasetGenerationError as error:
-                raise ValueError(f"{_culprit(pq, files[split])}: {_first_line(error.__cause__ or error)}") from None
+                raise ValueError(f"{_culprit(pq, files[split])}: {reason_of(error.__cause__ or error)}") from None
     return _splits(parts, counts, str(root), streaming)
 
 
@@ -167,7 +164,7 @@ def open_hub(name: str, *, streaming: bool, data_dir: Path | None, num_samples: 
         loaded = datasets.load_dataset(name, streaming=streaming, cache_dir=str(data_dir) if data_dir else None)
     except Exception as error:  # the Hub's errors have no common base: offline, gated, renamed, not a data set
         raise ValueError(
-            f"{kind}/{name} could not be loaded ({_first_line(error)}); check the name and the network, "
+            f"{kind}/{name} could not be loaded ({reason_of(error)}); check the name and the network, "
             "or place its parquet files in a folder and give that folder to --data"
         ) from error
     splits = set(loaded)
@@ -250,7 +247,7 @@ def _count_shards(paths: list[str]) -> tuple[int, int]:
                         assert content is not None, member.name
                         count, top = count + 1, max(top, int(content.read()))
         except (tarfile.TarError, OSError, ValueError) as error:
-            raise ValueError(f"{path}: not a readable shard ({_first_line(error)}); fetch it again") from None
+            raise ValueError(f"{path}: not a readable shard ({reason_of(error)}); fetch it again") from None
     return count, top
 
 
@@ -263,7 +260,7 @@ def _splits(parts: dict[str, Any], counts: dict[str, int], title: str, streaming
         names = sources[0].class_names
         if names is None:
             names = tuple(str(i) for i in range(int(max(source.labels.max() for source in sources)) + 1))
-        pair = sources if len(sources) == 2 else hold_out(sources[0])
+        pair = sources if len(sources) == 2 else hold_out(sources[0], [str(i) for i in range(len(sources[0]))])
         return Splits(pair[0], pair[1], names)
     if "eval" not in parts:
         raise ValueError(f"{title} has no split to evaluate on (validation, test); hfds/ would hold a tenth out")
@@ -325,10 +322,6 @@ def _culprit(pq: Any, paths: list[str]) -> str:
         except (OSError, ValueError):
             return path
     return ", ".join(paths)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ have given.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from karat.data.augment import Fit, Normalise, Transform, decode, keyed_randomness, mix, pad_crop_flip
+from karat.data.augmentation import Transform, pad_crop_flip
+from karat.data.images import Fit, Normalise, read_image, reason_of
 from karat.data.order import BadImages, Order
+from karat.data.randomness import keyed_randomness, mix
 from karat.data.sources import Record, Source, Stream, raise_label
 
 Batch = tuple[Tensor, Tensor]  # images (B,C,S,S) float32, labels (B,) int64
@@ -32,13 +33,8 @@ class Views(Dataset):
     """
 
     def __init__(self, source: Source | None, transform: Transform, in_chans: int, size: int, seed: int) -> None:
-        self.source, self.transform, self.in_chans, self.size, self.seed = (
-            source,
-            transform,
-            in_chans,
-            size,
-            seed,
-        )
+        self.source, self.transform, self.seed = source, transform, seed
+        self.in_chans, self.size = in_chans, size
 
     def __getitem__(self, item: Item) -> tuple[Tensor, int, str, str | None]:
         epoch, position, which = item
@@ -48,7 +44,7 @@ class Views(Dataset):
             assert self.source is not None
             record = self.source[which]
         try:
-            image = decode(record.image, self.in_chans)
+            image = read_image(record.image, self.in_chans)
         except Exception as error:  # a broken file can raise anything from within PIL's codecs
             return torch.zeros(self.in_chans, self.size, self.size), UNREADABLE, record.name, reason_of(error)
         with keyed_randomness(mix(self.seed, epoch, position)):
@@ -307,12 +303,3 @@ def decode_all(source: Source, fit: Fit, in_chans: int, bad: BadImages, threads:
     if images is None:
         raise ValueError(f"not one of the {len(source)} images can be decoded (first: {source[0].name})")
     return images[: len(labels)], torch.tensor(labels, dtype=torch.int64)
-
-
-def reason_of(error: BaseException) -> str:
-    """The first line of what went wrong, without the memory addresses that PIL prints."""
-    return re.sub(
-        r"<_io\.\S+( object at 0x[0-9a-f]+)?>",
-        "its bytes",
-        (str(error) or type(error).__name__).splitlines()[0],
-    )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from karat.data.folder import open_folder
+from karat.data.images import reason_of
 from karat.data.sources import ArraySource, FileSource, Source, Splits, hold_out
 
 # What to place below the data folder by hand, and where it comes from, when there is no network.
@@ -55,9 +56,8 @@ def open_torch(name: str, root: Path) -> Splits:
     try:
         return _OPENERS.get(name, _from_timm)(name, root)
     except Exception as error:  # urllib, tarfile, OSError, RuntimeError: whichever way a download can fail
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"torch/{name} is not in {root} and could not be downloaded ({reason}); "
+            f"torch/{name} is not in {root} and could not be downloaded ({reason_of(error)}); "
             f"place {FILES[name]} there, or name another folder with --data-dir"
         ) from error
 
@@ -87,26 +87,18 @@ def _from_timm(name: str, root: Path) -> Splits:
     )
 
 
-def _svhn(name: str, root: Path) -> Splits:
-    from torchvision.datasets import SVHN
+def _channels_first(name: str, root: Path) -> Splits:
+    """svhn and stl10, whose arrays are (n,C,H,W)."""
+    from torchvision import datasets
 
-    found = {split: SVHN(str(root), split=split, download=True) for split in ("train", "test")}
-    parts = [
-        ArraySource(np.ascontiguousarray(d.data.transpose(0, 2, 3, 1)), d.labels, f"svhn/{split}")
-        for split, d in found.items()
-    ]
-    return Splits(parts[0], parts[1], tuple("0123456789"), native_size=32, mirror=False)
-
-
-def _stl10(name: str, root: Path) -> Splits:
-    from torchvision.datasets import STL10
-
-    found = {split: STL10(str(root), split=split, download=True) for split in ("train", "test")}
-    parts = [
-        ArraySource(np.ascontiguousarray(d.data.transpose(0, 2, 3, 1)), d.labels, f"stl10/{split}")
-        for split, d in found.items()
-    ]
-    return Splits(parts[0], parts[1], tuple(found["train"].classes), native_size=96)
+    opener = {"svhn": datasets.SVHN, "stl10": datasets.STL10}[name]
+    found: list[Any] = [opener(str(root), split=split, download=True) for split in ("train", "test")]
+    train, evaluation = (
+        ArraySource(np.ascontiguousarray(d.data.transpose(0, 2, 3, 1)), d.labels, f"{name}/{split}")
+        for d, split in zip(found, ("train", "test"), strict=True)
+    )
+    names = tuple(map(str, getattr(found[0], "classes", range(10))))
+    return Splits(train, evaluation, names, native_size=train.images.shape[1], mirror=name not in DIGITS)
 
 
 def _flowers102(name: str, root: Path) -> Splits:
@@ -124,7 +116,7 @@ def _flowers102(name: str, root: Path) -> Splits:
 
 
 _OPENERS: dict[str, Callable[[str, Path], Splits]] = {
-    "svhn": _svhn,
-    "stl10": _stl10,
+    "svhn": _channels_first,
+    "stl10": _channels_first,
     "flowers102": _flowers102,
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from karat.data.augment import mix
+from karat.data.randomness import mix
 
 
 class BadImages:

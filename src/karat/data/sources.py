@@ -6,6 +6,7 @@ at. A stream is the same without random access. Neither knows anything of batche
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ class SubsetSource:
         return self.source[int(self.indices[index])]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Splits:
     """What a `--data` was found to be: training and evaluation parts, classes, and what they look like."""
 
@@ -114,14 +115,16 @@ class Splits:
     mirror: bool = True  # False: a mirrored image may belong to another class (digits)
 
 
-def hold_out(source: Source, *, share: float = 0.1) -> tuple[Source, Source]:
+def hold_out(source: Source, names: Sequence[str] | None = None, *, share: float = 0.1) -> tuple[Source, Source]:
     """Split one source into training and evaluation parts, `share` of every class (at least one image) held out.
 
-    The choice depends on the records' names alone: the same folder splits alike on every machine, and
-    adding an image moves no other. A class of one image stays in training.
+    The choice depends on the names alone (None: the records' own; a folder's leave its path out, so that it can move):
+    the same folder splits alike on every machine, and adding an image moves no other. A class of one image stays in
+    training.
     """
     labels = np.asarray(source.labels)
-    rank = np.array([_digest(_name(source, i)) for i in range(len(source))], dtype=np.uint64)
+    names = [source[i].name for i in range(len(source))] if names is None else names
+    rank = np.array([_digest(name) for name in names], dtype=np.uint64)
     held = np.zeros(len(source), dtype=bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -129,7 +132,7 @@ def hold_out(source: Source, *, share: float = 0.1) -> tuple[Source, Source]:
         held[members[np.argsort(rank[members], kind="stable")[:count]]] = True
     if not held.any():
         raise ValueError(
-            f"{_name(source, 0)} and the other {len(source) - 1} images leave none to evaluate on: every class "
+            f"{names[0]} and the other {len(source) - 1} images leave none to evaluate on: every class "
             "has one image; add images, or put some into a val/ subfolder"
         )
     return SubsetSource(source, np.flatnonzero(~held)), SubsetSource(source, np.flatnonzero(held))
@@ -139,22 +142,29 @@ def _digest(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
 
 
-def _name(source: Source, index: int) -> str:
-    split_name = getattr(source, "split_name", None)  # a folder's names without the folder, so that it can move
-    return split_name(index) if split_name is not None else source[index].name
-
-
 def take_fraction(source: Source | Stream, fraction: float) -> Source | Stream:
     """A fixed random subset with that fraction of the samples, at least one (a stream just ends earlier)."""
+    chosen = fixed_part(size_of(source), fraction)
+    if chosen is None:
+        return source
+    if is_stream(source):
+        shorter = copy.copy(source)
+        shorter.length = len(chosen)
+        return shorter
+    return SubsetSource(source, chosen)
+
+
+def fixed_part(count: int, fraction: float) -> np.ndarray | None:
+    """The indices, ascending, of a fixed random part of `count` samples, one at least; None for all of them.
+
+    Raises ValueError for a fraction outside (0, 1].
+    """
     if not 0 < fraction <= 1:
         raise ValueError(f"data fraction {fraction}: give a value in (0, 1]")
     if fraction == 1:
-        return source
-    if is_stream(source):
-        source.length = max(1, round(fraction * source.length))
-        return source
-    order = np.random.default_rng(0).permutation(len(source))
-    return SubsetSource(source, np.sort(order[: max(1, round(fraction * len(source)))]))
+        return None
+    order = np.random.default_rng(0).permutation(count)
+    return np.sort(order[: max(1, round(fraction * count))])
 
 
 def check_labels(source: Source | Stream, num_classes: int, where: str) -> None:

@@ -14,65 +14,91 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from karat.data.augment import Fit, Normalise, eval_transform, is_batched, statistics, train_transform
+from karat.data.augmentation import Augmentation, eval_transform, train_transform
+from karat.data.images import Fit, Normalise, statistics
 from karat.data.loader import Loader, ResidentLoader, Views, WorkerLoader, decode_all
 from karat.data.order import BadImages, Order
 from karat.data.sources import ArraySource, Source, Splits, Stream, check_labels, is_stream, size_of, take_fraction
-from karat.runs.recipes import Recipe
 
 RESIDENT_LIMIT = 512 * 2**20  # bytes of decoded pixels a split may take in memory; CIFAR-10 takes 150 MB
 DEFAULT_SIZE = 224
+PREFIXES = ("torch", "hfds", "hfids", "wds")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which data, and how its images and batches come out.
+
+    spec: see the table above.
+    augmentation: how images are seen in training and in evaluation.
+    batch_size: images per process and batch.
+    img_size: side of the images that come out; None: the data's own where all share one, else 224.
+    workers: processes that decode and augment; 0: this one. Has no influence on what comes out. Small images
+        under a light recipe (shift and mirror) stay decoded in memory (at most 512 MiB) and use none.
+    seed: of order and augmentation.
+    on_bad_image: "error" or "skip".
+    rank, world_size: this process and how many there are; evaluation is shared out without repeats.
+    num_classes: more classes than the data has; None: as many as it has.
+    data_dir: where `torch/` data lies or is downloaded to; None: $KARAT_DATA or ~/.cache/karat. With several
+        processes let one open it first.
+    fraction: use that share of both parts, a fixed random subset.
+    num_samples: training images of a stream that does not say how many it has.
+
+    Raises ValueError for a size below 1 or workers below 0.
+    """
+
+    spec: str
+    augmentation: Augmentation
+    batch_size: int = 128
+    img_size: int | None = None
+    workers: int = 0
+    seed: int = 0
+    on_bad_image: str = "error"
+    rank: int = 0
+    world_size: int = 1
+    num_classes: int | None = None
+    data_dir: str | Path | None = None
+    fraction: float = 1.0
+    num_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.img_size is not None and self.img_size < 1:
+            raise ValueError(f"img_size={self.img_size}: give 1 or more")
+        if self.workers < 0:
+            raise ValueError(f"workers={self.workers}: give 0 or more")
 
 
 class Data:
     """Training and evaluation batches of one data set, and what a model must know of it.
 
-    Attributes: spec, num_classes, class_names, in_chans, img_size (side S of the images that come out),
-    mean, std. `train` and `eval` are Loaders, made when first asked for: batches of images (B, in_chans,
-    S, S) float32, normalised, and labels (B,) int64.
+    Attributes: options, num_classes, class_names, in_chans, img_size (side S of the images that come out). `train` and
+    `eval` are Loaders, made when first asked for: batches of images (B, in_chans, S, S) float32, normalised, and labels
+    (B,) int64.
     """
 
-    def __init__(
-        self,
-        spec: str,
-        splits: Splits,
-        *,
-        img_size: int | None,
-        recipe: Recipe,
-        batch_size: int,
-        workers: int,
-        seed: int,
-        on_bad_image: str,
-        rank: int,
-        world_size: int,
-        num_classes: int | None,
-        fraction: float,
-        mean: tuple[float, ...] | None,
-        std: tuple[float, ...] | None,
-    ) -> None:
-        self.spec, self._splits, self._recipe, self._workers = spec, splits, recipe, workers
-        self._batch_size, self._seed, self._rank, self._world_size = batch_size, seed, rank, world_size
-        self._bad = BadImages(on_bad_image)
-        self.class_names = splits.class_names
-        self.num_classes = num_classes or len(splits.class_names)
+    def __init__(self, options: DataOptions, splits: Splits) -> None:
+        self.options, self.mirror = options, splits.mirror
+        self._bad = BadImages(options.on_bad_image)
+        # a stream may not name its classes
+        self.class_names = splits.class_names or tuple(map(str, range(options.num_classes or 0)))
+        self.num_classes = options.num_classes or len(self.class_names)
         if not self.num_classes:
-            raise ValueError(f"{spec} does not name its classes; give --num-classes")
+            raise ValueError(f"{options.spec} does not name its classes; give --num-classes")
         self.in_chans = splits.in_chans
-        self.img_size = img_size or splits.native_size or DEFAULT_SIZE
-        default_mean, default_std = statistics(self.in_chans)
-        self.mean, self.std = tuple(mean or default_mean), tuple(std or default_std)
+        self.img_size = options.img_size or splits.native_size or DEFAULT_SIZE
         self._parts: dict[str, Source | Stream] = {
-            "train": take_fraction(splits.train, fraction),
-            "eval": take_fraction(splits.eval, fraction),
+            "train": take_fraction(splits.train, options.fraction),
+            "eval": take_fraction(splits.eval, options.fraction),
         }
         for name, part in self._parts.items():
-            check_labels(part, self.num_classes, f"{spec} ({name})")
+            check_labels(part, self.num_classes, f"{options.spec} ({name})")
 
     @property
     def bad_images(self) -> int:
@@ -90,35 +116,30 @@ class Data:
         return self._loader("eval")
 
     def _loader(self, split: str) -> Loader:
-        part, train, recipe = self._parts[split], split == "train", self._recipe
-        title = f"{self.spec} ({split})"
+        part, train, seen = self._parts[split], split == "train", self.options.augmentation
+        title = f"{self.options.spec} ({split})"
         pixels = size_of(part) * self.in_chans * self.img_size**2
-        if not is_stream(part) and pixels <= RESIDENT_LIMIT and (not train or is_batched(recipe)):
-            resize = (1.0, recipe.train_interpolation) if train else (recipe.crop_pct, recipe.interpolation)
+        if not is_stream(part) and pixels <= RESIDENT_LIMIT and (not train or seen.is_batched):
+            resize = (1.0, seen.train_interpolation) if train else (seen.crop_pct, seen.interpolation)
             images, labels = self._decoded(part, *resize)
             order = self._order(len(labels), train)
-            normalise = Normalise(self.mean, self.std)
-            hflip = recipe.hflip if self._splits.mirror else 0.0
+            normalise = Normalise(*statistics(self.in_chans))
+            hflip = seen.hflip if self.mirror else 0.0
             return ResidentLoader(order, self._bad, self.num_classes, title, images, labels, normalise, hflip)
         if train:
-            view = train_transform(recipe, self.img_size, self.mean, self.std, mirror=self._splits.mirror)
+            view = train_transform(seen, self.img_size, self.in_chans, mirror=self.mirror)
         else:
-            view = eval_transform(recipe, self.img_size, self.mean, self.std)
+            view = eval_transform(seen, self.img_size, self.in_chans)
         order = self._order(size_of(part), train)
         source, stream = (None, part) if is_stream(part) else (part, None)
         views = Views(source, view, self.in_chans, self.img_size, order.seed)
-        return WorkerLoader(order, self._bad, self.num_classes, title, views, stream=stream, workers=self._workers)
+        workers = self.options.workers
+        return WorkerLoader(order, self._bad, self.num_classes, title, views, stream=stream, workers=workers)
 
     def _order(self, n: int, train: bool) -> Order:
-        return Order(
-            n,
-            self._batch_size,
-            train=train,
-            seed=self._seed,
-            rank=self._rank,
-            world_size=self._world_size,
-            repeats=self._recipe.aug_repeats if train else 0,
-        )
+        o = self.options
+        repeats = o.augmentation.aug_repeats if train else 0
+        return Order(n, o.batch_size, train=train, seed=o.seed, rank=o.rank, world_size=o.world_size, repeats=repeats)
 
     def _decoded(self, part: Source, crop_pct: float, interpolation: str) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(part, ArraySource) and crop_pct == 1 and part.images.shape[1:3] == (self.img_size,) * 2:
@@ -130,76 +151,42 @@ class Data:
         return decode_all(part, fit, self.in_chans, self._bad, threads)
 
 
-def load_data(
-    spec: str,
-    *,
-    recipe: Recipe,
-    img_size: int | None = None,
-    batch_size: int | None = None,
-    workers: int = 0,
-    seed: int = 0,
-    on_bad_image: str = "error",
-    rank: int = 0,
-    world_size: int = 1,
-    num_classes: int | None = None,
-    data_dir: str | Path | None = None,
-    fraction: float = 1.0,
-    num_samples: int | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-) -> Data:
-    """The batches that `--data SPEC` means.
+class Opener:
+    """Opens a `--data` when something of it is first asked for; asked again, it hands out the same Splits.
 
-    Args:
-        spec: see the table above.
-        recipe: how images are augmented, cropped and batched.
-        img_size: side of the images that come out; None: the data's own where all share one, else 224.
-        batch_size: per process; None: the recipe's.
-        workers: processes that decode and augment; 0: this one. Has no influence on what comes out. Small images
-            under a light recipe (shift and mirror) stay decoded in memory (at most 512 MiB) and use none.
-        seed: of order and augmentation.
-        on_bad_image: "error" or "skip".
-        rank, world_size: this process and how many there are; evaluation is shared out without repeats.
-        num_classes: more classes than the data has; None: as many as it has.
-        data_dir: where `torch/` data lies or is downloaded to; None: $KARAT_DATA or ~/.cache/karat. With several
-            processes let one call this first.
-        fraction: use that share of both parts, a fixed random subset.
-        num_samples: training images of a stream that does not say how many it has.
-        mean, std: per channel, of pixels in [0, 1]; None: ImageNet's for colour, 0.5 for grey.
+    One goes from the command line to settings, model and trainer, so that no folder is read twice.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[tuple[str | int | None, ...], Splits] | None = None
+
+    def __call__(self, spec: str, data_dir: str | Path | None = None, num_samples: int | None = None) -> Splits:
+        """As `open_splits`."""
+        key = (spec,) if is_path(spec) else (spec, str(data_dir), num_samples)
+        if self._last is None or self._last[0] != key:
+            self._last = None  # let it go before the next is opened
+            self._last = key, open_splits(spec, data_dir=Path(data_dir) if data_dir else None, num_samples=num_samples)
+        return self._last[1]
+
+
+def load_data(options: DataOptions, opened: Opener | None = None) -> Data:
+    """The batches that the options ask for; `opened` may have opened the data before.
 
     Raises ValueError for data that is missing, empty, unreadable or unlabelled (naming the file or folder
     and what to do), and from the loaders for the first image that can't be decoded, unless
     on_bad_image="skip".
 
-    >>> from karat.runs.recipes import RECIPES
-    >>> data = load_data("digits", recipe=RECIPES["quick"])
+    >>> data = load_data(DataOptions("digits", Augmentation(train_crop_mode="pad"), batch_size=100))
     >>> images, labels = next(iter(data.train))
     >>> images.shape, data.num_classes
-    (torch.Size([128, 1, 8, 8]), 10)
+    (torch.Size([100, 1, 8, 8]), 10)
     """
-    if img_size is not None and img_size < 1:
-        raise ValueError(f"img_size={img_size}: give 1 or more")
-    if workers < 0:
-        raise ValueError(f"workers={workers}: give 0 or more")
-    splits = open_splits(spec, data_dir=Path(data_dir) if data_dir else None, num_samples=num_samples)
-    if is_stream(splits.train) and num_classes and not splits.class_names:
-        splits.class_names = tuple(str(i) for i in range(num_classes))
-    return Data(
-        spec,
-        splits,
-        img_size=img_size,
-        recipe=recipe,
-        batch_size=recipe.batch_size if batch_size is None else batch_size,
-        workers=workers,
-        seed=seed,
-        on_bad_image=on_bad_image,
-        rank=rank,
-        world_size=world_size,
-        num_classes=num_classes,
-        fraction=fraction,
-        mean=mean,
-        std=std,
-    )
+    return Data(options, (opened or Opener())(options.spec, options.data_dir, options.num_samples))
+
+
+def is_path(spec: str) -> bool:
+    """Whether a spec is the path of a folder, and no name."""
+    return spec != "digits" and spec.partition("/")[0] not in PREFIXES
 
 
 def open_splits(spec: str, *, data_dir: Path | None = None, num_samples: int | None = None) -> Splits:
@@ -210,7 +197,7 @@ def open_splits(spec: str, *, data_dir: Path | None = None, num_samples: int | N
         from karat.data.named import open_digits
 
         return open_digits()
-    if prefix in ("torch", "hfds", "hfids", "wds") and not name:
+    if prefix in PREFIXES and not name:
         raise ValueError(f"data {spec!r}: name the data set after the stroke, as in torch/cifar10")
     if prefix == "torch":
         from karat.data.named import open_torch
@@ -236,11 +223,11 @@ def _open_path(spec: str) -> Splits:
         )
     if not path.is_dir():
         raise ValueError(f"data {spec!r} is a file; give the folder that it lies in")
-    from karat.data.folder import check_readable, open_folder
+    from karat.data.folder import Tree, open_folder
 
-    check_readable(path)
-    if next(path.glob("*.parquet"), None) or next(path.glob("*/*.parquet"), None):
+    tree = Tree()
+    if tree.has_parquet(str(path)):
         from karat.data.hub import open_parquet
 
         return open_parquet(path)
-    return open_folder(path)
+    return open_folder(path, tree)

@@ -16,9 +16,8 @@ import os
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
 from karat.data.order import BadImages, Order
+from karat.data.sources import fixed_part
 from karat.detect.coco import CocoPart, read_coco
 from karat.detect.loader import PictureLoader
 from karat.detect.settings import DetectSettings
@@ -96,8 +95,6 @@ def load_data(settings: DetectSettings, rank: int = 0, world_size: int = 1) -> D
     Raises ValueError for data that is missing or malformed, naming the file and what to do.
     """
     train, evaluation = open_parts(settings)
-    if not 0 < settings.data_fraction <= 1:
-        raise ValueError(f"data fraction {settings.data_fraction}: give a value in (0, 1]")
     train, evaluation = (_fraction(part, settings.data_fraction) for part in (train, evaluation))
     return DetectData(train, evaluation, settings, rank, world_size)
 
@@ -166,7 +163,5 @@ def open_file(file: Path, images: str | None, beside_first: bool = False) -> Coc
 
 
 def _fraction(part: CocoPart, fraction: float) -> CocoPart:
-    if fraction == 1:
-        return part
-    order = np.random.default_rng(0).permutation(len(part))
-    return part.part(np.sort(order[: max(1, round(fraction * len(part)))]).tolist())
+    chosen = fixed_part(len(part), fraction)
+    return part if chosen is None else part.part(chosen.tolist())

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from karat.data.augment import decode, keyed_randomness, mix
-from karat.data.loader import WorkerLoader, reason_of
+from karat.data.images import read_image, reason_of
+from karat.data.loader import WorkerLoader
 from karat.data.order import BadImages, Order
+from karat.data.randomness import keyed_randomness, mix
 from karat.detect.coco import CocoPart
 from karat.detect.views import View
 
@@ -33,7 +34,7 @@ class _Pictures(Dataset):
             picture = self.part.pictures[(index + step) % len(self.part)]
             try:
                 with keyed_randomness(mix(self.seed, epoch, position)):
-                    return *self.view(decode(picture.path, 3), picture), bad
+                    return *self.view(read_image(picture.path), picture), bad
             except Exception as error:  # a broken file can raise anything from within PIL's codecs
                 bad.append((str(picture.path), reason_of(error)))
         return torch.zeros(3, 1, 1), {}, bad

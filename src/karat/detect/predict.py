@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from karat.data.augment import decode
+from karat.data.images import read_file
 from karat.detect.coco import Picture
 from karat.detect.data import open_parts
 from karat.detect.draw import beside, draw, found_shapes, true_shapes
@@ -55,12 +55,7 @@ def predict_images(
     drawn: list[tuple[Path, int]] = []
     results: list[dict[str, Any]] = []
     for number, path in enumerate(images):
-        if not path.is_file():
-            raise ValueError(f"{path}: no such image file")
-        try:
-            image = decode(path, 3)
-        except Exception as error:  # a broken file can raise anything from within PIL's codecs
-            raise ValueError(f"{path} can't be decoded as an image ({type(error).__name__})") from None
+        image = read_file(path)
         size = (image.height, image.width)
         pixels, _ = view(image, Picture(path, number, size, ()))
         with accelerator.autocast():

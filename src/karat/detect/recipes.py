@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from karat.runs.optimisation import Optimisation, require
+from karat.errors import require
+from karat.runs.optimisation import Optimisation
 
 VIEWS = ("stretch", "pad")
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from karat.data.augment import to_uint8
+from karat.data.images import to_uint8
 from karat.detect.coco import Picture
 from karat.detect.recipes import DetectRecipe
 

@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar
 
 import tyro
 
+from karat.data.images import read_image
+from karat.data.splits import Opener, is_path
 from karat.models.kan.peers import DEEP_KAN
 from karat.runs.recipes import RECIPES, Recipe, get_recipe
 from karat.runs.settings import AUTO, RunSettings, data_slug, first_change, slug
@@ -78,8 +80,10 @@ class Settings(RunSettings):
             )
 
     @classmethod
-    def make(cls, **values: Any) -> Settings:
+    def make(cls, opened: Opener | None = None, /, **values: Any) -> Settings:
         """Settings from values of either kind: `recipe` names a preset, and its values may stand beside the others.
+
+        opened: as for `resolve`.
 
         >>> Settings.make(data="torch/cifar10", attention="g3b", epochs=5).recipe.epochs
         5
@@ -88,8 +92,10 @@ class Settings(RunSettings):
         preset = values.pop("recipe", AUTO)
         mine = {name: value for name, value in values.items() if name in own}
         base = cls(**mine, preset=preset)
-        recipe = get_recipe(preset_for(preset, base.data, base.model, base.init))
-        return resolve(replace(base, recipe=recipe.override(**{k: v for k, v in values.items() if k not in own})))
+        opened = opened or Opener()
+        recipe = get_recipe(preset_for(preset, base.data, base.model, base.init, opened))
+        recipe = recipe.override(**{k: v for k, v in values.items() if k not in own})
+        return resolve(replace(base, recipe=recipe), opened)
 
     @property
     def label(self) -> str:
@@ -119,22 +125,18 @@ class Settings(RunSettings):
         return "-".join([*parts, f"s{self.seed}"])
 
 
-def is_small(data: str) -> bool:
+def is_small(data: str, opened: Opener | None = None) -> bool:
     """Whether a data spec means small images: by its name, or by the first image of a folder that is there."""
-    path = Path(data).expanduser()
-    if data.startswith("torch/") or not path.is_dir():
+    if not is_path(data) or not Path(data).expanduser().is_dir():
         return data.rstrip("/") in SMALL_DATA
-    from karat.data.augment import decode
-    from karat.data.splits import open_splits
-
-    part: Any = open_splits(data).train
+    part: Any = (opened or Opener())(data).train
     try:
-        return max(decode(part[0].image, 3).size) <= SMALL_SIDE
+        return max(read_image(part[0].image).size) <= SMALL_SIDE
     except Exception:  # an unreadable first image is reported, or skipped, when the data is loaded
         return False
 
 
-def preset_for(preset: str, data: str, model: str, init: str | None) -> str:
+def preset_for(preset: str, data: str, model: str, init: str | None, opened: Opener | None = None) -> str:
     """The recipe's name that `auto` stands for."""
     if preset != AUTO:
         return preset
@@ -142,19 +144,22 @@ def preset_for(preset: str, data: str, model: str, init: str | None) -> str:
         return "finetune"
     if data == "digits":
         return "digits"
-    if is_small(data):
+    if is_small(data, opened):
         return "quick"
     return next((name for name in ("convit", "swin") if model.startswith(name)), "vit")
 
 
-def resolve(settings: Settings) -> Settings:
-    """Settings with every `auto` replaced by what it stands for, so that config.json repeats the run."""
-    preset = preset_for(settings.preset, settings.data, settings.model, settings.init)
+def resolve(settings: Settings, opened: Opener | None = None) -> Settings:
+    """Settings with every `auto` replaced by what it stands for, so that config.json repeats the run.
+
+    opened: what opens the data, where that takes a look at it.
+    """
+    preset = preset_for(settings.preset, settings.data, settings.model, settings.init, opened)
     get_recipe(preset)  # an unknown name is refused here
     values: dict[str, Any] = {"preset": preset}
     if settings.model == AUTO:
         values["model"] = "vit_tiny_patch16_224"
-        if is_small(settings.data):
+        if is_small(settings.data, opened):
             small = DIGITS_MODEL if settings.data == "digits" else SMALL_MODEL
             values |= {name: size for name, size in small.items() if getattr(settings, name) is None}
     return replace(settings, **values)

@@ -5,6 +5,7 @@ Building and loading stand together: a student's model is built around its teach
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from timm import get_pretrained_cfg, is_model
 from torch import nn
 
 from karat import runs
-from karat.data.splits import DEFAULT_SIZE
+from karat.data.splits import DEFAULT_SIZE, DataOptions
 from karat.models.create import create_model
 from karat.models.transfer import transfer_attention
 from karat.runs.checkpoint import load_weights
@@ -25,6 +26,25 @@ def input_size(model: str) -> int:
     name = model.removeprefix("karat_").partition("(")[0]  # deep_kan(order=5) has settings behind its name
     cfg = get_pretrained_cfg(name) if is_model(name.split(".")[0]) else None
     return cfg.input_size[-1] if cfg is not None else DEFAULT_SIZE
+
+
+def data_options(settings: Settings, **changes: Any) -> DataOptions:
+    """What a run reads, as its settings say, with some options changed."""
+    s = settings
+    options = DataOptions(
+        s.data,
+        s.recipe.augmentation,
+        s.recipe.batch_size,
+        img_size=s.img_size or input_size(s.model),
+        workers=s.workers,
+        seed=s.seed,
+        on_bad_image=s.on_bad_image,
+        num_classes=s.num_classes,
+        data_dir=s.data_dir,
+        fraction=s.data_fraction,
+        num_samples=s.num_samples,
+    )
+    return replace(options, **changes)
 
 
 def plain_model(settings: Settings, num_classes: int, in_chans: int) -> nn.Module:

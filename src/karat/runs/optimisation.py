@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
+from karat.errors import require
 from karat.runs.renamed import renamed
 
 _NOT_NEGATIVE = ("weight_decay", "coefficient_weight_decay", "warmup_epochs", "warmup_lr", "min_lr")
@@ -103,9 +104,3 @@ class Optimisation:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; the class called with them is the inverse."""
         return asdict(self)
-
-
-def require(ok: bool, name: str, value: object, remedy: str) -> None:
-    """ValueError unless `ok`: names the value and the remedy."""
-    if not ok:
-        raise ValueError(f"recipe: {name}={value!r}: {remedy}")

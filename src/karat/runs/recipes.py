@@ -12,70 +12,26 @@ and `digits` are ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from karat.data.augmentation import Augmentation
+from karat.errors import require
+from karat.runs.optimisation import Optimisation
 
-from karat.runs.optimisation import Optimisation, require
-
-CROP_MODES = ("rrc", "rkrc", "rkrr", "pad")
 MIXUP_MODES = ("batch", "pair", "elem")
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-ERASE_MODES = ("const", "rand", "pixel")
-_CHOICES = {
-    "train_crop_mode": CROP_MODES,
-    "train_interpolation": (*INTERPOLATIONS, "random"),
-    "interpolation": INTERPOLATIONS,
-    "remode": ERASE_MODES,
-    "mixup_mode": MIXUP_MODES,
-}
-_NOT_NEGATIVE = ("color_jitter", "aug_repeats", "mixup", "cutmix")
 
 
 @dataclass(frozen=True)
-class Recipe(Optimisation):
+class Recipe(Augmentation, Optimisation):
     """Hyper-parameters of one classifier's training.
 
     The optimiser's peak rate is `lr * total_batch / 512` (the published rule); what else concerns the optimiser is in
-    `Optimisation`.
-
-    Augmentation: `train_crop_mode` is timm's ("rrc": random resized crop by `scale` and `ratio`, "rkrc",
-    "rkrr") or "pad" (the image shifted by up to an eighth of its side over a zero border, the habit for
-    small images). As in timm, `color_jitter` acts only where `aa` is None. `mixup` and `cutmix` are the
-    alphas of their Beta distributions, 0 switches one off, `mixup_switch_prob` is the share of cutmix where
-    both are on.
+    `Optimisation`, how images are seen in `Augmentation`. `mixup` and `cutmix` are the alphas of their Beta
+    distributions, 0 switches one off, `mixup_switch_prob` is the share of cutmix where both are on.
 
     Raises ValueError for a value outside its range.
     """
 
-    # crop and flip
-    train_crop_mode: str = "rrc"
-    """rrc, rkrc, rkrr, or pad: shifted over a border."""
-    scale: tuple[float, float] = (0.08, 1.0)
-    """Range of a random crop's share of the area."""
-    ratio: tuple[float, float] = (0.67, 1.5)
-    """Range of a random crop's aspect ratio."""
-    hflip: float = 0.5
-    """Probability of a horizontal flip."""
-    train_interpolation: str = "bicubic"
-    """Interpolation of training images: nearest, bilinear, bicubic, box, hamming, lanczos, or random (one of two)."""
-    interpolation: str = "bicubic"
-    """Interpolation of evaluation images, one of the same but random."""
-    crop_pct: float = 0.9
-    """Share of the side that the evaluation's centre crop keeps."""
-    # colour and erasing
-    color_jitter: float = 0.4
-    """Strength of colour jitter, where aa is none."""
-    aa: str | None = None
-    """timm's spec of RandAugment or AutoAugment; none: neither."""
-    reprob: float = 0.0
-    """Probability of random erasing."""
-    remode: str = "pixel"
-    """What is written over an erased part: const, rand or pixel."""
-    recount: int = 1
-    """Number of erased parts."""
-    aug_repeats: int = 0
-    """Repeats of an image in an epoch (repeated augmentation); 0: none."""
     # mixing and targets
     mixup: float = 0.0
     """Alpha of mixup; 0: none."""
@@ -91,39 +47,23 @@ class Recipe(Optimisation):
     """Label smoothing."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("scale", "ratio"):  # lists arrive from JSON
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("hflip", "reprob", "mixup_prob", "mixup_switch_prob"):
+        Optimisation.__post_init__(self)
+        Augmentation.__post_init__(self)
+        for name in ("mixup_prob", "mixup_switch_prob"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a probability lies in [0, 1]")
         require(0 <= self.smoothing < 1, "smoothing", self.smoothing, "give a value in [0, 1)")
-        for name in _NOT_NEGATIVE:
+        for name in ("mixup", "cutmix"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
-        for name in ("scale", "ratio"):
-            value = getattr(self, name)
-            ordered = len(value) == 2 and 0 < value[0] <= value[1]
-            require(ordered, name, value, "give (low, high), 0 < low <= high")
-        require(0 < self.crop_pct <= 1, "crop_pct", self.crop_pct, "give a value in (0, 1]")
-        require(self.scale[1] <= 1, "scale", self.scale, "a crop's area is at most 1")
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            require(value in choices, name, value, f"one of {', '.join(choices)}")
-        if self.aa is not None:
-            _check_augmentation(self.aa)
+        require(self.mixup_mode in MIXUP_MODES, "mixup_mode", self.mixup_mode, f"one of {', '.join(MIXUP_MODES)}")
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """How images are seen, and nothing else: equal for recipes that see them alike."""
+        return Augmentation(**{f.name: getattr(self, f.name) for f in fields(Augmentation)})
 
     def scaled_lr(self, total_batch: int) -> float:
         """The peak rate lr * total_batch / 512; total_batch counts all processes and accumulated batches."""
         return self.lr * total_batch / 512
-
-
-def _check_augmentation(spec: str) -> None:
-    """ValueError where timm can't read a spec of RandAugment, AugMix or AutoAugment."""
-    kinds = {"rand": rand_augment_transform, "augm": augment_and_mix_transform}  # as timm's create_transform tells them
-    try:
-        kinds.get(spec[:4], auto_augment_transform)(spec)
-    except (AssertionError, KeyError, ValueError) as error:
-        reason = (str(error).splitlines() or ["timm knows no such"])[0]
-        raise ValueError(f"recipe: aa={spec!r}: {reason}; e.g. rand-m9-mstd0.5-inc1, augmix-m3-w3 or v0") from None
 
 
 VIT = Recipe(

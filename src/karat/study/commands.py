@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
+from karat.data.splits import Opener
 from karat.errors import parse
-from karat.runs.classification import Settings
+from karat.runs.classification import Settings, resolve
 from karat.runs.settings import slug
 from karat.study.document import Document, read_document
 from karat.study.plan import Plan, common_settings, make_plan, refuse_other_runs, run_folder, summary_of
@@ -42,12 +43,14 @@ def compare(arguments: Sequence[str]) -> None:
     """karat compare."""
     path = _study_file(arguments)
     document = None if path is None else read_document(path)
-    default = _default(training.defaults(arguments) if document is None else _common(document, arguments), document)
+    opened = Opener()
+    common = training.defaults(arguments, opened) if document is None else _common(document, arguments, opened)
+    default = _default(common, document)
     prog = "karat compare"
     parsed = parse(lambda: training.read_settings(Compare, arguments, prog, default), prog)
     settings = Settings(**{f.name: getattr(parsed, f.name) for f in fields(Settings)})
     if document is not None and parsed.study is not None:
-        _study(parsed, document, settings)
+        _study(parsed, document, resolve(settings, opened), opened)
         return
     for name in ("only_table", "time", "rounds", "measure"):
         if getattr(parsed, name) != getattr(Compare, name):
@@ -55,7 +58,8 @@ def compare(arguments: Sequence[str]) -> None:
             raise ValueError(f"--{option} is of a study: give its file with --study FILE")
     from karat.study.compare import compare as run
 
-    run(parsed.attentions, settings, seeds=1 if parsed.seeds is None else parsed.seeds, console=Console())
+    seeds = 1 if parsed.seeds is None else parsed.seeds
+    run(parsed.attentions, settings, seeds=seeds, console=Console(), opened=opened)
 
 
 def _study_file(arguments: Sequence[str]) -> Path | None:
@@ -64,12 +68,12 @@ def _study_file(arguments: Sequence[str]) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _common(document: Document, arguments: Sequence[str]) -> Settings:
+def _common(document: Document, arguments: Sequence[str], opened: Opener) -> Settings:
     """The study's common settings; what the command line says of recipe, data, model and start goes before."""
     given = training.first_options(arguments, *_TAKEN_FROM_THE_LINE)
     values: dict[str, Any] = dict(document.settings)
     values |= {name: None if value == "None" else value for name, value in given.items() if value is not None}
-    return common_settings(values)
+    return common_settings(values, opened)
 
 
 def _default(settings: Settings, document: Document | None) -> Compare:
@@ -77,7 +81,7 @@ def _default(settings: Settings, document: Document | None) -> Compare:
     return Compare(**own) if document is None else Compare(**own, attentions=())
 
 
-def _study(parsed: Compare, document: Document, common: Settings) -> None:
+def _study(parsed: Compare, document: Document, common: Settings, opened: Opener) -> None:
     """Train what is missing and write the table."""
     from karat.study.results import write_results
     from karat.study.timing import TIMES, measure_times, read_times, settle
@@ -106,7 +110,7 @@ def _study(parsed: Compare, document: Document, common: Settings) -> None:
         plan = settle(plan, read_times(plan))
         plan.write()
     elif not parsed.only_table:
-        failed = train_all(chosen, console=console, measure=parsed.measure, before=plan.write)
+        failed = train_all(chosen, console=console, measure=parsed.measure, before=plan.write, opened=opened)
     line = f"karat compare --study {parsed.study}" + (f" --output {common.output}" if common.output else "")
     waiting = [variant.name for variant in plan.variants if variant.waits]
     for name in waiting:

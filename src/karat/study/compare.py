@@ -15,6 +15,7 @@ from rich.table import Table
 
 from karat import runs
 from karat.basis.specs import parse_call
+from karat.data.splits import Opener
 from karat.models.flops import multiply_adds, teacher_multiply_adds
 from karat.models.kan.mlp import parse_mlp
 from karat.models.kan.peers import DEEP_KAN
@@ -24,6 +25,7 @@ from karat.runs.classification import Settings, resolve
 from karat.runs.model import build_model, input_size
 from karat.runs.settings import slug
 from karat.train import randomness
+from karat.train.classify import Classification
 from karat.train.engine import Trainer
 
 RESULT, FIGURE = "compare.json", "curves.png"
@@ -46,7 +48,12 @@ class Row:
 
 
 def compare(
-    attentions: Sequence[str], settings: Settings, *, seeds: int = 1, console: Console | None = None
+    attentions: Sequence[str],
+    settings: Settings,
+    *,
+    seeds: int = 1,
+    console: Console | None = None,
+    opened: Opener | None = None,
 ) -> list[Row]:
     """Train every contender from `settings`, with seeds seed, seed+1, ...; write table, JSON and curves to its output.
 
@@ -54,7 +61,8 @@ def compare(
     Raises ValueError for a contender named twice or unknown, models that take images of different sizes, or seeds < 1.
     """
     console = console or Console(quiet=True)
-    settings = resolve(settings)
+    opened = opened or Opener()
+    settings = resolve(settings, opened)
     if not attentions:
         raise ValueError("nothing to compare: name at least one attention, e.g. softmax g3b g3u")
     if seeds < 1:
@@ -68,7 +76,8 @@ def compare(
         data = None
         for attention in attentions:
             output = folder / f"{slug(attention)}-s{seed}"
-            trainer = Trainer(replace(chosen[attention], seed=seed, output=output), data=data, console=console)
+            own = replace(chosen[attention], seed=seed, output=output)
+            trainer = Trainer(own, data=data, task=Classification(own, opened), console=console)
             data = trainer.data
             summaries[attention].append(trainer.fit())
             main = trainer.main

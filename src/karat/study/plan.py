@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from karat import runs
+from karat.data.splits import Opener
 from karat.runs import files, renamed
 from karat.runs.classification import Settings, resolve
 from karat.runs.recipes import Recipe
@@ -108,9 +109,9 @@ def run_folder(folder: Path, name: str, seed: int) -> Path:
     return folder / f"{slug(name)}-s{seed}"
 
 
-def common_settings(values: Mapping[str, Any]) -> Settings:
-    """The settings that a file's [settings] mean, every `auto` resolved."""
-    return Settings.make(**values)
+def common_settings(values: Mapping[str, Any], opened: Opener | None = None) -> Settings:
+    """The settings that a file's [settings] mean, every `auto` resolved; `opened` opens the data for it."""
+    return Settings.make(opened, **values)
 
 
 def make_plan(document: Document, common: Settings, folder: Path, seeds: Sequence[int] | None = None) -> Plan:

@@ -6,26 +6,20 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from karat.runs.model import build_model
+from karat.data.splits import Data, Opener
+from karat.runs.model import build_model, data_options
 from karat.study.measures import Numbers, measure_run, read_measures
 from karat.study.plan import Job, Plan, summary_of
 from karat.train import randomness
+from karat.train.classify import Classification
 from karat.train.engine import Trainer
 from karat.train.faults import TrainingDiverged
 
 LOCK = ".lock"
-# What a run's data does not depend on: the other settings decide whether two runs can share what is in memory.
-_NOT_DATA = frozenset(
-    {"attention", "mlp", "embed_dim", "depth", "num_heads", "output", "resume", "overwrite", "amp_dtype", "track"}
-    | {"grad_accum_steps", "grad_checkpointing", "compile", "max_bad_steps", "checkpoint_hist", "recovery_interval"}
-    | {"checkpoints", "init", "patch_size"}
-)
-_NOT_DATA_RECIPE = frozenset({"epochs", "lr", "operator_lr_scale", "weight_decay", "coefficient_weight_decay"})
 
 
 @contextmanager
@@ -55,7 +49,12 @@ def refuse_several_processes() -> None:
 
 
 def train_all(
-    plan: Plan, *, console: Console, measure: bool = True, before: Callable[[], object] | None = None
+    plan: Plan,
+    *,
+    console: Console,
+    measure: bool = True,
+    before: Callable[[], object] | None = None,
+    opened: Opener | None = None,
 ) -> dict[str, str]:
     """Train or go on with every run that isn't finished and that no other process trains; why runs diverged, by folder.
 
@@ -69,7 +68,7 @@ def train_all(
     check_models([job for job in jobs if summary_of(job) is None])
     if before is not None:
         before()
-    shared = _Shared()
+    shared = _Shared(opened or Opener())
     failed: dict[str, str] = {}
     measured: set[Path] = set()
     busy = True
@@ -121,8 +120,9 @@ def check_models(jobs: Sequence[Job]) -> None:
 
 
 def _train(job: Job, shared: _Shared, console: Console) -> None:
-    trainer = Trainer(job.settings, data=shared.get(job), console=console)
-    shared.put(job, trainer.data)
+    task = Classification(job.settings, shared.opened)
+    trainer = Trainer(job.settings, data=shared.get(job), task=task, console=console)
+    shared.data = trainer.data
     trainer.fit()
     if summary_of(job) is None:
         raise OSError(f"{job.folder} was trained, but its summary can't be found")
@@ -131,22 +131,12 @@ def _train(job: Job, shared: _Shared, console: Console) -> None:
 class _Shared:
     """The data of the last run, for the next one if it reads the same."""
 
-    def __init__(self) -> None:
-        self.key: Any = None
-        self.data: Any = None
+    def __init__(self, opened: Opener) -> None:
+        self.opened = opened
+        self.data: Data | None = None
 
-    def get(self, job: Job) -> Any:
+    def get(self, job: Job) -> Data | None:
         """The data, or None where this run needs other."""
-        if _data_key(job) != self.key:
-            self.key = self.data = None  # let it go before the next is loaded
+        if self.data is not None and self.data.options != data_options(job.settings):
+            self.data = None  # let it go before the next is loaded
         return self.data
-
-    def put(self, job: Job, data: Any) -> None:
-        """Keep a run's data."""
-        self.key, self.data = _data_key(job), data
-
-
-def _data_key(job: Job) -> str:
-    plain = job.settings.as_dict()
-    recipe = {name: value for name, value in plain.pop("recipe").items() if name not in _NOT_DATA_RECIPE}
-    return repr(sorted((name, value) for name, value in plain.items() if name not in _NOT_DATA)) + repr(recipe)

@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from karat.data.splits import Data, load_data
+from karat.data.splits import Data, Opener, load_data
 from karat.runs.classification import Settings
-from karat.runs.model import input_size, plain_model, with_teacher
+from karat.runs.model import data_options, plain_model, with_teacher
 from karat.train import transfer
 from karat.train.build import create_loss, create_mixup, mix
 from karat.train.evaluate import evaluate
@@ -40,30 +40,20 @@ class _MixedLoss:
 
 
 class Classification(Task):
-    """Images to classes: batches (B,C,S,S) and labels (B,); measured by top-1."""
+    """Images to classes: batches (B,C,S,S) and labels (B,); measured by top-1.
+
+    opened: what may have opened the data before.
+    """
 
     metric = "top1"
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, opened: Opener | None = None) -> None:
+        self.settings, self.opened = settings, opened
 
     def load_data(self, accelerator: Accelerator) -> Data:
         """As Task.load_data."""
-        s = self.settings
-        return load_data(
-            s.data,
-            img_size=s.img_size or input_size(s.model),
-            recipe=s.recipe,
-            workers=s.workers,
-            seed=s.seed,
-            on_bad_image=s.on_bad_image,
-            num_classes=s.num_classes,
-            fraction=s.data_fraction,
-            data_dir=s.data_dir,
-            num_samples=s.num_samples,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )
+        share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+        return load_data(data_options(self.settings, **share), self.opened)
 
     def facts(self, data: Data) -> dict[str, Any]:
         """As Task.facts."""

@@ -12,8 +12,9 @@ import tyro
 from rich.console import Console
 
 from karat import runs
+from karat.data.splits import Opener
 from karat.errors import parse
-from karat.runs.classification import AUTO, Settings, preset_for
+from karat.runs.classification import AUTO, Settings, preset_for, resolve
 from karat.runs.recipes import get_recipe
 from karat.runs.renamed import renamed_options
 from karat.runs.settings import Device, RunSettings
@@ -54,10 +55,11 @@ class Evaluate:
     """auto: the accelerator when there is one; none: as the run had."""
 
 
-def defaults(arguments: Sequence[str]) -> Settings:
+def defaults(arguments: Sequence[str], opened: Opener | None = None) -> Settings:
     """The defaults that the command line's own --recipe, --data, --init, --model and --resume imply.
 
     They decide what the other options' defaults are, so they are read first; all else is left to the full parser.
+    opened: what opens the data, whose images may decide.
     """
     known = _first_options(arguments)
     asked = None if known.resume is None else known.output if known.resume == AUTO else known.resume
@@ -65,7 +67,7 @@ def defaults(arguments: Sequence[str]) -> Settings:
         saved, _ = runs.read_config(Path(asked))
         return replace(saved, resume=known.resume, output=Path(asked), overwrite=False)
     init = None if known.init == "None" else known.init
-    name = preset_for(known.recipe, known.data or "digits", known.model or AUTO, init)
+    name = preset_for(known.recipe, known.data or "digits", known.model or AUTO, init, opened)
     return Settings(recipe=get_recipe(name))
 
 
@@ -91,16 +93,18 @@ def read_settings(kind: type[S], arguments: Sequence[str], command: str, default
 
 def train(arguments: Sequence[str]) -> None:
     """karat train."""
-    prog = "karat train"
-    _run(parse(lambda: read_settings(Settings, arguments, prog, defaults(arguments)), prog))
+    prog, opened = "karat train", Opener()
+    _run(parse(lambda: read_settings(Settings, arguments, prog, defaults(arguments, opened)), prog), opened)
 
 
-def _run(settings: Settings) -> None:
+def _run(settings: Settings, opened: Opener) -> None:
     """Train, and say how it ended."""
+    from karat.train.classify import Classification
     from karat.train.engine import Trainer
 
     console = Console()
-    trainer = Trainer(settings, console=console)
+    settings = resolve(settings, opened)
+    trainer = Trainer(settings, task=Classification(settings, opened), console=console)
     summary = trainer.fit()
     if trainer.main:
         console.print(
@@ -117,15 +121,15 @@ def transfer(arguments: Sequence[str]) -> None:
     wants_help = bool({"-h", "--help"} & set(arguments))
     if name is None and not wants_help:
         raise ValueError("name the teacher's run first: karat transfer TEACHER_RUN [options of karat train]")
-    prog = "karat transfer TEACHER_RUN"
-    default = Settings() if name is None else _student_defaults(Path(name), rest)
-    _run(parse(lambda: read_settings(Settings, rest, prog, default), prog))
+    prog, opened = "karat transfer TEACHER_RUN", Opener()
+    default = Settings() if name is None else _student_defaults(Path(name), rest, opened)
+    _run(parse(lambda: read_settings(Settings, rest, prog, default), prog), opened)
 
 
-def _student_defaults(teacher: Path, arguments: Sequence[str]) -> Settings:
+def _student_defaults(teacher: Path, arguments: Sequence[str], opened: Opener) -> Settings:
     from karat.train.transfer import student_defaults
 
-    resumed = defaults(arguments)
+    resumed = defaults(arguments, opened)
     if resumed.resume is not None:
         _check_teacher(teacher, resumed)
         return resumed
@@ -134,7 +138,7 @@ def _student_defaults(teacher: Path, arguments: Sequence[str]) -> Settings:
     if student.preset != AUTO:
         return student
     asked = _first_options(arguments)
-    name = preset_for(asked.recipe, asked.data or student.data, asked.model or student.model, None)
+    name = preset_for(asked.recipe, asked.data or student.data, asked.model or student.model, None, opened)
     return replace(student, recipe=get_recipe(name))
 
 

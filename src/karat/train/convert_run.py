@@ -16,9 +16,9 @@ from rich.table import Table
 from torch import nn
 
 from karat import runs
-from karat.data.images import Images
+from karat.data.batches import Images
 from karat.data.sources import size_of
-from karat.data.splits import Data, load_data, open_splits
+from karat.data.splits import Data, Opener, load_data
 from karat.errors import parse
 from karat.models.distill import DistillOptions, FitOptions, distill, fit_operators, measure_blocks
 from karat.models.distill.closed_form import check_fits
@@ -28,7 +28,7 @@ from karat.operator.config import KArAtConfig
 from karat.runs import checkpoint, files
 from karat.runs.checkpoint import load_weights
 from karat.runs.classification import AUTO, Settings, preset_for, resolve
-from karat.runs.model import build_model, input_size
+from karat.runs.model import build_model, data_options, input_size
 from karat.runs.recipes import get_recipe
 from karat.runs.settings import Device
 from karat.train import memory
@@ -228,29 +228,18 @@ def _from_timm(options: Convert, settings: Settings, num_classes: int, in_chans:
 
 def _data(settings: Settings, options: Convert) -> tuple[Data, Data]:
     """The training images that are needed, a fixed subset, and the evaluation images."""
-    source = open_splits(
-        settings.data,
-        data_dir=None if settings.data_dir is None else Path(settings.data_dir),
-        num_samples=settings.num_samples,
-    ).train
+    opened = Opener()
+    source = opened(settings.data, settings.data_dir, settings.num_samples).train
     needed = max(options.images, options.distill_images if options.distill_epochs else 0) + options.batch_size
     fractions = min(settings.data_fraction, needed / max(1, size_of(source))), settings.data_fraction
-    few, whole = (
-        load_data(
-            settings.data,
-            img_size=settings.img_size or input_size(settings.model),
-            recipe=settings.recipe,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            seed=options.seed,
-            on_bad_image=settings.on_bad_image,
-            num_classes=options.num_classes or settings.num_classes,
-            fraction=fraction,
-            data_dir=settings.data_dir,
-            num_samples=settings.num_samples,
-        )
-        for fraction in fractions
+    found = data_options(
+        settings,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        seed=options.seed,
+        num_classes=options.num_classes or settings.num_classes,
     )
+    few, whole = (load_data(replace(found, fraction=fraction), opened) for fraction in fractions)
     return few, whole
 
 

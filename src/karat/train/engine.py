@@ -38,13 +38,15 @@ class Trainer:
 
     Args:
         settings: what to train; `auto` values are resolved here.
-        data: the task's data, where it is there already (`karat compare` shares it).
+        data, task: the task and its data, where they are there already (`karat compare` shares the data).
         console: where progress is printed; none prints nothing.
 
     Raises ValueError for settings that contradict each other, the data or the run's folder.
     """
 
-    def __init__(self, settings: RunSettings, *, data: Any = None, console: Console | None = None) -> None:
+    def __init__(
+        self, settings: RunSettings, *, data: Any = None, task: Task | None = None, console: Console | None = None
+    ) -> None:
         settings = settings.resolved()
         self.folder = runs.choose_folder(settings, runs.default_folder(settings))
         resuming = settings.resume is not None and runs.is_run(self.folder)
@@ -58,7 +60,7 @@ class Trainer:
         else:
             runs.spare(self.folder, settings.init, getattr(settings, "teacher", None))
         self.settings, self.recipe = settings, settings.recipe
-        self.task = self.create_task(settings)
+        self.task = task or self.create_task(settings)
         self.accelerator = create_accelerator(settings)
         self.console = console or Console(quiet=True)
         self.main = self.accelerator.is_main_process

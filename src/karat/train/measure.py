@@ -11,7 +11,7 @@ from karat.data.splits import load_data
 from karat.models.resample import resample_tokens
 from karat.models.transfer import teacher_of
 from karat.runs.files import write_json
-from karat.runs.model import input_size, load_run
+from karat.runs.model import data_options, input_size, load_run
 from karat.runs.settings import Device
 from karat.train.build import create_accelerator
 from karat.train.evaluate import evaluate
@@ -43,21 +43,13 @@ def evaluate_run(
         teacher = teacher_of(model)
         if teacher is not None:
             resample_tokens(teacher, img_size=img_size)
-    loaded = load_data(
-        data or settings.data,
-        img_size=side,
-        recipe=settings.recipe,
-        batch_size=batch_size,
-        workers=settings.workers if workers is None else workers,
-        seed=settings.seed,
-        on_bad_image=settings.on_bad_image,
-        num_classes=facts["num_classes"],
-        fraction=settings.data_fraction if data is None else 1.0,
-        data_dir=settings.data_dir,
-        num_samples=settings.num_samples if data is None else None,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
+    changed: dict[str, Any] = {"img_size": side, "num_classes": facts["num_classes"]}
+    changed |= {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    given = {"spec": data, "batch_size": batch_size, "workers": workers}
+    changed |= {name: value for name, value in given.items() if value is not None}
+    if data is not None:
+        changed |= {"fraction": 1.0, "num_samples": None}
+    loaded = load_data(data_options(settings, **changed))
     if loaded.in_chans != facts["in_chans"]:
         raise ValueError(f"{data} has {loaded.in_chans} channels, the model takes {facts['in_chans']}")
     measured = evaluate(model.to(accelerator.device), loaded.eval, accelerator)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from karat.data.augment import statistics
+from karat.data.images import statistics
 from karat.models.kan.mlp import parse_mlp
 from karat.operator.config import KArAtConfig
 

@@ -12,9 +12,8 @@ from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
 from torchvision import transforms
 
-from karat.analyze.loading import read_image
-from karat.data.augment import Fit, Normalise, decode, to_uint8
 from karat.models.evaluating import evaluating
+from karat.data.images import Fit, Normalise, read_file, read_image, to_uint8
 from karat.share.hub.config import ModelConfig
 
 BATCH = 32
@@ -45,8 +44,8 @@ def read(source: str | Path | Image.Image, config: ModelConfig) -> Tensor:
     that takes neither grey nor colour."""
     if config.in_chans not in (1, 3):
         raise ValueError(f"images have 1 or 3 channels, this model takes {config.in_chans}: call it with tensors")
-    picture = source if isinstance(source, Image.Image) else read_image(Path(source), config.in_chans)
-    return view(config)(decode(picture, config.in_chans))
+    picture = source if isinstance(source, Image.Image) else read_file(Path(source), config.in_chans)
+    return view(config)(read_image(picture, config.in_chans))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from karat import runs
-from karat.data.augment import statistics
+from karat.data.images import statistics
 from karat.runs import files
 from karat.runs.classification import Settings
 from karat.runs.model import input_size, load_run
