@@ -177,7 +177,10 @@ def test_small_real_images_get_a_small_model(shared_data: Path) -> None:
     assert (chosen.img_size, chosen.patch_size) == (32, 4)
 
 
-def test_each_directory_of_the_data_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("command", "run"), [("train", ""), ("compare softmax g3b --seeds 2", "g3b-s1")])
+def test_each_directory_of_the_data_is_read_once(
+    command: str, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From --data to the last epoch: options' defaults, settings, model and trainer share one opening."""
     data = tmp_path / "data"
     for part in ("train", "val"):
@@ -198,10 +201,10 @@ def test_each_directory_of_the_data_is_read_once(tmp_path: Path, monkeypatch: py
     for name in ("scandir", "listdir"):
         monkeypatch.setattr(os, name, counted(getattr(os, name)))
     line = ["--data", str(data), "--embed-dim", "16", "--depth", "1", "--num-heads", "2", "--device", "cpu"]
-    assert cli.main(["train", *line, "--epochs", "1", "--output", str(tmp_path / "run"), "--track"]) == 0
+    assert cli.main([*command.split(), *line, "--epochs", "1", "--output", str(tmp_path / "out"), "--track"]) == 0
     assert {path: count for path, count in read.items() if count} == dict.fromkeys(folders, 1)
-    assert runs.read_config(tmp_path / "run")[0].preset == "quick"  # it did look at the images
+    assert runs.read_config(tmp_path / "out" / run)[0].preset == "quick"  # it did look at the images
     read.clear()
     with pytest.raises(SystemExit):
-        cli.main(["train", "--help"])
+        cli.main([command.split()[0], "--help"])
     assert not sum(read.values())
