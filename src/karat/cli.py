@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 
+from karat.errors import TrainingDiverged
+
 # command -> (function that takes the rest of the line, what it does). Modules are imported when their command is run.
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("karat.train.commands:train", "train one model, or go on with a run"),
@@ -77,9 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("karat: interrupted", file=sys.stderr)
         return 130
-    except RuntimeError as error:
-        if type(error).__name__ != "TrainingDiverged":
-            raise
+    except TrainingDiverged as error:
         complain(error)
         return 1
     return 0

@@ -11,6 +11,15 @@ from typing import TypeVar
 Parsed = TypeVar("Parsed")
 
 
+class TrainingDiverged(RuntimeError):
+    """Too many steps had a non-finite loss or gradient; the message is the diagnosis."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; the name of its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextlib.contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
     """Within, a parser that prints a framed complaint to stderr and exits raises ValueError with its words instead.

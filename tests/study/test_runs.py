@@ -288,8 +288,8 @@ def test_a_half_finished_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_diverged_run_does_not_stop_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from karat.errors import TrainingDiverged
     from karat.study import work
-    from karat.train.faults import TrainingDiverged
 
     train = work._train
 

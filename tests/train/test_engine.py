@@ -16,11 +16,11 @@ import torch
 from rich.console import Console
 
 from karat import runs
+from karat.errors import TrainingDiverged
 from karat.runs import checkpoint, files
 from karat.runs.model import plain_model
 from karat.train import step, watch
 from karat.train.engine import Trainer, train
-from karat.train.faults import TrainingDiverged
 from karat.train.snapshot import take
 from support.pictures import images
 from support.training import NOISY, outcome, python, tiny

@@ -18,6 +18,8 @@ import numpy as np
 from faster_coco_eval.core import mask as rle_api
 from numpy.typing import NDArray
 
+from karat.errors import first_line
+
 SHORT_POLYGON = "polygons of fewer than 3 points"
 NO_SHAPE = "objects without a usable polygon"
 NO_AREA = "objects whose box has no area"
@@ -269,5 +271,5 @@ def _run_lengths(shape: dict[str, Any], size: tuple[int, int], where: str) -> di
     try:
         rle_api.decode(rle)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{where} has run lengths that can't be decoded: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{where} has run lengths that can't be decoded: {first_line(error)}") from None
     return rle

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from karat.basis.specs import parse_call
+from karat.errors import first_line
 from karat.models.kan.mlp import replace_mlp
 from karat.models.kan.peers import DEEP_KAN, register_peers
 from karat.models.karatize import karatize
@@ -108,9 +109,10 @@ def _from_timm(name: str, **kwargs: Any) -> nn.Module:
     except (AssertionError, TypeError, RuntimeError) as error:
         if kwargs.get("pretrained"):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         given = ", ".join(f"{key}={value}" for key, value in kwargs.items())
-        raise ModelArgumentsError(f"{name} can't be built with {given or 'these settings'}: {reason}") from error
+        raise ModelArgumentsError(
+            f"{name} can't be built with {given or 'these settings'}: {first_line(error)}"
+        ) from error
 
 
 def _entry_point(base: str, default: str) -> Callable[..., nn.Module]:

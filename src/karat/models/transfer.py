@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from karat.errors import first_line
 from karat.models.attention import Intermediate, TransferredAttention
 from karat.models.backbones import OWN, attention_sites
 from karat.models.record import record
@@ -113,8 +114,9 @@ def _taken(teacher: nn.Module, example: Tensor) -> dict[str, Intermediate]:
     try:
         return look(teacher, example)
     except (AssertionError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the teacher can't take the student's images {tuple(example.shape)}: {reason}") from None
+        raise ValueError(
+            f"the teacher can't take the student's images {tuple(example.shape)}: {first_line(error)}"
+        ) from None
 
 
 def _check(name: str, mine: Tensor, source: str, theirs: Tensor) -> None:

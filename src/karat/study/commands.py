@@ -83,10 +83,10 @@ def _default(settings: Settings, document: Document | None) -> Compare:
 
 def _study(parsed: Compare, document: Document, common: Settings, opened: Opener) -> None:
     """Train what is missing and write the table."""
+    from karat.errors import TrainingDiverged
     from karat.study.results import write_results
     from karat.study.timing import TIMES, measure_times, read_times, settle
     from karat.study.work import measures_of, refuse_several_processes, train_all
-    from karat.train.faults import TrainingDiverged
 
     refuse_several_processes()
     if common.resume is not None or common.overwrite:

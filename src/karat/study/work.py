@@ -11,13 +11,13 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from karat.data.splits import Data, Opener
+from karat.errors import TrainingDiverged
 from karat.runs.model import build_model, data_options
 from karat.study.measures import Numbers, measure_run, read_measures
 from karat.study.plan import Job, Plan, summary_of
 from karat.train import randomness
 from karat.train.classify import Classification
 from karat.train.engine import Trainer
-from karat.train.faults import TrainingDiverged
 
 LOCK = ".lock"
 

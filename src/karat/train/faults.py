@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from karat.errors import TrainingDiverged as TrainingDiverged  # where it was before
+from karat.errors import first_line
 from karat.models.evaluating import evaluating
-
-
-class TrainingDiverged(RuntimeError):
-    """Too many steps had a non-finite loss or gradient; the message is the diagnosis."""
 
 
 def worker_death(error: Exception) -> str | None:
@@ -23,7 +21,7 @@ def worker_death(error: Exception) -> str | None:
 
     torch raises RuntimeError with the worker's number; a worker that dies while it answers breaks its pipe.
     """
-    said = (str(error).splitlines() or [type(error).__name__])[0]
+    said = first_line(error)
     if isinstance(error, EOFError | ConnectionError):
         return f"a data worker died ({said})"
     if "DataLoader worker" not in said:

@@ -20,6 +20,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from karat import runs
+from karat.errors import first_line
 from karat.models.resample import resample_tokens
 from karat.operator.config import KArAtConfig
 from karat.operator.operator import with_factors, without_loose_factors
@@ -86,9 +87,8 @@ def read_model(source: str, settings: RunSettings) -> tuple[nn.Module, bool] | N
         try:
             return create_timm_model(name, pretrained=True), True
         except Exception as error:  # timm raises RuntimeError, the Hub's client its own kinds
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
-                f"--init {source}: cannot be loaded ({reason}); is the name timm's and a network there?"
+                f"--init {source}: cannot be loaded ({first_line(error)}); is the name timm's and a network there?"
             ) from error
     path = Path(source).expanduser()
     if path.is_dir():

@@ -12,6 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from huggingface_hub.utils import logging
 from torch import Tensor, nn
 
+from karat.errors import first_line
 from karat.operator.operator import with_factors
 from karat.runs import files
 from karat.share.hub.config import ModelConfig
@@ -69,7 +70,7 @@ def fetch(name_or_folder: str | Path, **options: Any) -> Path:
     try:
         downloaded = [Path(hf_hub_download(name, file, **options)) for file in (CONFIG, WEIGHTS)]
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ValueError(f"{name} is no folder here and could not be had from the Hub: {_first_line(error)}") from None
+        raise ValueError(f"{name} is no folder here and could not be had from the Hub: {first_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
     return downloaded[0].parent
@@ -88,11 +89,7 @@ def push(folder: Path, name: str, *, private: bool = False) -> None:
             commit_message="A model by karat",
         )
     except (HfHubHTTPError, HFValidationError, OSError, LocalTokenNotFoundError) as error:
-        raise ValueError(f"{folder} could not be uploaded to {name}: {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{folder} could not be uploaded to {name}: {first_line(error)}") from None
 
 
 def first_difference(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
