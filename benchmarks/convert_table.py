@@ -22,8 +22,8 @@ from rich.console import Console
 
 from karat import runs
 from karat.operator.config import KArAtConfig
-from karat.train.convert_run import Convert, convert_run
-from karat.train.engine import train
+from karat.train.classify import train
+from karat.train.convert import Convert, convert_run
 from karat.train.measure import evaluate_run
 
 BASES = (

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import karat
 from karat import runs
 from karat.analyze.loading import Run, open_run
-from karat.train.engine import train
+from karat.train.classify import train
 from karat.train.measure import evaluate_run
 
 EPOCH = {"epochs": 1, "warmup_epochs": 0, "lr": 1e-3, "min_lr": 1e-6}

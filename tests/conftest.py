@@ -46,7 +46,7 @@ def make_run(folder: Path, attention: str, **values: object) -> Path:
     """A run of two epochs on some of the digits, with trajectory checkpoints."""
     torch.set_num_threads(1)
     from karat.runs.classification import Settings
-    from karat.train.engine import train
+    from karat.train.classify import train
 
     settings = {
         "model": "vit_tiny_patch16_224",

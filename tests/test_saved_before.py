@@ -19,6 +19,7 @@ from karat.cli import main
 from karat.detect.measure import load_run as load_detector
 from karat.runs.classification import Settings
 from karat.runs.model import load_run
+from karat.train.classify import Classification
 from karat.train.engine import Trainer
 
 BEFORE = Path(__file__).parent / "data" / "before"
@@ -97,7 +98,9 @@ def test_a_state_dict() -> None:
 def test_a_run_that_starts_from_a_state_dict(tmp_path: Path) -> None:
     start = str(BEFORE / "state.safetensors")
     values = {"model": "vit_tiny_patch16_224", "attention": "g3b", "data": "digits", "data_fraction": 0.05, **MODEL}
-    trainer = Trainer(Settings.make(**values, init=start, output=tmp_path / "run", device="cpu", track=()))
+    trainer = Trainer(
+        Classification(), Settings.make(**values, init=start, output=tmp_path / "run", device="cpu", track=())
+    )
     check(trainer.parts.bare.eval(), "state")
 
 

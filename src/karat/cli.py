@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "transfer": ("karat.train.commands:transfer", "train a model on a trained teacher's attention"),
     "eval": ("karat.train.commands:evaluate", "measure top-1 and top-5 of a run"),
     "detect": ("karat.detect.commands:detect", "detection with COCO-format data: train, eval, predict, compare"),
-    "convert": ("karat.train.convert_run:convert", "fit learnable attention to a softmax model's, block by block"),
+    "convert": ("karat.train.convert:convert", "fit learnable attention to a softmax model's, block by block"),
     "analyze": ("karat.analyze.commands:analyze", "look at one thing in runs: attention, spectrum, landscape, ..."),
     "report": ("karat.analyze.commands:report", "write one HTML page about one run or several"),
     "explore": ("karat.analyze.commands:explore", "look into a run in the browser"),

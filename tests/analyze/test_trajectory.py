@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from karat.analyze.trajectory import Plane, principal_plane
-from karat.runs.files import replace_tensors
+from karat.runs.files import write_tensors
 
 SHAPES = {"first": (3, 4), "second": (5,)}
 
@@ -25,7 +25,7 @@ def planted(tmp_path: Path, points: Tensor, noise: float = 0.0) -> tuple[list[tu
         parts = (origin + point @ axes[:2] + off).split([torch.Size(shape).numel() for shape in SHAPES.values()])
         weights = {name: part.view(SHAPES[name]) for name, part in zip(SHAPES, parts, strict=True)}
         paths.append((epoch, tmp_path / f"{epoch}.safetensors"))
-        replace_tensors(paths[-1][1], weights | {"buffer": torch.zeros(2)})
+        write_tensors(paths[-1][1], weights | {"buffer": torch.zeros(2)})
     return paths, weights
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from karat.analyze.weights import divergence, histograms, kind_of
-from karat.runs.files import replace_tensors
+from karat.runs.files import write_tensors
 
 
 def test_divergence_at_its_limits_and_symmetric() -> None:
@@ -24,7 +24,7 @@ def test_histograms_along_checkpoints(tmp_path: Path) -> None:
     names = ("blocks.0.mlp.fc1.weight", "blocks.0.attn.operator.layers.0.coefficients", "karat_operator.W")
     for epoch in range(3):
         tensors = {name: weight + 10 * epoch * (index == 1) for index, name in enumerate(names)}
-        replace_tensors(tmp_path / f"{epoch}.safetensors", tensors)
+        write_tensors(tmp_path / f"{epoch}.safetensors", tensors)
     found = {h.kind: h for h in histograms([(e, tmp_path / f"{e}.safetensors") for e in range(3)], bins=16)}
     assert set(found) == {"MLP", "operator coefficients", "operator W"}
     for one in found.values():

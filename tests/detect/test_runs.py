@@ -20,7 +20,7 @@ from karat.detect.evaluate import measure
 from karat.detect.init import load_init, load_trunk
 from karat.detect.measure import evaluate_run
 from karat.detect.settings import DetectSettings
-from karat.detect.task import DetectTrainer, total_loss, train
+from karat.detect.task import Detection, total_loss, train
 from karat.models.create import create_model
 from karat.models.transfer import transfer_attention
 from karat.runs.classification import Settings
@@ -83,7 +83,7 @@ def alike(ours: Detections, theirs: Detections) -> bool:
 @pytest.mark.parametrize("lives", [7])
 def test_cut_off_and_resumed_ends_bit_equal(data: Path, finished: Path, tmp_path: Path, lives: int) -> None:
     values = {"attention": "g1b,rank=2", "recovery_interval": 3, "model_ema_decay": 0.9, "eval_train": True}
-    doomed = DetectTrainer(tiny(data, tmp_path / "run", **values))
+    doomed = Trainer(Detection(), tiny(data, tmp_path / "run", **values))
 
     def strike() -> None:
         if doomed.progress.step == lives:
@@ -94,12 +94,6 @@ def test_cut_off_and_resumed_ends_bit_equal(data: Path, finished: Path, tmp_path
         doomed.fit()
     train(tiny(data, tmp_path / "run", resume="auto", **values))
     assert outcome(tmp_path / "run") == outcome(finished)
-
-
-def test_the_loop_is_the_classifiers() -> None:
-    assert issubclass(DetectTrainer, Trainer)
-    for name in ("_train_epoch", "_close_epoch", "save", "_resume", "_leave"):
-        assert getattr(DetectTrainer, name) is getattr(Trainer, name)
 
 
 def test_a_run_holds_what_is_needed(finished: Path) -> None:
@@ -297,7 +291,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("classifier") / "run"
     sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}
-    from karat.train.engine import train as train_classifier
+    from karat.train.classify import train as train_classifier
 
     values = {"data": "digits", "recipe": "quick", "data_fraction": 0.1, "epochs": 1, "track": (), "device": "cpu"}
     train_classifier(

@@ -12,8 +12,8 @@ from karat.models.create import create_model
 from karat.models.transfer import transfer_attention
 from karat.paper import rows, run_row
 from karat.runs.recipes import RECIPES
-from karat.train.build import create_loss, create_mixup
-from karat.train.build import mix as mix_batch
+from karat.train.classify import create_loss, create_mixup
+from karat.train.classify import mix as mix_batch
 from karat.train.optim import create_optimizer
 
 SIZES = ("deep_kan", "vit_tiny", "convit_tiny", "swin_tiny", "vit_small", "vit_base")

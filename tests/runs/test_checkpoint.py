@@ -13,7 +13,8 @@ from torch import nn
 from karat import runs
 from karat.runs import checkpoint, files
 from karat.runs.model import load_run
-from karat.train.engine import Trainer, train
+from karat.train.classify import Classification, train
+from karat.train.engine import Trainer
 from support.training import tiny
 
 
@@ -61,7 +62,7 @@ def test_a_run_resumed_from_before_drops_the_refused_checkpoints_after_it(tmp_pa
 
 def test_full_disk_loses_nothing_that_was_saved(tmp_path: Path) -> None:
     """A limit on file size stands for the full disk: the system refuses the same write with the same kind of error."""
-    trainer = Trainer(tiny(tmp_path / "run"))
+    trainer = Trainer(Classification(), tiny(tmp_path / "run"))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill() -> None:
@@ -99,7 +100,7 @@ def test_tampered_weights_of_a_run_are_refused(tmp_path: Path) -> None:
     weights = files.read_tensors(tmp_path / "run" / checkpoint.MODEL)
     name = next(iter(weights))
     weights[name] = weights[name] + 1
-    files.replace_tensors(tmp_path / "run" / checkpoint.MODEL, weights)
+    files.write_tensors(tmp_path / "run" / checkpoint.MODEL, weights)
     with pytest.raises(ValueError, match=r"model\.safetensors is refused: its SHA-256"):
         runs.read_weights(tmp_path / "run")
 

@@ -17,8 +17,8 @@ from karat.runs.recipes import RECIPES
 from karat.runs.renamed import renamed_options
 from karat.study.document import parse_document
 from karat.study.plan import Plan, common_settings, make_plan
+from karat.train.classify import Classification, train
 from karat.train.commands import defaults, read_settings
-from karat.train.engine import train
 from support.interrupted import CutOff, Doomed
 from support.training import NOISY, options, outcome, tiny
 
@@ -57,7 +57,7 @@ def test_a_factor_that_is_none_is_refused(scale: float) -> None:
 def test_a_run_begun_under_the_old_name_resumes_bit_equal(tmp_path: Path) -> None:
     values = {"attention": "g3b", "lr": LR, "epochs": 2, "recovery_interval": 3, **NOISY}
     train(tiny(tmp_path / "whole", operator_lr_scale=OLD_RATE / LR, **values))
-    doomed = Doomed(tiny(tmp_path / "run", coefficient_lr=OLD_RATE, **values))
+    doomed = Doomed(Classification(), tiny(tmp_path / "run", coefficient_lr=OLD_RATE, **values))
     doomed.lives = 5
     with pytest.raises(CutOff):
         doomed.fit()

@@ -261,11 +261,12 @@ def test_a_run_that_another_process_has_is_left_alone(tmp_path: Path, capsys: py
 
 
 def test_a_half_finished_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from karat.train.classify import Classification
     from karat.train.engine import Trainer
 
     plan = plan_in(tmp_path).only(["wide"])
     (job,) = plan.jobs()
-    trainer = Trainer(job.settings)
+    trainer = Trainer(Classification(), job.settings)
 
     class Cut(Exception):
         pass

@@ -86,7 +86,7 @@ def test_config_repeats_the_run(tmp_path: Path) -> None:
     assert facts["num_classes"] == 10
     assert set(facts["versions"]) >= {"karat", "torch", "timm", "python"}
     again = Settings.from_dict({**settings.as_dict(), "output": str(tmp_path / "second")})
-    from karat.train.engine import train
+    from karat.train.classify import train
 
     train(again)
     assert outcome(tmp_path / "first") == outcome(tmp_path / "second")

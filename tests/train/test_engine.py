@@ -20,7 +20,8 @@ from karat.errors import TrainingDiverged
 from karat.runs import checkpoint, files
 from karat.runs.model import plain_model
 from karat.train import step, watch
-from karat.train.engine import Trainer, train
+from karat.train.classify import Classification, train
+from karat.train.engine import Trainer
 from karat.train.snapshot import take
 from support.pictures import images
 from support.training import NOISY, outcome, python, tiny
@@ -43,7 +44,7 @@ class Poisoned(Trainer):
 
 
 def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path) -> None:
-    summary = Poisoned(tiny(tmp_path / "run", model_ema_decay=0.9)).fit()
+    summary = Poisoned(Classification(), tiny(tmp_path / "run", model_ema_decay=0.9)).fit()
     last = runs.read_history(tmp_path / "run")[-1]
     assert summary["finished"]
     assert last["bad_steps"] == len(range(2, last["step"], 3))
@@ -53,7 +54,7 @@ def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path) -> None:
 
 
 def test_a_skipped_step_leaves_weights_and_moments_alone(tmp_path: Path) -> None:
-    trainer = Trainer(tiny(tmp_path / "run", attention="g3b"))
+    trainer = Trainer(Classification(), tiny(tmp_path / "run", attention="g3b"))
     images, labels = next(iter(trainer.data.train))
     step.update(trainer.parts, 5, [(images, labels)])
     before = take(trainer.parts, trainer.progress)
@@ -67,7 +68,7 @@ def test_a_skipped_step_leaves_weights_and_moments_alone(tmp_path: Path) -> None
 
 
 def test_too_many_non_finite_steps_stop_with_a_diagnosis_and_the_last_good_state(tmp_path: Path) -> None:
-    trainer = Poisoned(tiny(tmp_path / "run", attention="g3b", max_bad_steps=1))
+    trainer = Poisoned(Classification(), tiny(tmp_path / "run", attention="g3b", max_bad_steps=1))
     with pytest.raises(TrainingDiverged, match=r"2 updates had a non-finite loss.*pixels"):
         trainer.fit()
     found = checkpoint.newest(tmp_path / "run")
@@ -78,7 +79,7 @@ def test_too_many_non_finite_steps_stop_with_a_diagnosis_and_the_last_good_state
 
 
 def test_diagnosis_names_the_block_and_its_score_range(tmp_path: Path) -> None:
-    trainer = Trainer(tiny(tmp_path / "run", attention="g3b", max_bad_steps=0))
+    trainer = Trainer(Classification(), tiny(tmp_path / "run", attention="g3b", max_bad_steps=0))
     with torch.no_grad():  # finite weights whose product overflows in the second block
         trainer.parts.bare.blocks[1].attn.qkv.weight.mul_(1e38)  # type: ignore[union-attr, operator]
         trainer.parts.bare.blocks[1].norm1.weight.mul_(1e3)  # type: ignore[union-attr, operator]
@@ -89,7 +90,7 @@ def test_diagnosis_names_the_block_and_its_score_range(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("where", ["update", "evaluation"])
 def test_a_signal_leaves_a_run_that_resumes_bit_equal(tmp_path: Path, number: signal.Signals, where: str) -> None:
-    trainer = Trainer(tiny(tmp_path / "run", attention="g3b", **NOISY))
+    trainer = Trainer(Classification(), tiny(tmp_path / "run", attention="g3b", **NOISY))
 
     def strike() -> None:
         if trainer.progress.step == 12:
@@ -138,7 +139,7 @@ def test_grad_checkpointing_changes_no_loss(tmp_path: Path) -> None:
 def test_a_model_that_cannot_recompute_is_refused(tmp_path: Path) -> None:
     sizes = {"depth": 1, "embed_dim": 8, "num_heads": 2, "img_size": 16}
     with pytest.raises(ValueError, match="convit_tiny can't recompute activations: leave --grad-checkpointing out"):
-        Trainer(tiny(tmp_path / "run", model="convit_tiny", grad_checkpointing=True, **sizes))
+        Trainer(Classification(), tiny(tmp_path / "run", model="convit_tiny", grad_checkpointing=True, **sizes))
     assert not (tmp_path / "run").exists()
 
 
@@ -180,7 +181,7 @@ def test_a_dead_data_worker_is_an_error_after_a_checkpoint(tmp_path: Path) -> No
     settings = tiny(
         tmp_path / "run", data=str(folder), workers=1, train_crop_mode="rrc", data_fraction=1.0, batch_size=4
     )
-    trainer = Trainer(settings)
+    trainer = Trainer(Classification(), settings)
 
     def strike() -> None:
         if trainer.progress.step == 2:
@@ -200,7 +201,7 @@ def test_a_worker_that_dies_in_the_middle_of_an_update_leaves_the_last_checkpoin
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The signal that reports the death may arrive when half of the weights are new: that state isn't saved."""
-    trainer = Trainer(tiny(tmp_path / "run", recovery_interval=1))
+    trainer = Trainer(Classification(), tiny(tmp_path / "run", recovery_interval=1))
     real = step.update
 
     def interrupted(parts: step.Parts, number: int, group: list[step.Batch]) -> step.Outcome:
@@ -218,7 +219,7 @@ def test_a_worker_that_dies_in_the_middle_of_an_update_leaves_the_last_checkpoin
 
 
 def test_other_errors_are_not_blamed_on_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(tiny(tmp_path / "run"))
+    trainer = Trainer(Classification(), tiny(tmp_path / "run"))
 
     def broken(*arguments: object) -> step.Outcome:
         raise RuntimeError("shapes do not fit")
@@ -270,6 +271,7 @@ import json, sys
 from pathlib import Path
 from support.training import tiny
 from karat.train import engine, step
+from karat.train.classify import Classification
 losses, plain = [], step.update
 def noted(*arguments):
     done = plain(*arguments)
@@ -277,7 +279,7 @@ def noted(*arguments):
     return done
 step.update = noted
 values = json.loads(sys.argv[2])
-trainer = engine.Trainer(tiny(Path(sys.argv[1]), attention="g3b", **values))
+trainer = engine.Trainer(Classification(), tiny(Path(sys.argv[1]), attention="g3b", **values))
 summary = trainer.fit()
 if trainer.main:
     trainer.folder.joinpath("losses.json").write_text(json.dumps(losses))
@@ -324,6 +326,7 @@ from pathlib import Path
 from torch import distributed
 from support.training import tiny
 from karat.train import engine
+from karat.train.classify import Classification
 os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 pids = []
 for end in ("done", "error", "signal"):
@@ -335,7 +338,7 @@ else:
     raise SystemExit
 atexit.register(lambda: print(end, distributed.is_initialized(), flush=True))  # registered first, runs last
 distributed.init_process_group("gloo")
-trainer = engine.Trainer(tiny(Path(sys.argv[1]) / end, epochs=1))
+trainer = engine.Trainer(Classification(), tiny(Path(sys.argv[1]) / end, epochs=1))
 if end == "error":
     raise ValueError("on purpose")
 trainer.fit()
@@ -355,6 +358,7 @@ import os, socket, sys
 from pathlib import Path
 from support.training import tiny
 from karat.train import engine
+from karat.train.classify import Classification
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
@@ -369,7 +373,7 @@ else:
 os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 values = {"train_crop_mode": "rrc", "data_fraction": 1.0, "batch_size": 2, "epochs": 1, "recovery_interval": 1}
-engine.Trainer(tiny(Path(sys.argv[2]), data=sys.argv[1], **values)).fit()
+engine.Trainer(Classification(), tiny(Path(sys.argv[2]), data=sys.argv[1], **values)).fit()
 """
 
 

@@ -12,7 +12,8 @@ from karat import cli, create_model, runs
 from karat.runs import checkpoint, files
 from karat.runs.recipes import RECIPES
 from karat.train import step
-from karat.train.engine import Trainer, train
+from karat.train.classify import Classification, train
+from karat.train.engine import Trainer
 from karat.train.optim import create_optimizer, parameter_groups
 from karat.train.snapshot import give
 from support.pictures import images
@@ -74,7 +75,7 @@ class Noting(Trainer):
 
 
 def test_averaged_weights_are_the_closed_form(tmp_path: Path) -> None:
-    trainer = Noting(tiny(tmp_path / "run", attention="g3b", epochs=1, model_ema_decay=0.8))
+    trainer = Noting(Classification(), tiny(tmp_path / "run", attention="g3b", epochs=1, model_ema_decay=0.8))
     trainer.fit()
     saved = files.read_tensors(tmp_path / "run" / "ema.safetensors")
     n = len(trainer.seen) - 1
@@ -89,7 +90,7 @@ def test_channels_last_reaches_the_model_and_changes_no_loss(tmp_path: Path) -> 
     values = {"data": str(folder), "data_fraction": 1.0, "batch_size": 4, "epochs": 1, "img_size": 12}
     layouts = []
     for on in (False, True):
-        trainer = Trainer(tiny(tmp_path / str(on), channels_last=on, **values))
+        trainer = Trainer(Classification(), tiny(tmp_path / str(on), channels_last=on, **values))
         trainer.parts.bare.register_forward_pre_hook(lambda module, args: layouts.append(args[0].stride(1)))
         trainer.fit()
     assert {1} < set(layouts)
@@ -133,7 +134,7 @@ class Scaler:
 def test_an_overflow_of_fp16_is_skipped_and_no_fault_until_the_scale_is_spent(
     tmp_path: Path, scale: float, fault: bool
 ) -> None:
-    trainer = Trainer(tiny(tmp_path / "run", attention="g3b"))
+    trainer = Trainer(Classification(), tiny(tmp_path / "run", attention="g3b"))
     scaler = trainer.accelerator.scaler = Scaler(scale)
     handle = trainer.parts.bare.head.weight.register_hook(lambda gradient: gradient * torch.inf)  # type: ignore
     before = [p.detach().clone() for p in trainer.parts.bare.parameters()]
@@ -144,7 +145,7 @@ def test_an_overflow_of_fp16_is_skipped_and_no_fault_until_the_scale_is_spent(
 
 
 def test_the_scale_of_float16_goes_on_where_it_was(tmp_path: Path) -> None:
-    trainer = Trainer(tiny(tmp_path / "run", attention="g3b"))
+    trainer = Trainer(Classification(), tiny(tmp_path / "run", attention="g3b"))
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
     trainer.save()
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
@@ -156,8 +157,8 @@ def test_the_scale_of_float16_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_a_precision_that_the_device_lacks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"float16 needs a GPU.*bfloat16"):
-        Trainer(tiny(tmp_path / "run", amp_dtype="float16"))
-    Trainer(tiny(tmp_path / "run"))  # and the next run is none the worse
+        Trainer(Classification(), tiny(tmp_path / "run", amp_dtype="float16"))
+    Trainer(Classification(), tiny(tmp_path / "run"))  # and the next run is none the worse
 
 
 def test_a_folder_of_images_needs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from karat import runs
 from karat.runs import checkpoint, files
-from karat.train.engine import Trainer, train
+from karat.train.classify import Classification, train
+from karat.train.engine import Trainer
 from support.interrupted import CutOff, Doomed
 from support.training import NOISY, outcome, python, tiny
 
@@ -24,7 +25,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple:
 @pytest.mark.parametrize("lives", [2, 4, 7, 12])
 def test_cut_off_after_any_update_and_resumed_ends_bit_equal(tmp_path: Path, whole: tuple, lives: int) -> None:
     settings = {"attention": "g3b", "recovery_interval": 3, "grad_accum_steps": 2, **NOISY}
-    doomed = Doomed(tiny(tmp_path / "run", **settings))
+    doomed = Doomed(Classification(), tiny(tmp_path / "run", **settings))
     doomed.lives = lives
     with pytest.raises(CutOff):
         doomed.fit()
@@ -35,7 +36,7 @@ def test_cut_off_after_any_update_and_resumed_ends_bit_equal(tmp_path: Path, who
 def test_cut_off_again_and_again(tmp_path: Path, whole: tuple) -> None:
     settings = {"attention": "g3b", "recovery_interval": 3, "grad_accum_steps": 2, **NOISY}
     for _ in range(40):
-        run = Doomed(tiny(tmp_path / "run", resume="auto", **settings))
+        run = Doomed(Classification(), tiny(tmp_path / "run", resume="auto", **settings))
         run.lives = 4
         try:
             run.fit()
@@ -49,12 +50,12 @@ KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
 from support.training import NOISY, tiny
-from karat.train.engine import Trainer
+from karat.train.classify import train
 
 def child(folder):
     pid = os.fork()  # torch is imported once; the parent runs no kernel, so a fork is safe
     if pid == 0:
-        Trainer(tiny(folder, attention="g3b", recovery_interval=3, grad_accum_steps=2, resume="auto", **NOISY)).fit()
+        train(tiny(folder, attention="g3b", recovery_interval=3, grad_accum_steps=2, resume="auto", **NOISY))
         os._exit(0)
     return pid
 
@@ -87,14 +88,14 @@ def test_sigkill_at_twenty_random_moments(tmp_path: Path, whole: tuple) -> None:
 
 def test_torn_checkpoint_is_noticed_and_the_one_before_used(tmp_path: Path, whole: tuple) -> None:
     settings = {"attention": "g3b", "recovery_interval": 3, "grad_accum_steps": 2, **NOISY}
-    doomed = Doomed(tiny(tmp_path / "run", **settings))
+    doomed = Doomed(Classification(), tiny(tmp_path / "run", **settings))
     doomed.lives = 8
     with pytest.raises(CutOff):
         doomed.fit()
     last = checkpoint.listed(tmp_path / "run")[-1]
     data = (last / checkpoint.MODEL).read_bytes()
     (last / checkpoint.MODEL).write_bytes(data[: len(data) // 2])
-    resumed = Trainer(tiny(tmp_path / "run", resume="auto", **settings))
+    resumed = Trainer(Classification(), tiny(tmp_path / "run", resume="auto", **settings))
     assert len(resumed.notes) == 1
     assert last.name in resumed.notes[0]
     assert "manifest says" in resumed.notes[0]
@@ -111,15 +112,15 @@ def test_no_whole_checkpoint_is_refused_by_its_first_difference(tmp_path: Path) 
         file.seek(-1, 2)
         file.write(bytes([last[0] ^ 1]))
     with pytest.raises(ValueError, match=r"optimizer\.safetensors has SHA-256"):
-        Trainer(tiny(tmp_path / "run", epochs=1, resume="auto"))
+        Trainer(Classification(), tiny(tmp_path / "run", epochs=1, resume="auto"))
 
 
 def test_other_settings_are_refused_by_the_first_that_differs(tmp_path: Path) -> None:
     train(tiny(tmp_path / "run", epochs=1))
     with pytest.raises(ValueError, match=r"epochs was 1 and is now 2"):
-        Trainer(tiny(tmp_path / "run", epochs=2, resume="auto"))
+        Trainer(Classification(), tiny(tmp_path / "run", epochs=2, resume="auto"))
     with pytest.raises(ValueError, match=r"attention was 'softmax' and is now 'g3b'"):
-        Trainer(tiny(tmp_path / "run", epochs=1, attention="g3b", resume="auto"))
+        Trainer(Classification(), tiny(tmp_path / "run", epochs=1, attention="g3b", resume="auto"))
 
 
 def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:
@@ -131,11 +132,11 @@ def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:
 
 
 def test_resume_before_the_first_checkpoint_begins_again(tmp_path: Path) -> None:
-    doomed = Doomed(tiny(tmp_path / "run", epochs=1))
+    doomed = Doomed(Classification(), tiny(tmp_path / "run", epochs=1))
     doomed.lives = 1
     with pytest.raises(CutOff):
         doomed.fit()
-    resumed = Trainer(tiny(tmp_path / "run", epochs=1, resume="auto"))
+    resumed = Trainer(Classification(), tiny(tmp_path / "run", epochs=1, resume="auto"))
     assert "before its first checkpoint" in resumed.notes[0]
     resumed.fit()
     train(tiny(tmp_path / "fresh", epochs=1))

@@ -20,7 +20,8 @@ from karat.runs import files
 from karat.runs.classification import Settings
 from karat.runs.model import load_run
 from karat.study.compare import count_operations
-from karat.train.engine import Trainer, train
+from karat.train.classify import Classification, train
+from karat.train.engine import Trainer
 from support.training import outcome, tiny
 
 
@@ -75,7 +76,7 @@ def test_cut_off_and_resumed_ends_bit_equal_whatever_became_of_the_teacher(tmp_p
     values = {"teacher": str(mine), "epochs": 2, "recovery_interval": 3, "mixup": 0.8, "model_ema_decay": 0.9}
     train(tiny(tmp_path / "whole", **values))
     with pytest.raises(CutOff):
-        Doomed(tiny(tmp_path / "run", **values)).fit()
+        Doomed(Classification(), tiny(tmp_path / "run", **values)).fit()
     train(tiny(mine, attention="g3b", epochs=1, seed=5, overwrite=True))
     train(tiny(tmp_path / "run", resume="auto", **values))
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
@@ -98,11 +99,11 @@ def test_a_small_teacher_into_a_larger_student_of_other_depth(tmp_path: Path, te
 
 
 def test_it_starts_from_weights_that_have_queries_and_keys(tmp_path: Path, teacher: Path) -> None:
-    Trainer(tiny(tmp_path / "run", teacher=str(teacher), init=str(teacher)))
+    Trainer(Classification(), tiny(tmp_path / "run", teacher=str(teacher), init=str(teacher)))
     (fate,) = [f for f in runs.read_config(tmp_path / "run")[1]["init"] if f["part"] == "blocks: attn"]
     assert fate["fate"] == "loaded"
     train(tiny(tmp_path / "student", teacher=str(teacher), epochs=1))
-    Trainer(tiny(tmp_path / "tuned", init=str(tmp_path / "student")))
+    Trainer(Classification(), tiny(tmp_path / "tuned", init=str(tmp_path / "student")))
 
 
 def test_a_tampered_teacher_and_wrong_use_are_refused(
@@ -111,7 +112,7 @@ def test_a_tampered_teacher_and_wrong_use_are_refused(
     run = tmp_path / "run"
     train(tiny(run, teacher=str(teacher), epochs=1))
     weights = files.read_tensors(run / "teacher" / "model.safetensors")
-    files.replace_tensors(run / "teacher" / "model.safetensors", {n: t + 1 for n, t in weights.items()})
+    files.write_tensors(run / "teacher" / "model.safetensors", {n: t + 1 for n, t in weights.items()})
     with pytest.raises(ValueError, match=r"teacher/model\.safetensors is refused"):
         load_run(run)
     bad = {
@@ -138,7 +139,7 @@ def test_what_a_run_starts_from_is_never_overwritten(
     before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
     for start in ({"teacher": str(tmp_path / "link")}, {"init": str(mine)}, {"init": f"{mine}/model.safetensors"}):
         with pytest.raises(ValueError, match="is what this run starts from: give another --output"):
-            Trainer(tiny(mine, overwrite=True, **start))
+            Trainer(Classification(), tiny(mine, overwrite=True, **start))
     assert cli.main(["transfer", str(mine), "--output", str(mine), "--overwrite"]) == 2
     assert "give another --output" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()} == before

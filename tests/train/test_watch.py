@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from karat import runs
 from karat.runs import checkpoint, files
 from karat.train import step, watch
-from karat.train.engine import Trainer, train
+from karat.train.classify import Classification, train
+from karat.train.engine import Trainer
 from karat.train.optim import operator_parameters
 from support.interrupted import CutOff, Doomed
 from support.training import outcome, tiny
@@ -47,7 +48,9 @@ def one_update(folder: Path, *, past: int, factor: float, operators: bool = True
     made = []
     for clip in (None, values.pop("clip_grad", 1.0)):
         # at a rate of 0 the first update changes nothing
-        trainer = Trainer(tiny(folder / str(clip), attention="g3b", clip_grad=clip, warmup_lr=0.0, **values))
+        trainer = Trainer(
+            Classification(), tiny(folder / str(clip), attention="g3b", clip_grad=clip, warmup_lr=0.0, **values)
+        )
         batch = [next(iter(trainer.data.train))]
         usual = step.update(trainer.parts, 0, batch).norm
         trainer.parts.watch.norms.clear()
@@ -116,7 +119,7 @@ RUN = {"attention": "g3b", "epochs": 4, "recovery_interval": 2, "clip_grad": 0.1
 def bursting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run with bursts in its last epochs, and what it said."""
     folder, said = tmp_path_factory.mktemp("bursting") / "run", io.StringIO()
-    Bursting(tiny(folder, **RUN), console=Console(file=said, width=300)).fit()
+    Bursting(Classification(), tiny(folder, **RUN), console=Console(file=said, width=300)).fit()
     return folder, said.getvalue()
 
 
@@ -133,11 +136,11 @@ def test_a_burst_is_told_of_once_an_epoch(bursting: tuple[Path, str]) -> None:
 
 @pytest.mark.parametrize("lives", [23, 26, 27])
 def test_a_run_resumes_bit_equal_across_a_burst(tmp_path: Path, bursting: tuple[Path, str], lives: int) -> None:
-    doomed = Bursting(tiny(tmp_path / "run", **RUN))
+    doomed = Bursting(Classification(), tiny(tmp_path / "run", **RUN))
     doomed.lives = lives
     with pytest.raises(CutOff):
         doomed.fit()
-    resumed = Bursting(tiny(tmp_path / "run", resume="auto", **RUN))
+    resumed = Bursting(Classification(), tiny(tmp_path / "run", resume="auto", **RUN))
     assert len(resumed.parts.watch.norms) == resumed.progress.step > 0
     Bursting.after_step(resumed)  # what the update after the checkpoint is to see
     resumed.fit()
@@ -145,7 +148,7 @@ def test_a_run_resumes_bit_equal_across_a_burst(tmp_path: Path, bursting: tuple[
 
 
 def test_a_checkpoint_without_the_norms_is_gone_on_with(tmp_path: Path) -> None:
-    doomed = Doomed(tiny(tmp_path / "run", recovery_interval=2, attention="g3b"))
+    doomed = Doomed(Classification(), tiny(tmp_path / "run", recovery_interval=2, attention="g3b"))
     doomed.lives = 5
     with pytest.raises(CutOff):
         doomed.fit()
@@ -155,14 +158,14 @@ def test_a_checkpoint_without_the_norms_is_gone_on_with(tmp_path: Path) -> None:
     del state["gradient_norms"], state["progress"]["largest_operator_norm"], state["progress"]["noted"]
     files.write_json(last / checkpoint.STATE, state)
     files.write_manifest(last)
-    resumed = Trainer(tiny(tmp_path / "run", recovery_interval=2, attention="g3b", resume="auto"))
+    resumed = Trainer(Classification(), tiny(tmp_path / "run", recovery_interval=2, attention="g3b", resume="auto"))
     assert (resumed.notes, resumed.progress.step) == ([], 4)
     resumed.fit()
     assert outcome(tmp_path / "run")[0] == outcome(tmp_path / "whole")[0]
 
 
 def test_models_without_operators_are_not_watched(tmp_path: Path) -> None:
-    trainer = Trainer(tiny(tmp_path / "run", epochs=1))
+    trainer = Trainer(Classification(), tiny(tmp_path / "run", epochs=1))
     trainer.fit()
     assert not trainer.parts.watch.operators
     assert not trainer.parts.watch.norms

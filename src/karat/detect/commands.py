@@ -88,10 +88,11 @@ def train(arguments: Sequence[str]) -> None:
     """karat detect train."""
     prog = "karat detect train"
     settings = parse(lambda: read_settings(DetectSettings, arguments, prog, _defaults(arguments)), prog)
-    from karat.detect.task import DetectTrainer
+    from karat.detect.task import Detection
+    from karat.train.engine import Trainer
 
     console = Console()
-    trainer = DetectTrainer(settings, console=console)
+    trainer = Trainer(Detection(), settings, console=console)
     summary = trainer.fit()
     if trainer.main:
         console.print(
@@ -106,7 +107,7 @@ def train(arguments: Sequence[str]) -> None:
 def evaluate(arguments: Sequence[str]) -> None:
     """karat detect eval."""
     parsed = parse(lambda: tyro.cli(Evaluate, args=arguments, prog="karat detect eval"), "karat detect eval")
-    from karat.detect.measure import EVAL, evaluate_run
+    from karat.detect.measure import evaluate_run
 
     result = evaluate_run(
         parsed.run,
@@ -120,7 +121,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     )
     console = Console()
     console.print(precision_table(result))
-    console.print(f"{result['images']} images\nsaved: {parsed.run / EVAL}", highlight=False, soft_wrap=True)
+    console.print(f"{result['images']} images\nsaved: {parsed.run / runs.EVAL}", highlight=False, soft_wrap=True)
 
 
 def precision_table(figures: dict[str, Any]) -> Table:

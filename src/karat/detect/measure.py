@@ -17,8 +17,6 @@ from karat.runs.files import write_json
 from karat.runs.settings import Device
 from karat.train.build import create_accelerator
 
-EVAL = "eval.json"
-
 
 def load_run(folder: Path, weights: str = "last") -> tuple[Detector, DetectSettings, dict[int, str]]:
     """A run's detector in evaluation mode on the CPU, its settings, and its categories {id: name}.
@@ -71,8 +69,8 @@ def evaluate_run(
     name = data if data is not None else part
     result = {"run": str(folder), "weights": weights, "data": name, "img_size": settings.recipe.img_size, **figures}
     if accelerator.is_main_process:
-        write_json(folder / EVAL, result)
-        write_json(folder / "detections.json", results)
+        write_json(folder / runs.EVAL, result)
+        write_json(folder / runs.DETECTIONS, results)
     return result
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from karat import runs
 from karat.data.images import read_file
 from karat.detect.coco import Picture
 from karat.detect.data import open_parts
@@ -48,7 +49,7 @@ def predict_images(
         settings = replace(settings, device=device)
     accelerator = create_accelerator(settings)
     detector.to(accelerator.device)
-    target = output or folder / "predictions"
+    target = output or folder / runs.PREDICTIONS
     target.mkdir(parents=True, exist_ok=True)
     known = _known(settings)
     view, names = View(settings.recipe, train=False), list(categories.values())

@@ -80,7 +80,7 @@ class DetectSettings(RunSettings):
         return replace(base, recipe=recipe.override(**{k: v for k, v in values.items() if k not in own}))
 
     def resolved(self) -> DetectSettings:
-        """As RunSettings.resolved."""
+        """These settings with every `auto` replaced by what it stands for."""
         preset = "published" if self.preset == AUTO else self.preset
         get_recipe(preset)  # an unknown name is refused here
         model = "vit_tiny_patch16_224" if self.model == AUTO else self.model

@@ -16,7 +16,6 @@ from karat.detect.detector import Detector, build_detector
 from karat.detect.evaluate import measure
 from karat.detect.init import load_init
 from karat.detect.settings import DetectSettings
-from karat.train import randomness
 from karat.train.engine import Trainer
 from karat.train.init import Transplanted
 from karat.train.task import Batch, Objective, Task
@@ -30,17 +29,18 @@ def total_loss(model: nn.Module, batch: Batch) -> Tensor:
     return torch.stack(list(model(images, targets).values())).sum()
 
 
-class Detection(Task):
+class Detection(Task[DetectSettings, DetectData]):
     """Images to boxes and masks; `best` follows the average precision of boxes."""
 
     metric = "box_AP"
 
-    def __init__(self, settings: DetectSettings) -> None:
-        self.settings = settings
+    def resolve(self, settings: DetectSettings) -> DetectSettings:
+        """As Task.resolve."""
+        return settings.resolved()
 
-    def load_data(self, accelerator: Accelerator) -> DetectData:
+    def load_data(self, settings: DetectSettings, accelerator: Accelerator) -> DetectData:
         """As Task.load_data."""
-        return load_data(self.settings, accelerator.process_index, accelerator.num_processes)
+        return load_data(settings, accelerator.process_index, accelerator.num_processes)
 
     def facts(self, data: DetectData) -> dict[str, Any]:
         """As Task.facts."""
@@ -51,12 +51,16 @@ class Detection(Task):
             "skipped": data.skipped,
         }
 
-    def build(self, data: DetectData, folder: Path | None) -> tuple[nn.Module, list[Transplanted]]:
-        """As Task.build."""
-        detector = build_detector(self.settings, data.num_classes)
-        return detector, [] if self.settings.init is None else load_init(detector, self.settings)
+    def notes(self, data: DetectData) -> list[str]:
+        """What was left out."""
+        return list(data.skipped)
 
-    def objective(self, data: DetectData) -> Objective:
+    def build(self, settings: DetectSettings, data: DetectData, folder: Path | None) -> tuple[nn.Module, list[Transplanted]]:
+        """As Task.build."""
+        detector = build_detector(settings, data.num_classes)
+        return detector, [] if settings.init is None else load_init(detector, settings)
+
+    def objective(self, settings: DetectSettings, data: DetectData) -> Objective:
         """As Task.objective."""
         return total_loss
 
@@ -68,8 +72,12 @@ class Detection(Task):
         figures, _ = measure(model, batches, data.eval_part, accelerator)
         return figures
 
-    def evaluate_train(self, model: nn.Module, accelerator: Accelerator, data: DetectData) -> dict[str, float]:
-        """The same of the training images, as train_box_AP and so on."""
+    def also_measured(
+        self, settings: DetectSettings, model: nn.Module, accelerator: Accelerator, data: DetectData
+    ) -> dict[str, float]:
+        """With `eval_train` the figures of the training images, as train_box_AP and so on."""
+        if not settings.eval_train:
+            return {}
         assert isinstance(model, Detector)
         figures, _ = measure(model, data.measuring(data.train_part), data.train_part, accelerator)
         return {f"train_{name}": value for name, value in figures.items() if name != "images"}
@@ -93,32 +101,8 @@ class Detection(Task):
         model.trunk.compile()
 
 
-class DetectTrainer(Trainer):
-    """The training loop, on detection."""
-
-    settings: DetectSettings
-    task: Detection
-
-    def create_task(self, settings: DetectSettings) -> Detection:
-        """As Trainer.create_task."""
-        return Detection(settings)
-
-    def fit(self) -> dict[str, Any]:
-        """As Trainer.fit; says first what of the data was left out."""
-        self.notes += self.data.skipped
-        return super().fit()
-
-    def _evaluate(self) -> dict[str, float]:
-        """As Trainer's; with `eval_train` the training images' figures too, of the weights in training alone."""
-        line = super()._evaluate()
-        if self.settings.eval_train:
-            with randomness.aside(self.settings.seed):
-                line |= self.task.evaluate_train(self.parts.bare, self.accelerator, self.data)
-        return line
-
-
 def train(
     settings: DetectSettings, *, data: DetectData | None = None, console: Console | None = None
 ) -> dict[str, Any]:
     """Run `settings` to the end, or go on with the run they name, and return its summary."""
-    return DetectTrainer(settings, data=data, console=console).fit()
+    return Trainer(Detection(), settings, data, console).fit()

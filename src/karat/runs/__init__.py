@@ -2,13 +2,18 @@
 
 from karat.runs.folder import (
     CONFIG,
+    DETECTIONS,
     DIGESTS,
+    EVAL,
     METRICS,
+    PREDICTIONS,
     REPORT,
     SUMMARY,
     TEACHER,
+    TENSORBOARD,
     TRAJECTORY,
     begin,
+    check_same,
     choose_folder,
     compare_folder,
     default_folder,
@@ -23,17 +28,23 @@ from karat.runs.folder import (
     versions,
     weights_path,
     write_history,
+    write_weights,
 )
 
 __all__ = [
     "CONFIG",
+    "DETECTIONS",
     "DIGESTS",
+    "EVAL",
     "METRICS",
+    "PREDICTIONS",
     "REPORT",
     "SUMMARY",
     "TEACHER",
+    "TENSORBOARD",
     "TRAJECTORY",
     "begin",
+    "check_same",
     "choose_folder",
     "compare_folder",
     "default_folder",
@@ -48,4 +59,5 @@ __all__ = [
     "versions",
     "weights_path",
     "write_history",
+    "write_weights",
 ]

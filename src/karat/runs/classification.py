@@ -104,15 +104,16 @@ class Settings(RunSettings):
             return self.model
         return self.attention if self.mlp == "mlp" else f"{self.attention}/{self.mlp}"
 
+    @property
+    def starts_from(self) -> tuple[str | None, ...]:
+        """As RunSettings.starts_from."""
+        return self.init, self.teacher
+
     def model_kwargs(self) -> dict[str, Any]:
         """The arguments of the model's constructor that are set."""
         names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
         sizes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return sizes if self.mlp == "mlp" else sizes | {"mlp": self.mlp}
-
-    def resolved(self) -> Settings:
-        """As RunSettings.resolved."""
-        return resolve(self)
 
     def folder_name(self) -> str:
         """DATA-MODEL-ATTENTION-sSEED, with the MLP behind the attention where it isn't the model's own.

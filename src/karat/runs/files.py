@@ -6,11 +6,12 @@ leaves the old file or the new one, never half of either. Nothing here unpickles
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,30 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write text to `path`, whole or not at all; OSError names the file."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextlib.contextmanager
+def draft_of(path: Path) -> Iterator[Path]:
+    """A file beside `path`, of the same ending, to be written: it becomes `path` at the end, or goes on an error.
+
+    Raises OSError, naming `path`, where the disk refuses.
+    """
+    draft = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        draft.write_text(text, encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.unlink(missing_ok=True)  # of a process of the same number that was killed: it may be a link
+        yield draft
         sync(draft)
         os.replace(draft, path)
         sync(path.parent)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text to `path`, whole or not at all."""
+    with draft_of(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -59,25 +73,13 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write named tensors as safetensors to `path` (not atomic: use inside a draft folder, or `replace_tensors`)."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(plain, path, metadata=dict(metadata or {}) | {"format": "pt"})
-        sync(path)
-    except SafetensorError as error:  # its writer reports a full disk through its own exception
-        raise OSError(f"cannot write {path}: {error}") from error
-
-
-def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write named tensors as safetensors to `path`, whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write_tensors(draft, tensors, metadata)
-        os.replace(draft, path)
-        sync(path.parent)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with draft_of(path) as draft:
+        try:
+            save_file(plain, draft, metadata=dict(metadata or {}) | {"format": "pt"})
+        except SafetensorError as error:  # its writer reports a full disk through its own exception
+            raise OSError(str(error)) from error
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
@@ -92,20 +94,12 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Put `source` at `target` atomically, as a hard link where the file system has them."""
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    draft.unlink(missing_ok=True)
-    try:
+    """Put `source` at `target`, whole or not at all, as a hard link where the file system has them."""
+    with draft_of(target) as draft:
         try:
             os.link(source, draft)
         except OSError:
             shutil.copyfile(source, draft)
-            sync(draft)
-        os.replace(draft, target)
-        sync(target.parent)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise OSError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 def digest(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -13,11 +14,14 @@ from torch import Tensor
 
 from karat.runs import checkpoint, files
 from karat.runs.classification import Settings
-from karat.runs.settings import RunSettings, data_slug, slug
+from karat.runs.settings import RunSettings, data_slug, first_change, slug
 
 CONFIG, METRICS, SUMMARY, DIGESTS = "config.json", "metrics.jsonl", "summary.json", "weights.json"
+EVAL, DETECTIONS = "eval.json", "detections.json"
 REPORT = "convert.json"  # of a converted run
-TRAJECTORY, TEACHER = "trajectory", "teacher"
+TRAJECTORY, TEACHER, TENSORBOARD, PREDICTIONS = "trajectory", "teacher", "tensorboard", "predictions"
+_FOLDERS = (checkpoint.FOLDER, TRAJECTORY, TEACHER, TENSORBOARD, PREDICTIONS)
+_FILES = (METRICS, SUMMARY, DIGESTS, checkpoint.MODEL, checkpoint.EMA, EVAL, DETECTIONS, REPORT, CONFIG)
 
 S = TypeVar("S", bound=RunSettings)
 
@@ -77,6 +81,16 @@ def spare(folder: Path, *sources: str | Path | None) -> None:
             raise ValueError(f"{source} is what this run starts from: give another --output than {folder}")
 
 
+def check_same(folder: Path, settings: RunSettings) -> None:
+    """Raise ValueError where the run in `folder` can't go on under these settings."""
+    saved, facts = read_config(folder, type(settings))
+    if "converted_from" in facts:
+        raise ValueError(f"{folder} was converted, not trained: start a new run with --init {folder}")
+    change = first_change(saved, settings)
+    if change is not None:
+        raise ValueError(f"{folder} can't go on under other settings: {change}")
+
+
 def begin(folder: Path, settings: RunSettings, facts: dict[str, Any]) -> None:
     """Make a run's folder, with its config; what another run left there is removed (`choose_folder` asked before)."""
     if is_run(folder):
@@ -92,19 +106,9 @@ def begin(folder: Path, settings: RunSettings, facts: dict[str, Any]) -> None:
 
 def remove(folder: Path) -> None:
     """Remove what a run wrote, and nothing else that lies in its folder."""
-    for name in (checkpoint.FOLDER, TRAJECTORY, TEACHER, "tensorboard", "predictions"):
+    for name in _FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (
-        METRICS,
-        SUMMARY,
-        DIGESTS,
-        checkpoint.MODEL,
-        checkpoint.EMA,
-        "eval.json",
-        "detections.json",
-        REPORT,
-        CONFIG,
-    ):
+    for name in _FILES:
         (folder / name).unlink(missing_ok=True)
 
 
@@ -157,6 +161,12 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
     return lines
+
+
+def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """The weights of a run that has no checkpoints, vouched for by their digest."""
+    files.write_tensors(folder / checkpoint.MODEL, weights)
+    files.write_json(folder / DIGESTS, {checkpoint.MODEL: [files.digest(folder / checkpoint.MODEL)]})
 
 
 def publish_weights(folder: Path, saved: Path) -> None:

@@ -94,9 +94,10 @@ class RunSettings:
         """What sets the run apart among others on the same data."""
         return self.attention
 
-    def resolved(self) -> Self:
-        """These settings with every `auto` replaced by what it stands for, so that config.json repeats the run."""
-        raise NotImplementedError
+    @property
+    def starts_from(self) -> tuple[str | None, ...]:
+        """Runs and files that the run takes weights from, as they are named."""
+        return (self.init,)
 
     def folder_name(self) -> str:
         """The name of the run's folder below runs, where --output gives none."""

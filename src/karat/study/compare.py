@@ -77,7 +77,7 @@ def compare(
         for attention in attentions:
             output = folder / f"{slug(attention)}-s{seed}"
             own = replace(chosen[attention], seed=seed, output=output)
-            trainer = Trainer(own, data=data, task=Classification(own, opened), console=console)
+            trainer = Trainer(Classification(opened), own, data, console)
             data = trainer.data
             summaries[attention].append(trainer.fit())
             main = trainer.main

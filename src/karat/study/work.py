@@ -120,8 +120,7 @@ def check_models(jobs: Sequence[Job]) -> None:
 
 
 def _train(job: Job, shared: _Shared, console: Console) -> None:
-    task = Classification(job.settings, shared.opened)
-    trainer = Trainer(job.settings, data=shared.get(job), task=task, console=console)
+    trainer = Trainer(Classification(shared.opened), job.settings, shared.get(job), console)
     shared.data = trainer.data
     trainer.fit()
     if summary_of(job) is None:

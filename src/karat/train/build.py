@@ -1,4 +1,4 @@
-"""The parts of a training run that settings describe: accelerator, losses, mixing, optimiser, and all together."""
+"""The parts of a training run that settings describe: accelerator, model, optimiser, schedule, and all together."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
-from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.scheduler.scheduler import Scheduler
-from torch import Tensor, nn
+from torch import nn
 
 from karat.operator.config import KArAtConfig
-from karat.runs.recipes import Recipe
 from karat.runs.settings import RunSettings
 from karat.train.ema import WeightAverage
 from karat.train.init import Transplanted
@@ -54,41 +51,6 @@ def create_accelerator(settings: RunSettings) -> Accelerator:
     return accelerator
 
 
-def create_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
-    """timm's mixup and cutmix, or None when both alphas are 0. ValueError for an odd batch, which it can't pair."""
-    if not (recipe.mixup or recipe.cutmix):
-        return None
-    if recipe.batch_size % 2:
-        raise ValueError(f"batch_size={recipe.batch_size}: mixup and cutmix pair images and need an even batch")
-    return Mixup(
-        mixup_alpha=recipe.mixup,
-        cutmix_alpha=recipe.cutmix,
-        prob=recipe.mixup_prob,
-        switch_prob=recipe.mixup_switch_prob,
-        mode=recipe.mixup_mode,
-        label_smoothing=recipe.smoothing,
-        num_classes=num_classes,
-    )
-
-
-def create_loss(recipe: Recipe) -> nn.Module:
-    """Cross-entropy for training: with soft targets under mixing, with smoothing otherwise."""
-    if recipe.mixup or recipe.cutmix:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing else nn.CrossEntropyLoss()
-
-
-def mix(mixup: Mixup | None, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """A batch and its targets, mixed where mixing is on; a last odd batch leaves its final image out."""
-    if mixup is None:
-        return images, labels
-    even = len(images) // 2 * 2
-    if even == 0:
-        return images, nn.functional.one_hot(labels, mixup.num_classes).to(images.dtype)
-    mixed: tuple[Tensor, Tensor] = mixup(images[:even].clone(), labels[:even])
-    return mixed
-
-
 def checkpoint_gradients(model: nn.Module, name: str) -> None:
     """timm's set_grad_checkpointing; ValueError for a model that has none."""
     switch = getattr(model, "set_grad_checkpointing", None)
@@ -118,7 +80,7 @@ class Parts:
 
 
 def assemble(
-    task: Task,
+    task: Task[Any, Any],
     settings: RunSettings,
     accelerator: Accelerator,
     data: Any,
@@ -132,7 +94,7 @@ def assemble(
     """
     recipe = settings.recipe
     seed_everything(settings.seed)
-    model, loaded = task.build(data, folder)
+    model, loaded = task.build(settings, data, folder)
     if settings.grad_checkpointing:
         checkpoint_gradients(model, settings.model)
     count = sum(p.numel() for p in model.parameters())
@@ -151,7 +113,7 @@ def assemble(
         optimizer=prepared,
         schedule=create_schedule(prepared.optimizer, recipe, updates_per_epoch),
         ema=None if recipe.model_ema_decay is None else WeightAverage(plain, recipe.model_ema_decay),
-        objective=task.objective(data),
+        objective=task.objective(settings, data),
         watch=GradientWatch(plain),
         parameters=count,
         loaded=loaded,

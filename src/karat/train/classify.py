@@ -9,17 +9,55 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from karat.data.splits import Data, Opener, load_data
-from karat.runs.classification import Settings
+from karat.runs.classification import Settings, resolve
 from karat.runs.model import data_options, plain_model, with_teacher
+from karat.runs.recipes import Recipe
 from karat.train import transfer
-from karat.train.build import create_loss, create_mixup, mix
+from karat.train.engine import Trainer
 from karat.train.evaluate import evaluate
 from karat.train.init import Transplanted, load_init
 from karat.train.task import Batch, Objective, Task
+
+
+def create_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix, or None when both alphas are 0. ValueError for an odd batch, which it can't pair."""
+    if not (recipe.mixup or recipe.cutmix):
+        return None
+    if recipe.batch_size % 2:
+        raise ValueError(f"batch_size={recipe.batch_size}: mixup and cutmix pair images and need an even batch")
+    return Mixup(
+        mixup_alpha=recipe.mixup,
+        cutmix_alpha=recipe.cutmix,
+        prob=recipe.mixup_prob,
+        switch_prob=recipe.mixup_switch_prob,
+        mode=recipe.mixup_mode,
+        label_smoothing=recipe.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def create_loss(recipe: Recipe) -> nn.Module:
+    """Cross-entropy for training: with soft targets under mixing, with smoothing otherwise."""
+    if recipe.mixup or recipe.cutmix:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing else nn.CrossEntropyLoss()
+
+
+def mix(mixup: Mixup | None, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch and its targets, mixed where mixing is on; a last odd batch leaves its final image out."""
+    if mixup is None:
+        return images, labels
+    even = len(images) // 2 * 2
+    if even == 0:
+        return images, nn.functional.one_hot(labels, mixup.num_classes).to(images.dtype)
+    mixed: tuple[Tensor, Tensor] = mixup(images[:even].clone(), labels[:even])
+    return mixed
 
 
 @dataclass
@@ -39,7 +77,7 @@ class _MixedLoss:
         return loss
 
 
-class Classification(Task):
+class Classification(Task[Settings, Data]):
     """Images to classes: batches (B,C,S,S) and labels (B,); measured by top-1.
 
     opened: what may have opened the data before.
@@ -47,36 +85,40 @@ class Classification(Task):
 
     metric = "top1"
 
-    def __init__(self, settings: Settings, opened: Opener | None = None) -> None:
-        self.settings, self.opened = settings, opened
+    def __init__(self, opened: Opener | None = None) -> None:
+        self.opened = opened or Opener()
 
-    def load_data(self, accelerator: Accelerator) -> Data:
+    def resolve(self, settings: Settings) -> Settings:
+        """As Task.resolve."""
+        return resolve(settings, self.opened)
+
+    def load_data(self, settings: Settings, accelerator: Accelerator) -> Data:
         """As Task.load_data."""
         share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-        return load_data(data_options(self.settings, **share), self.opened)
+        return load_data(data_options(settings, **share), self.opened)
 
     def facts(self, data: Data) -> dict[str, Any]:
         """As Task.facts."""
         return {"num_classes": data.num_classes, "class_names": list(data.class_names), "in_chans": data.in_chans}
 
-    def build(self, data: Data, folder: Path | None) -> tuple[nn.Module, list[Transplanted]]:
+    def build(self, settings: Settings, data: Data, folder: Path | None) -> tuple[nn.Module, list[Transplanted]]:
         """As Task.build."""
-        model = plain_model(self.settings, data.num_classes, data.in_chans)
-        loaded = [] if self.settings.init is None else load_init(model, self.settings)
-        model = with_teacher(model, self.settings, data.in_chans, folder)
-        if self.settings.channels_last:
+        model = plain_model(settings, data.num_classes, data.in_chans)
+        loaded = [] if settings.init is None else load_init(model, settings)
+        model = with_teacher(model, settings, data.in_chans, folder)
+        if settings.channels_last:
             model.to(memory_format=torch.channels_last)
         return model, loaded
 
-    def keep(self, folder: Path) -> None:
+    def keep(self, settings: Settings, folder: Path) -> None:
         """The teacher of a student."""
-        if self.settings.teacher is not None:
-            transfer.keep(self.settings, folder)
+        if settings.teacher is not None:
+            transfer.keep(settings, folder)
 
-    def objective(self, data: Data) -> Objective:
+    def objective(self, settings: Settings, data: Data) -> Objective:
         """As Task.objective."""
-        recipe = self.settings.recipe
-        return _MixedLoss(create_mixup(recipe, data.num_classes), create_loss(recipe), self.settings.channels_last)
+        recipe = settings.recipe
+        return _MixedLoss(create_mixup(recipe, data.num_classes), create_loss(recipe), settings.channels_last)
 
     def evaluate(
         self, model: nn.Module, batches: Iterable[Batch], accelerator: Accelerator, data: Data
@@ -92,3 +134,8 @@ class Classification(Task):
     def summary(self, history: list[dict[str, Any]]) -> dict[str, Any]:
         """As Task.summary."""
         return {name: history[-1][name] if history else None for name in ("top1", "top5")}
+
+
+def train(settings: Settings, *, data: Data | None = None, console: Console | None = None) -> dict[str, Any]:
+    """Run `settings` to the end, or go on with the run they name, and return its summary."""
+    return Trainer(Classification(), settings, data, console).fit()

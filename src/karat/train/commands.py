@@ -14,7 +14,7 @@ from rich.console import Console
 from karat import runs
 from karat.data.splits import Opener
 from karat.errors import parse
-from karat.runs.classification import AUTO, Settings, preset_for, resolve
+from karat.runs.classification import AUTO, Settings, preset_for
 from karat.runs.recipes import get_recipe
 from karat.runs.renamed import renamed_options
 from karat.runs.settings import Device, RunSettings
@@ -103,8 +103,7 @@ def _run(settings: Settings, opened: Opener) -> None:
     from karat.train.engine import Trainer
 
     console = Console()
-    settings = resolve(settings, opened)
-    trainer = Trainer(settings, task=Classification(settings, opened), console=console)
+    trainer = Trainer(Classification(opened), settings, console=console)
     summary = trainer.fit()
     if trainer.main:
         console.print(
@@ -168,7 +167,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     )
     Console().print(
         f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  loss {result['eval_loss']:.4f}  "
-        f"({result['images']} images)\nsaved: {parsed.run / 'eval.json'}",
+        f"({result['images']} images)\nsaved: {parsed.run / runs.EVAL}",
         highlight=False,
         soft_wrap=True,
     )

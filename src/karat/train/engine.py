@@ -20,9 +20,9 @@ from accelerate.utils import send_to_device
 from rich.console import Console
 
 from karat import runs
+from karat.errors import TrainingDiverged
 from karat.runs import checkpoint, files
-from karat.runs.classification import Settings
-from karat.runs.settings import RunSettings, first_change
+from karat.runs.settings import RunSettings
 from karat.train import faults, init, memory, randomness, reports, state, step, track, watch
 from karat.train.build import assemble, create_accelerator
 from karat.train.snapshot import Progress, give, take
@@ -37,57 +37,44 @@ class Trainer:
     """One run, from settings to weights.
 
     Args:
+        task: what kind of training it is.
         settings: what to train; `auto` values are resolved here.
-        data, task: the task and its data, where they are there already (`karat compare` shares the data).
+        data: the task's data, where it is there already (`karat compare` shares it).
         console: where progress is printed; none prints nothing.
 
     Raises ValueError for settings that contradict each other, the data or the run's folder.
     """
 
     def __init__(
-        self, settings: RunSettings, *, data: Any = None, task: Task | None = None, console: Console | None = None
+        self, task: Task[Any, Any], settings: RunSettings, data: Any = None, console: Console | None = None
     ) -> None:
-        settings = settings.resolved()
+        settings = task.resolve(settings)
         self.folder = runs.choose_folder(settings, runs.default_folder(settings))
         resuming = settings.resume is not None and runs.is_run(self.folder)
         if resuming:
-            saved, facts = runs.read_config(self.folder, type(settings))
-            if "converted_from" in facts:
-                raise ValueError(f"{self.folder} was converted, not trained: start a new run with --init {self.folder}")
-            change = first_change(saved, settings)
-            if change is not None:
-                raise ValueError(f"{self.folder} can't go on under other settings: {change}")
+            runs.check_same(self.folder, settings)
         else:
-            runs.spare(self.folder, settings.init, getattr(settings, "teacher", None))
-        self.settings, self.recipe = settings, settings.recipe
-        self.task = task or self.create_task(settings)
+            runs.spare(self.folder, *settings.starts_from)
+        self.task, self.settings, self.recipe = task, settings, settings.recipe
         self.accelerator = create_accelerator(settings)
         self.console = console or Console(quiet=True)
         self.main = self.accelerator.is_main_process
-        self.data = data or self.task.load_data(self.accelerator)
+        self.data = data or task.load_data(settings, self.accelerator)
         self.batches_per_epoch = len(self.data.train)
         updates = -(-self.batches_per_epoch // settings.grad_accum_steps)
         self.total_steps = self.recipe.epochs * updates
         resumed = self.folder if resuming else None
-        self.parts = assemble(
-            self.task, settings, self.accelerator, self.data, updates_per_epoch=updates, folder=resumed
-        )
+        self.parts = assemble(task, settings, self.accelerator, self.data, updates_per_epoch=updates, folder=resumed)
         self.progress = Progress()
         self.changing = False  # weights and progress are being changed: not a moment to save
-        self.notes: list[str] = []
+        self.notes = task.notes(self.data)
         self.step_seconds: list[float] = []  # of this epoch's updates since the start or the resumption
         if resuming:
             self._resume()
         else:
             self._begin()
         if self.main:
-            self.task.keep(self.folder)
-
-    def create_task(self, settings: Any) -> Task:
-        """What fills in the loop: classification here."""
-        from karat.train.classify import Classification
-
-        return Classification(settings)
+            task.keep(settings, self.folder)
 
     # -- beginning, saving, resuming --------------------------------------------------------------------------------
 
@@ -134,14 +121,14 @@ class Trainer:
         if self.main:
             (self.folder / runs.TRAJECTORY).mkdir(exist_ok=True)
             name = f"epoch-{self.progress.epoch:04d}.safetensors"
-            files.replace_tensors(self.folder / runs.TRAJECTORY / name, weights)
+            files.write_tensors(self.folder / runs.TRAJECTORY / name, weights)
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, Any]:
         """Train to the last epoch and return the run's summary (also in summary.json).
 
-        Raises faults.TrainingDiverged, OSError (disk full, worker died), KeyboardInterrupt and SystemExit(143), all
+        Raises TrainingDiverged, OSError (disk full, worker died), KeyboardInterrupt and SystemExit(143), all
         of them after a checkpoint from which `--resume` goes on.
         """
         p, epochs = self.progress, self.recipe.epochs
@@ -265,7 +252,7 @@ class Trainer:
         images = send_to_device(group[-1][0], self.accelerator.device)
         why = faults.diagnose(self.parts.bare, images, step.bad_gradients(self.parts))
         self.save()
-        raise faults.TrainingDiverged(
+        raise TrainingDiverged(
             f"stopped at step {p.step}: {p.bad_steps + 1} updates had a non-finite loss or gradient (now loss "
             f"{outcome.loss:.4g}, gradient norm {outcome.norm:.4g}); {why}. The last good state is saved in "
             f"{self.folder}: begin again with a lower --lr, --operator-lr-scale or --clip-grad, or go on with --resume "
@@ -308,6 +295,8 @@ class Trainer:
             with randomness.aside(self.settings.seed), self.parts.ema.lent():
                 averaged = self.task.evaluate(self.parts.bare, self.data.eval, self.accelerator, self.data)
                 line[f"ema_{self.task.metric}"] = averaged[self.task.metric]
+        with randomness.aside(self.settings.seed):
+            line |= self.task.also_measured(self.settings, self.parts.bare, self.accelerator, self.data)
         return line
 
     def _close_epoch(self) -> None:
@@ -319,7 +308,17 @@ class Trainer:
             self._leave()
         self.changing = True
         p.epoch, p.batch = p.epoch + 1, 0
-        line = reports.epoch_line(p, self.parts, self.data, measured, self.step_seconds)
+        line = reports.epoch_line(
+            p,
+            measured,
+            lr=self.parts.optimizer.param_groups[0]["lr"],
+            images=self.data.train.num_samples,
+            bad_images=self.data.bad_images,
+            step_seconds=self.step_seconds,
+            device=self.accelerator.device,
+        )
+        if self.parts.watch.operators:
+            line["operator_gradient_norm"] = p.largest_operator_norm
         if p.operators:
             line["operator_growth"], where = watch.growth(p.operators, watch.sizes(self.parts.bare))
             self._warn(watch.warning(line["operator_growth"], where))
@@ -343,9 +342,6 @@ class Trainer:
         self.accelerator.wait_for_everyone()  # no process goes on, to evaluate say, before the run is written
 
     def _summary(self) -> dict[str, Any]:
-        return reports.summary(self.folder, self.settings, self.task, self.parts, self.progress)
-
-
-def train(settings: Settings, *, data: Any = None, console: Console | None = None) -> dict[str, Any]:
-    """Run `settings` to the end, or go on with the run they name, and return its summary."""
-    return Trainer(settings, data=data, console=console).fit()
+        p, figures = self.progress, self.task.summary(self.progress.history)
+        finished = p.epoch >= self.recipe.epochs
+        return reports.summary(self.folder, self.settings, figures, self.parts.parameters, p, finished=finished)

@@ -55,5 +55,5 @@ def evaluate_run(
     measured = evaluate(model.to(accelerator.device), loaded.eval, accelerator)
     result = {"run": str(folder), "weights": weights, "data": data or settings.data, "img_size": side, **measured}
     if accelerator.is_main_process:
-        write_json(folder / "eval.json", result)
+        write_json(folder / runs.EVAL, result)
     return result

@@ -9,12 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Generic, TypeVar
 
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from karat.data.loader import Loader
+from karat.runs.settings import RunSettings
 from karat.train.init import Transplanted
 
 # A batch: images first, then what is known of each of them, as long as there are images. Both may be nested.
@@ -22,52 +22,57 @@ Batch = tuple[Any, Any]
 Objective = Callable[[nn.Module, Batch], Tensor]
 
 
-class TaskData(Protocol):
-    """What a task reads: loaders for both parts, and how many images could not be decoded."""
-
-    @property
-    def train(self) -> Loader: ...
-    @property
-    def eval(self) -> Loader: ...
-    @property
-    def bad_images(self) -> int: ...
+S = TypeVar("S", bound=RunSettings)
+D = TypeVar("D")  # the data: `train` and `eval`, which are Loaders, and `bad_images`
 
 
-class Task(ABC):
+class Task(ABC, Generic[S, D]):
     """One kind of training. `metric` is the evaluation's figure that `best` follows, higher being better."""
 
     metric: ClassVar[str]
 
     @abstractmethod
-    def load_data(self, accelerator: Accelerator) -> Any:
-        """The data (a TaskData), this process's share. Raises ValueError for data that can't be used."""
+    def resolve(self, settings: S) -> S:
+        """The settings with every `auto` replaced by what it stands for, so that config.json repeats the run."""
 
     @abstractmethod
-    def facts(self, data: Any) -> dict[str, Any]:
+    def load_data(self, settings: S, accelerator: Accelerator) -> D:
+        """The data, this process's share. Raises ValueError for data that can't be used."""
+
+    @abstractmethod
+    def facts(self, data: D) -> dict[str, Any]:
         """What of the data config.json must hold so that the model can be built again, plain values."""
 
+    def notes(self, data: D) -> list[str]:
+        """What there is to say of the data before training; nothing, as a rule."""
+        return []
+
     @abstractmethod
-    def build(self, data: Any, folder: Path | None) -> tuple[nn.Module, list[Transplanted]]:
+    def build(self, settings: S, data: D, folder: Path | None) -> tuple[nn.Module, list[Transplanted]]:
         """The model on the CPU, from torch's present random state, and what --init gave it.
 
         folder: of the run that is resumed; None for a new one.
         """
 
-    def keep(self, folder: Path) -> None:  # noqa: B027  a hook that most tasks leave alone
+    def keep(self, settings: S, folder: Path) -> None:
         """Copy into the run what else it needs to be opened; nothing, as a rule."""
 
     @abstractmethod
-    def objective(self, data: Any) -> Objective:
+    def objective(self, settings: S, data: D) -> Objective:
         """The function from the model and a batch, which lies on the device, to the mean loss to minimise."""
 
     @abstractmethod
     def evaluate(
-        self, model: nn.Module, batches: Iterable[Batch], accelerator: Accelerator, data: Any
+        self, model: nn.Module, batches: Iterable[Batch], accelerator: Accelerator, data: D
     ) -> dict[str, float]:
         """The model's figures on this process's share of the evaluation images; the same on every process.
 
         The model is left in the mode it came in. Among the figures are `metric` and "images", their number.
         """
+
+    def also_measured(self, settings: S, model: nn.Module, accelerator: Accelerator, data: D) -> dict[str, float]:
+        """Further figures of the weights in training, for the same line; none, as a rule."""
+        return {}
 
     @abstractmethod
     def epoch_line(self, line: Mapping[str, Any]) -> str:

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from karat import runs
+
 
 class Tracker(Protocol):
     """Takes the numbers of an epoch."""
@@ -18,13 +20,13 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-class TensorBoard:
-    """Event files in `RUN/tensorboard`; events from `first_epoch` on are replaced when a run resumes."""
+class TensorBoardTracker:
+    """Event files in RUN/tensorboard; events from `first_epoch` on are replaced when a run resumes."""
 
     def __init__(self, run: Path, first_epoch: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_epoch or None)
+        self.writer = SummaryWriter(str(run / runs.TENSORBOARD), purge_step=first_epoch or None)
 
     def log(self, values: Mapping[str, float], epoch: int) -> None:
         for name, value in values.items():
@@ -35,7 +37,7 @@ class TensorBoard:
         self.writer.close()
 
 
-class Hosted:
+class HostedTracker:
     """wandb or trackio, which share one interface."""
 
     def __init__(self, library: str, run: Path, config: Mapping[str, Any]) -> None:
@@ -56,9 +58,9 @@ def trackers(names: tuple[str, ...], run: Path, config: Mapping[str, Any], first
     made: list[Tracker] = []
     for name in names:
         if name == "tensorboard":
-            made.append(TensorBoard(run, first_epoch))
+            made.append(TensorBoardTracker(run, first_epoch))
         elif name in ("wandb", "trackio"):
-            made.append(Hosted(name, run, config))
+            made.append(HostedTracker(name, run, config))
         else:
             raise ValueError(f"unknown tracker {name!r}: use tensorboard, wandb or trackio")
     return made

@@ -13,7 +13,7 @@ import karat
 from karat import KArAtOperator
 from karat.models.distill import DistillOptions, FitOptions, distill, fit_operators, gauge, measure_blocks
 from karat.models.distill.closed_form import fit_operator
-from karat.train.convert_run import Convert
+from karat.train.convert import Convert
 from support.small_models import SMALL, small_model
 
 BACKBONES = ("vit", "vit_registers", "deit_distilled", "convit", "swin")

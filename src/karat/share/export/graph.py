@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -75,20 +73,6 @@ def largest_difference(
     if worst > tolerance:
         raise ValueError(f"the exported model's logits differ from PyTorch's by {worst:.2g}, more than {tolerance:g}")
     return worst
-
-
-@contextmanager
-def draft_of(path: Path) -> Iterator[Path]:
-    """A name beside `path`, of the same ending, that becomes `path` if all goes well and is removed if not."""
-    draft = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield draft
-        os.replace(draft, path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def as_text(metadata: Mapping[str, object] | None) -> dict[str, str]:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from karat.share.export.graph import TOLERANCE, TRACED, as_text, draft_of, exported_program, largest_difference
+from karat.runs.files import draft_of
+from karat.share.export.graph import TOLERANCE, TRACED, as_text, exported_program, largest_difference
 
 OPSET = 23  # the newest that torch's exporter writes itself
 OPSETS = range(18, 26)  # from its own library of functions' to the newest that onnxruntime runs

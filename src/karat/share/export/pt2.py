@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from karat.share.export.graph import TOLERANCE, as_text, draft_of, exported_program, largest_difference
+from karat.runs.files import draft_of
+from karat.share.export.graph import TOLERANCE, as_text, exported_program, largest_difference
 
 METADATA = "karat.json"
 

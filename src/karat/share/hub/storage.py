@@ -23,7 +23,7 @@ DIGEST = "weights_sha256"
 
 def write(folder: Path, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
     """config.json and model.safetensors. The weights come first: a config that is there vouches for them."""
-    files.replace_tensors(folder / WEIGHTS, weights)
+    files.write_tensors(folder / WEIGHTS, weights)
     files.write_json(folder / CONFIG, {**config.as_dict(), DIGEST: files.digest(folder / WEIGHTS)})
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -25,15 +26,17 @@ from karat.models.distill.closed_form import check_fits
 from karat.models.karatize import karatize
 from karat.models.resample import resample_tokens
 from karat.operator.config import KArAtConfig
-from karat.runs import checkpoint, files
-from karat.runs.checkpoint import load_weights
+from karat.runs import files
 from karat.runs.classification import AUTO, Settings, preset_for, resolve
-from karat.runs.model import build_model, data_options, input_size
+from karat.runs.model import data_options, input_size
 from karat.runs.recipes import get_recipe
 from karat.runs.settings import Device
-from karat.train import memory
+from karat.train import reports
 from karat.train.build import create_accelerator
+from karat.train.classify import Classification
 from karat.train.evaluate import evaluate
+from karat.train.snapshot import Progress
+from karat.train.teachers import softmax_run, softmax_timm
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,6 @@ def convert_run(options: Convert, console: Console | None = None) -> dict[str, A
     taken.
     """
     console = console or Console(quiet=True)
-    fit = FitOptions(options.ridge, options.fold, options.refit_projection)
-    tune = DistillOptions(options.distill_epochs, options.distill_lr, options.distill_scope, options.distill_inputs)
     torch.manual_seed(options.seed)
     settings, teacher, facts = _teacher(options)
     folder = runs.choose_folder(settings, runs.default_folder(settings))
@@ -121,40 +122,51 @@ def convert_run(options: Convert, console: Console | None = None) -> dict[str, A
             f"{facts['num_classes']} and {facts['in_chans']}; give data that it was trained on"
         )
     if teacher is None:
-        teacher = _from_timm(options, settings, data.num_classes, data.in_chans)
+        teacher = softmax_timm(settings, data.num_classes, data.in_chans, options.checkpoint)
     teacher = teacher.to(accelerator.device).eval()
     student = karatize(copy.deepcopy(teacher), settings.attention).eval()
     images = Images(few, data, accelerator.device)
-    held_out = [batch for _, batch in zip(range(-(-512 // options.batch_size)), images.evaluation(), strict=False)]
     report: dict[str, Any] = {"teacher": options.teacher, "attention": settings.attention}
     report["options"] = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(options).items()}
+    report |= _fit(student, teacher, images, options, accelerator, console)
+    report["folder"] = str(folder)
+    fitted = evaluate(student, images.labelled_training(options.images), accelerator)
+    _write(folder, replace(settings, output=folder), student, data, report, fitted["eval_loss"])
+    console.print(table(report))
+    return report
+
+
+def _fit(
+    student: nn.Module, teacher: nn.Module, images: Images, options: Convert, accelerator: Accelerator, console: Console
+) -> dict[str, Any]:
+    """Fit the student's operators, then distil where epochs are asked for; what the report says of it."""
+    fit = FitOptions(options.ridge, options.fold, options.refit_projection)
+    tune = DistillOptions(options.distill_epochs, options.distill_lr, options.distill_scope, options.distill_inputs)
+    held_out = [batch for _, batch in zip(range(-(-512 // options.batch_size)), images.evaluation(), strict=False)]
+
+    def blocks() -> list[dict[str, Any]]:
+        return [asdict(block) for block in measure_blocks(student, teacher, held_out)]
+
+    def measured(model: nn.Module) -> dict[str, float]:
+        return evaluate(model, images.labelled(options.eval_images), accelerator)
+
     began = time.perf_counter()
     fit_operators(student, teacher, lambda: images.training(options.images), fit, lambda name: console.log(name))
-    report["seconds_closed_form"] = time.perf_counter() - began
-    report["closed_form"] = evaluate(student, images.labelled(options.eval_images), accelerator)
+    found: dict[str, Any] = {"seconds_closed_form": time.perf_counter() - began, "closed_form": measured(student)}
     if tune.epochs:
-        report["closed_form_blocks"] = [asdict(block) for block in measure_blocks(student, teacher, held_out)]
+        found["closed_form_blocks"] = blocks()
         began = time.perf_counter()
-        batches = -(-options.distill_images // options.batch_size)
-        report["distill_errors"] = distill(
+        found["distill_errors"] = distill(
             student,
             teacher,
             lambda: images.training(options.distill_images, fresh=True),
             tune,
-            batches=batches,
+            batches=-(-options.distill_images // options.batch_size),
             progress=lambda line: console.log(line),
         )
-        report["seconds_distill"] = time.perf_counter() - began
-    report["blocks"] = [asdict(block) for block in measure_blocks(student, teacher, held_out)]
-    report["before"] = evaluate(teacher, images.labelled(options.eval_images), accelerator)
-    report["after"] = (
-        evaluate(student, images.labelled(options.eval_images), accelerator) if tune.epochs else report["closed_form"]
-    )
-    report["folder"] = str(folder)
-    fitted = evaluate(student, images.labelled_training(options.images), accelerator)
-    _write(folder, settings, student, data, report, fitted["eval_loss"])
-    console.print(table(report))
-    return report
+        found["seconds_distill"] = time.perf_counter() - began
+    found |= {"blocks": blocks(), "before": measured(teacher)}
+    return found | {"after": measured(student) if tune.epochs else found["closed_form"]}
 
 
 def _teacher(options: Convert) -> tuple[Settings, nn.Module | None, dict[str, Any] | None]:
@@ -172,23 +184,15 @@ def _teacher(options: Convert) -> tuple[Settings, nn.Module | None, dict[str, An
     }
     path = Path(options.teacher).expanduser()
     if runs.is_run(path):
-        theirs, facts = runs.read_config(path)
-        if theirs.teacher is not None:
-            raise ValueError(f"{path} runs on another's attention: nothing to convert; give {theirs.teacher} instead")
-        if not KArAtConfig.parse(theirs.attention).leaves_attention:
-            raise ValueError(f"{path} has learnable attention already ({theirs.attention}); give one of plain softmax")
         if options.checkpoint is not None:
             raise ValueError("--checkpoint belongs to a timm model; a run has its own weights")
+        teacher, theirs, facts = softmax_run(path, options.weights)
         if options.data not in (None, theirs.data):  # how much of their data they took, and where it lay, goes with it
             changed |= {"data": options.data, "data_fraction": 1.0, "num_samples": None, "data_dir": None}
-        settings = replace(theirs, **changed)
-        teacher = build_model(theirs, facts["num_classes"], facts["in_chans"])
-        load_weights(teacher, runs.read_weights(path, options.weights), str(runs.weights_path(path, options.weights)))
-        side = theirs.img_size or input_size(theirs.model)
-        if options.img_size is not None and options.img_size != side:
+        if options.img_size not in (None, theirs.img_size or input_size(theirs.model)):
             resample_tokens(teacher, img_size=options.img_size)
-            settings = replace(settings, img_size=options.img_size)
-        return settings, teacher, facts
+            changed["img_size"] = options.img_size
+        return replace(theirs, **changed), teacher, facts
     if path.exists() or "/" in options.teacher:
         raise ValueError(f"{options.teacher} is no run's folder; give one, or timm's name of a model")
     if options.data is None:
@@ -196,34 +200,6 @@ def _teacher(options: Convert) -> tuple[Settings, nn.Module | None, dict[str, An
     recipe = get_recipe(preset_for(AUTO, options.data, options.teacher, None))
     settings = Settings(model=options.teacher, data=options.data, img_size=options.img_size, recipe=recipe)
     return resolve(replace(settings, **changed)), None, None
-
-
-def _from_timm(options: Convert, settings: Settings, num_classes: int, in_chans: int) -> nn.Module:
-    softmax = replace(settings, attention="softmax")
-    if options.checkpoint is not None:
-        model = build_model(softmax, num_classes, in_chans)
-        if not options.checkpoint.is_file():
-            raise ValueError(f"--checkpoint {options.checkpoint}: no such file; give a safetensors file")
-        load_weights(model, files.read_tensors(options.checkpoint), str(options.checkpoint))
-        return model
-    from karat.models.create import create_model
-
-    try:
-        return create_model(
-            settings.model,
-            "softmax",
-            num_classes=num_classes,
-            in_chans=in_chans,
-            pretrained=True,
-            **settings.model_kwargs(),
-        )
-    except ValueError:
-        raise
-    except Exception as error:  # timm raises RuntimeError, the Hub's client its own kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{settings.model}: pretrained weights can't be loaded ({reason}); give them with --checkpoint FILE"
-        ) from error
 
 
 def _data(settings: Settings, options: Convert) -> tuple[Data, Data]:
@@ -247,53 +223,18 @@ def _write(
     folder: Path, settings: Settings, student: nn.Module, data: Data, report: dict[str, Any], train_loss: float
 ) -> None:
     """A run's folder like one that was trained for no epoch: config, weights, metrics of the start, the report."""
-    count = sum(p.numel() for p in student.parameters())
-    settings = replace(settings, output=folder)
-    runs.begin(
-        folder,
-        settings,
-        {
-            "num_classes": data.num_classes,
-            "class_names": list(data.class_names),
-            "in_chans": data.in_chans,
-            "parameters": count,
-            "init": [],
-            "converted_from": report["teacher"],
-        },
-    )
-    after = report["after"]
-    line = {
-        "epoch": 0,
-        "step": 0,
-        "lr": 0.0,
-        "train_loss": train_loss,
-        **after,
-        "seconds": report["seconds_closed_form"] + report.get("seconds_distill", 0.0),
-        "images_per_second": 0.0,
-        "peak_memory_mib": memory.peak_mib(torch.device("cpu")),
-        "bad_steps": 0,
-        "bad_images": data.bad_images,
-    }
-    files.replace_tensors(folder / checkpoint.MODEL, {n: t.detach().cpu() for n, t in student.state_dict().items()})
-    files.write_json(folder / runs.DIGESTS, {checkpoint.MODEL: [files.digest(folder / checkpoint.MODEL)]})
-    runs.write_history(folder, [line])
-    files.write_json(
-        folder / runs.SUMMARY,
-        {
-            "folder": str(folder),
-            "model": settings.model,
-            "attention": settings.attention,
-            "seed": settings.seed,
-            "epochs": 0,
-            "finished": True,
-            "parameters": count,
-            "top1": after["top1"],
-            "top5": after["top5"],
-            "best": {"top1": after["top1"], "epoch": 0},
-            "seconds_per_epoch": 0.0,
-            "peak_memory_mib": line["peak_memory_mib"],
-        },
-    )
+    task, count = Classification(), sum(p.numel() for p in student.parameters())
+    started = {"parameters": count, "init": [], "converted_from": report["teacher"]}
+    runs.begin(folder, settings, task.facts(data) | started)
+    spent = report["seconds_closed_form"] + report.get("seconds_distill", 0.0)
+    best = {"top1": report["after"]["top1"], "epoch": 0}
+    progress = Progress(loss_sum=train_loss, applied=1, seconds=spent, best=best)
+    line = reports.epoch_line(progress, report["after"], bad_images=data.bad_images)
+    progress.history.append(line)
+    runs.write_weights(folder, student.state_dict())
+    runs.write_history(folder, progress.history)
+    figures = task.summary(progress.history)
+    files.write_json(folder / runs.SUMMARY, reports.summary(folder, settings, figures, count, progress, finished=True))
     files.write_json(folder / runs.REPORT, report)
 
 
