@@ -55,7 +55,9 @@ class Detection(Task[DetectSettings, DetectData]):
         """What was left out."""
         return list(data.skipped)
 
-    def build(self, settings: DetectSettings, data: DetectData, folder: Path | None) -> tuple[nn.Module, list[Transplanted]]:
+    def build(
+        self, settings: DetectSettings, data: DetectData, folder: Path | None
+    ) -> tuple[nn.Module, list[Transplanted]]:
         """As Task.build."""
         detector = build_detector(settings, data.num_classes)
         return detector, [] if settings.init is None else load_init(detector, settings)

@@ -12,8 +12,8 @@ from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
 from torchvision import transforms
 
-from karat.models.evaluating import evaluating
 from karat.data.images import Fit, Normalise, read_file, read_image, to_uint8
+from karat.models.evaluating import evaluating
 from karat.share.hub.config import ModelConfig
 
 BATCH = 32
