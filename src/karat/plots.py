@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,35 @@ def whole_epochs(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
+def draw_epochs(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], panels: Mapping[str, str]) -> Figure:
+    """Numbers of metrics.jsonl over epochs: a panel for each that a run has, a colour for each name, a line a run.
+
+    runs: the lines of each name's runs; panels: titles by number.
+    """
+    shown = [key for key in panels if any(key in line for some in runs.values() for lines in some for line in lines)]
+    with looks():
+        figure = new_figure(3.1 * len(shown), 2.6)
+        axes = figure.subplots(1, len(shown), squeeze=False)[0]
+        for panel, key in zip(axes, shown, strict=True):
+            for index, (name, some) in enumerate(runs.items()):
+                for number, lines in enumerate(some):
+                    points = [(line["epoch"], line[key]) for line in lines if key in line]
+                    marker = "o" if len(points) < 3 else None
+                    label = None if number else name
+                    panel.plot(
+                        [epoch for epoch, _ in points],
+                        [value for _, value in points],
+                        label=label,
+                        marker=marker,
+                        markersize=3,
+                        **line_style(index),
+                    )
+            finish(panel, panels[key], "epoch")
+            whole_epochs(panel)
+        axes[-1].legend()
+    return figure
+
+
 def few_ticks(axes: Axes, most: int = 4) -> None:
     """No more intervals along x than a narrow panel has room for."""
     axes.xaxis.set_major_locator(MaxNLocator(most))
@@ -97,9 +127,14 @@ def encode(figure: Figure, form: str, *, dpi: int = 150) -> bytes:
 
 
 def save(figure: Figure, path: Path | str, *, dpi: int = 200) -> Path:
-    """Write the figure where `path` says; its ending chooses the format. Raises ValueError for an unknown one."""
+    """Write the figure where `path` says, whole or not at all; its ending chooses the format.
+
+    Raises ValueError for an unknown one.
+    """
     path = Path(path)
     content = encode(figure, path.suffix.removeprefix("."), dpi=dpi)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    draft = path.with_name(f".{path.name}")
+    draft.write_bytes(content)
+    draft.replace(path)
     return path

@@ -9,7 +9,6 @@ import torch
 import karat
 from karat.analyze.attention import (
     attention_of,
-    box_of,
     choose_block,
     class_maps,
     dominant_regions,
@@ -123,8 +122,6 @@ def test_dominant_head_and_its_region() -> None:
     heads, picked = dominant_regions(maps)
     assert heads.tolist() == [1]
     assert picked[0].tolist() == [[True, False], [False, False]]
-    assert box_of(picked[0], (8, 4)) == (0, 0, 2, 4)
-    assert box_of(torch.zeros(2, 2, dtype=torch.bool), (8, 4)) is None
 
 
 def test_upsampling_keeps_a_constant() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from karat.analyze.spectrum import effective_rank, numerical_rank, scree_index, singular_values, spectrum
+from karat.analyze.spectrum import effective_rank, scree_index, singular_values, spectrum
 
 
 def planted(rank: int, size: int = 20) -> torch.Tensor:
@@ -15,10 +15,9 @@ def planted(rank: int, size: int = 20) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rank", [1, 3, 12, 20])
-def test_a_planted_rank_is_found_by_all_three(rank: int) -> None:
+def test_a_planted_rank_is_found_by_both(rank: int) -> None:
     values = singular_values(planted(rank))
     assert effective_rank(values) == pytest.approx(rank, rel=1e-6)
-    assert numerical_rank(values) == rank
     if rank < 20:
         assert scree_index(values) == rank
 
@@ -28,7 +27,8 @@ def test_a_low_rank_operators_sigma_has_its_rank() -> None:
 
     op = karat.KArAtOperator(2, 20, "g3b,rank=4").double()
     sigma = op(torch.randn(3, 2, 20, 20, dtype=torch.float64))
-    assert (numerical_rank(singular_values(sigma.detach()), 1e-10) == 4).all()
+    values = singular_values(sigma.detach())
+    assert ((values > 1e-10 * values[..., :1]).sum(-1) == 4).all()
 
 
 def test_spectrum_summarises_heads_and_images() -> None:
@@ -42,6 +42,6 @@ def test_spectrum_summarises_heads_and_images() -> None:
 
 def test_zero_matrices_have_rank_zero_and_nan_is_refused() -> None:
     zeros = singular_values(torch.zeros(5, 5))
-    assert effective_rank(zeros) == numerical_rank(zeros) == scree_index(zeros) == 0
+    assert effective_rank(zeros) == scree_index(zeros) == 0
     with pytest.raises(ValueError, match="finite"):
         singular_values(torch.full((2, 2), torch.nan))

@@ -154,16 +154,6 @@ def dominant_regions(maps: Tensor, share: float = 0.5) -> tuple[Tensor, Tensor]:
     return heads, region(chosen, share)
 
 
-def box_of(mask: Tensor, image_size: tuple[int, int]) -> tuple[float, float, float, float] | None:
-    """The smallest box (x0, y0, x1, y1), in pixels, around a region (h,w) of patches; None for an empty one."""
-    ys, xs = torch.nonzero(mask, as_tuple=True)
-    if not len(ys):
-        return None
-    dy, dx = image_size[0] / mask.shape[0], image_size[1] / mask.shape[1]
-    low_x, low_y, high_x, high_y = (int(v) for v in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
-    return low_x * dx, low_y * dy, high_x * dx, high_y * dy
-
-
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Maps (...,h,w) at an image's size, bilinear: (...,height,width)."""
     flat = maps.reshape(-1, 1, *maps.shape[-2:])

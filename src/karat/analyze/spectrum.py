@@ -37,13 +37,6 @@ def effective_rank(values: Tensor) -> Tensor:
     return torch.where(total.squeeze(-1) > 0, rank, 0)
 
 
-def numerical_rank(values: Tensor, tolerance: float | None = None) -> Tensor:
-    """How many singular values (...,K) exceed tolerance · the largest (None: K · machine epsilon): (...)."""
-    if tolerance is None:
-        tolerance = values.shape[-1] * torch.finfo(values.dtype).eps
-    return (values > tolerance * values.amax(-1, keepdim=True)).sum(-1)
-
-
 def scree_index(values: Tensor) -> int:
     """Where the scree plot breaks: how many of the singular values (K,) stand before the elbow.
 

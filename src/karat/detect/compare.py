@@ -11,6 +11,7 @@ from rich.table import Table
 
 from karat import runs
 from karat.detect.settings import DetectSettings
+from karat.plots import draw_epochs, save
 from karat.runs import files
 
 RESULT, FIGURE = "compare.json", "curves.png"
@@ -56,10 +57,10 @@ def compare_runs(folders: Sequence[Path], output: Path) -> list[dict[str, Any]]:
         row["seconds_per_epoch"] = statistics.median(line["seconds"] for line in history)
         row["peak_memory_mib"] = max(line["peak_memory_mib"] for line in history)
         rows.append(row)
-        histories[str(folder)] = history
+        histories[str(folder)] = [history]
     output.mkdir(parents=True, exist_ok=True)
     files.write_json(output / RESULT, rows)
-    draw_curves(histories, output / FIGURE)
+    save(draw_epochs(histories, PANELS), output / FIGURE)
     return rows
 
 
@@ -74,25 +75,3 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         figures = [f"{row[name]:.1f}" if name in row else "–" for name in names]
         drawn.add_row(row["run"], f"{row['parameters']:,}", *figures, f"{row['seconds_per_epoch']:.1f}")
     return drawn
-
-
-def draw_curves(histories: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """One panel for each figure that the runs have, one colour a run."""
-    from matplotlib.figure import Figure
-
-    shown = [name for name in PANELS if any(name in line for lines in histories.values() for line in lines)]
-    figure = Figure(figsize=(3.4 * len(shown), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(shown), squeeze=False)[0]
-    for panel, name in zip(panels, shown, strict=True):
-        for index, (run, lines) in enumerate(histories.items()):
-            points = [(line["epoch"], line[name]) for line in lines if name in line]
-            panel.plot(*zip(*points, strict=True), color=f"C{index}", label=run, linewidth=1.5)
-        panel.set_title(PANELS[name], fontsize=9)
-        panel.set_xlabel("epoch")
-        panel.grid(alpha=0.3)
-        if "AP" in name:
-            panel.set_ylim(0, 100)
-    panels[0].legend(frameon=False)
-    draft = path.with_name(f".{path.name}")
-    figure.savefig(draft, dpi=110, format="png")
-    draft.replace(path)

@@ -56,16 +56,6 @@ def _level(width: int, scale: float, channels: int) -> nn.Sequential:
     return nn.Sequential(*steps)
 
 
-def level_sizes(side: int) -> list[int]:
-    """The sides of the five maps over a trunk's grid of that side.
-
-    >>> level_sizes(14)
-    [56, 28, 14, 7, 4]
-    """
-    half = side // 2
-    return [4 * side, 2 * side, side, half, -(-half // 2)]
-
-
 def as_float(maps: dict[str, Tensor]) -> dict[str, Tensor]:
     """The maps in float32 (float64 stays)."""
     return {name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in maps.items()}

@@ -20,6 +20,7 @@ from karat.models.flops import multiply_adds, teacher_multiply_adds
 from karat.models.kan.mlp import parse_mlp
 from karat.models.kan.peers import DEEP_KAN
 from karat.operator.config import KArAtConfig
+from karat.plots import draw_epochs, save
 from karat.runs import files
 from karat.runs.classification import Settings, resolve
 from karat.runs.model import build_model, input_size
@@ -29,6 +30,7 @@ from karat.train.classify import Classification
 from karat.train.engine import Trainer
 
 RESULT, FIGURE = "compare.json", "curves.png"
+PANELS = {"train_loss": "training loss", "top1": "top-1 on the evaluation images (%)"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def compare(
             folder / RESULT, {"settings": settings.as_dict(), "seeds": seeds, "rows": [asdict(r) for r in rows]}
         )
         histories = {row.attention: [runs.read_history(Path(run)) for run in row.runs] for row in rows}
-        draw(histories, folder / FIGURE)
+        save(draw_epochs(histories, PANELS), folder / FIGURE)
         console.print(table(rows))
         console.print(f"curves: {folder / FIGURE}\ntable:  {folder / RESULT}", highlight=False, soft_wrap=True)
     return rows
@@ -188,26 +190,3 @@ def table(rows: Sequence[Row]) -> Table:
             f"{row.peak_memory_mib:,.0f}",
         )
     return drawn
-
-
-def draw(histories: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
-    """Training loss and top-1 per epoch, one colour an attention, one line a seed."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for index, (attention, seeds) in enumerate(histories.items()):
-        for number, lines in enumerate(seeds):
-            epochs = [line["epoch"] for line in lines]
-            for panel, value in zip(panels, ("train_loss", "top1"), strict=True):
-                label = attention if number == 0 else None
-                panel.plot(epochs, [line[value] for line in lines], color=f"C{index}", label=label, linewidth=1.4)
-    for panel, title in zip(panels, ("training loss", "top-1 on the evaluation images (%)"), strict=True):
-        panel.set_xlabel("epoch")
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.set_title(title, fontsize=10)
-        panel.grid(alpha=0.3)
-    panels[1].legend(frameon=False)
-    draft = path.with_name(f".{path.name}")
-    figure.savefig(draft, dpi=150, format="png")
-    draft.replace(path)

@@ -11,27 +11,14 @@ from matplotlib.ticker import NullFormatter
 
 from karat.analyze.sweep import Sweep
 from karat.analyze.weights import Histograms
-from karat.plots import COLOURS, few_ticks, finish, line_style, looks, new_figure, whole_epochs
+from karat.plots import COLOURS, draw_epochs, few_ticks, finish, line_style, looks, new_figure, whole_epochs
 
 PANELS = {"train_loss": "training loss", "eval_loss": "evaluation loss", "top1": "top-1 (%)"}
 
 
 def draw_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Training loss, evaluation loss and top-1 per epoch, one line a run (lines of metrics.jsonl by run)."""
-    with looks():
-        figure = new_figure(9.3, 2.6)
-        axes = figure.subplots(1, len(PANELS))
-        for panel, (key, title) in zip(axes, PANELS.items(), strict=True):
-            for index, (name, history) in enumerate(histories.items()):
-                lines = [line for line in history if key in line]
-                marker = "o" if len(lines) < 3 else None
-                epochs = [line["epoch"] for line in lines]
-                values = [line[key] for line in lines]
-                panel.plot(epochs, values, label=name, marker=marker, markersize=3, **line_style(index))
-            finish(panel, title, "epoch")
-            whole_epochs(panel)
-        axes[-1].legend()
-    return figure
+    return draw_epochs({name: [history] for name, history in histories.items()}, PANELS)
 
 
 def draw_histograms(found: Sequence[Histograms], moments: Sequence[str], epochs: Sequence[int]) -> Figure:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from karat.plots import COLOURS, finish, line_style, looks, new_figure, save
+from karat.runs.files import write_json
 from karat.study.bench.timing import environment
 
 
@@ -36,49 +37,41 @@ class Rows:
     def save(self, path: Path) -> None:
         """Write {"title", "environment", "rows"} as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"title": self.title, "environment": environment(), "rows": self.rows}
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(path, {"title": self.title, "environment": environment(), "rows": self.rows})
 
     def draw(self, path: Path, x: str, y: str, label: str) -> None:
         """Curves of column y over column x, one for each value of column `label`, both axes logarithmic."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.add_subplot()
-        for name in dict.fromkeys(row[label] for row in self.rows):
-            points = [(row[x], row[y]) for row in self.rows if row[label] == name]
-            axes.plot(*zip(*points, strict=True), marker="o", label=str(name))
-        axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log", title=self.title)
-        axes.legend(fontsize="small")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        with looks():
+            figure = new_figure(6, 4)
+            axes = figure.subplots()
+            for index, name in enumerate(dict.fromkeys(row[label] for row in self.rows)):
+                points = [(row[x], row[y]) for row in self.rows if row[label] == name]
+                axes.plot(*zip(*points, strict=True), marker="o", label=str(name), **line_style(index))
+            axes.set(xscale="log", yscale="log")
+            finish(axes, self.title, x, y)
+            axes.legend()
+        save(figure, path)
 
     def bars(self, path: Path, value: str, label: str, groups: Sequence[str]) -> None:
         """Bars of column `value`, one panel for each setting of the columns `groups`, one bar for each `label`."""
-        from matplotlib.figure import Figure
-
         panels: dict[str, list[dict[str, Any]]] = {}
         for row in self.rows:
             panels.setdefault(", ".join(f"{row[group]}" for group in groups), []).append(row)
-        figure = Figure(figsize=(3.2 * len(panels), 3.2), layout="constrained")
-        grid = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (title, rows) in zip(grid, panels.items(), strict=True):
-            bars = axes.barh([str(row[label]) for row in rows], [row[value] for row in rows])
-            axes.bar_label(bars, [text(float(row[value])) for row in rows], padding=2, fontsize="small")
-            axes.set(xlabel=value, title=title)
-            axes.margins(x=0.2)
-            axes.invert_yaxis()
-        figure.suptitle(self.title)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
+        with looks():
+            figure = new_figure(3.2 * len(panels), 3.2)
+            grid = figure.subplots(1, len(panels), squeeze=False)[0]
+            for axes, (title, rows) in zip(grid, panels.items(), strict=True):
+                bars = axes.barh([str(row[label]) for row in rows], [row[value] for row in rows], color=COLOURS[0])
+                axes.bar_label(bars, [text(float(row[value])) for row in rows], padding=2)
+                axes.margins(x=0.2)
+                axes.invert_yaxis()
+                finish(axes, title, value)
+            figure.suptitle(self.title)
+        save(figure, path)
 
 
 def text(value: object) -> str:
     """A cell: numbers with three digits that matter."""
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and abs(value) < 100
-        else f"{value:,.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
