@@ -19,7 +19,7 @@ import torch
 import tyro
 from torch import nn
 
-from karat.analyze.cost import count_parameters
+from karat.models.flops import count_parameters
 from karat.runs.classification import SMALL_MODEL, Settings
 from karat.runs.model import build_model, input_size
 from karat.study.bench.memory import MIB

@@ -182,12 +182,13 @@ def test_runs_side_by_side(finished: Path, tmp_path: Path, capsys: pytest.Captur
 def test_runs_of_the_same_name_have_a_curve_each(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[str] = []
-    monkeypatch.setattr("karat.detect.compare.draw_curves", lambda histories, _: drawn.extend(histories))
+    figures: list[Any] = []
+    monkeypatch.setattr("karat.detect.compare.save", lambda figure, _: figures.append(figure))
     folders = [tmp_path / name / "run" for name in "ab"]
     for folder in folders:
         shutil.copytree(finished, folder)
     rows = compare_runs(folders, tmp_path / "out")
+    _, drawn = figures[0].axes[-1].get_legend_handles_labels()
     assert drawn == [row["run"] for row in rows] == [str(folder) for folder in folders]
 
 

@@ -11,39 +11,18 @@ from torch import Tensor, nn
 
 from karat.models.create import create_model
 from karat.models.evaluating import evaluating
-from karat.models.flops import multiply_adds
-from karat.operator.operator import karat_operators
+from karat.models.flops import count_parameters, multiply_adds, operator_parameters
+from karat.paper.published import values_by_model
+from karat.paper.setup import COUNTED_CLASSES, MODELS
+
+# What the paper publishes, by timm's name and attention: params_M, GFLOPs (a multiply-add counts as one), and
+# gpu_memory_GB_batch32 (Table 13).
+PUBLISHED = {(MODELS[model], variant): values for (model, variant), values in values_by_model(13).items()}
+CLASSES = {MODELS[model]: classes for model, classes in COUNTED_CLASSES.items()}  # the others are counted with 10
 
 
 @dataclass(frozen=True)
-class Published:
-    """One model's figures in the paper: parameters in millions (Table 1), GFLOPs and GB at batch 32 (Table 13).
-
-    Its GFLOPs count a multiply-add as one operation.
-    """
-
-    params_M: float
-    GFLOPs: float
-    gpu_GB: float
-    num_classes: int
-
-
-# The paper counts Tiny and Base with 10 classes, Small with 1000.
-PUBLISHED: dict[tuple[str, str], Published] = {
-    ("vit_tiny_patch16_224", "softmax"): Published(5.53, 1.262, 2.94, 10),
-    ("vit_tiny_patch16_224", "g3b"): Published(6.29, 1.425, 7.48, 10),
-    ("vit_tiny_patch16_224", "g3u"): Published(5.59, 1.425, 7.29, 10),
-    ("vit_small_patch16_224", "softmax"): Published(22.05, 4.614, 4.15, 1000),
-    ("vit_small_patch16_224", "g3b"): Published(23.58, 4.941, 11.73, 1000),
-    ("vit_small_patch16_224", "g3u"): Published(22.18, 4.941, 11.21, 1000),
-    ("vit_base_patch16_224", "softmax"): Published(85.81, 17.595, 7.44, 10),
-    ("vit_base_patch16_224", "g1b"): Published(87.51, 17.847, 17.36, 10),
-    ("vit_base_patch16_224", "g1u"): Published(85.95, 17.847, 16.97, 10),
-}
-
-
-@dataclass(frozen=True)
-class Cost:
+class ModelCost:
     """What one of the published models costs here. Parameters with s_f and s_b, as the paper counts, and as run."""
 
     model: str
@@ -53,17 +32,7 @@ class Cost:
     added: int
     total: int
     multiply_adds: int
-    published: Published
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Numbers in the module's parameters, shared ones once, those without gradient too."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def operator_parameters(model: nn.Module) -> int:
-    """Numbers that the learnable attention adds to the model, a universal operator once."""
-    return sum(count_parameters(operator) for operator in karat_operators(model).values())
+    published: dict[str, float]
 
 
 def bytes_kept(model: nn.Module, images: Tensor) -> int:
@@ -104,7 +73,7 @@ def _synchronise(images: Tensor) -> None:
         torch.cuda.synchronize(images.device)
 
 
-def cost_of(model: str, attention: str) -> Cost:
+def cost_of(model: str, attention: str) -> ModelCost:
     """What one of the nine models of the paper's Tables 1 and 13 costs, at 224² and with its number of classes.
 
     Raises ValueError for a model that those tables don't have.
@@ -113,7 +82,7 @@ def cost_of(model: str, attention: str) -> Cost:
     if published is None:
         known = "; ".join(f"{name} {spec}" for name, spec in PUBLISHED)
         raise ValueError(f"the paper has no figures for {model} {attention}; it has {known}")
-    classes = published.num_classes
+    classes = CLASSES.get(model, 10)
     built = create_model(model, attention=attention, num_classes=classes)
     added, total = operator_parameters(built), count_parameters(built)
     added_parity, total_parity = added, total
@@ -121,7 +90,7 @@ def cost_of(model: str, attention: str) -> Cost:
         with torch.device("meta"):  # only counted: no need to draw its numbers
             parity = create_model(model, attention=f"{attention},edge_scales=published", num_classes=classes)
         added_parity, total_parity = operator_parameters(parity), count_parameters(parity)
-    return Cost(
+    return ModelCost(
         model=model,
         attention=attention,
         added_parity=added_parity,
@@ -133,12 +102,12 @@ def cost_of(model: str, attention: str) -> Cost:
     )
 
 
-def cost_table() -> list[Cost]:
+def cost_table() -> list[ModelCost]:
     """`cost_of` the nine models, in the paper's order of sizes."""
     return [cost_of(model, attention) for model, attention in PUBLISHED]
 
 
-def print_cost_table(costs: list[Cost]) -> None:
+def print_cost_table(costs: list[ModelCost]) -> None:
     """The table of `karat bench cost`: what each model costs here, the published figures beside it."""
     from rich import box
     from rich.console import Console
@@ -154,10 +123,10 @@ def print_cost_table(costs: list[Cost]) -> None:
             f"{cost.added_parity:,}",
             f"{cost.added:,}",
             f"{cost.total_parity / 1e6:.2f}",
-            f"{cost.published.params_M:.2f}",
+            f"{cost.published['params_M']:.2f}",
             f"{cost.total / 1e6:.2f}",
             f"{cost.multiply_adds / 1e9:.3f}",
-            f"{cost.published.GFLOPs:.3f}",
+            f"{cost.published['GFLOPs']:.3f}",
         )
     Console().print(table)
 

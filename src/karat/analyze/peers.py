@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from karat import runs
+from karat.paper.published import values_by_model
 from karat.runs import files
 from karat.study.compare import RESULT
 
@@ -26,30 +27,27 @@ class Point:
 _PAPER = "arXiv 2503.10632, Table 1"
 _KAT = "arXiv 2409.10594, Table 5"
 
-# ImageNet-1K. Tiny and Base of the first source are counted with 10 classes, as it counts them. Vision-KAN gives no
-# size; 12.8 M is what the second source has for ViT-T + KAN, and what its hidden width of 192 comes to here.
-PUBLISHED: tuple[Point, ...] = tuple(
-    Point(label, kind, params, top1, "imagenet1k", source)
-    for kind, source, entries in (
-        ("softmax", _PAPER, (("ViT-T", 5.53, 59.15), ("ViT-S", 22.05, 70.50), ("ViT-B", 85.81, 72.90))),
-        (
-            "KArAt",
-            _PAPER,
-            (
-                ("ViT-T+G3B", 6.29, 59.11),
-                ("ViT-T+G3U", 5.59, 57.97),
-                ("ViT-S+G3B", 23.58, 67.77),
-                ("ViT-S+G3U", 22.18, 67.76),
-                ("ViT-B+G1B", 87.51, 68.03),
-                ("ViT-B+G1U", 85.95, 68.83),
-            ),
-        ),
-        ("KAT", _KAT, (("KAT-T", 5.7, 74.6), ("KAT-S", 22.1, 81.2), ("KAT-B", 86.6, 82.3))),
-        ("ViT+KAN", _KAT, (("ViT-S+KAN", 50.4, 62.9),)),
-        ("ViT+KAN", "github.com/chenziwenhaoshuai/Vision-KAN", (("Vision-KAN", 12.8, 64.87),)),
-    )
-    for label, params, top1 in entries
+# Of other papers, on ImageNet-1K. Vision-KAN gives no size; 12.8 M is what the first source has for ViT-T + KAN, and
+# what its hidden width of 192 comes to here.
+_OTHERS = (
+    Point("KAT-T", "KAT", 5.7, 74.6, "imagenet1k", _KAT),
+    Point("KAT-S", "KAT", 22.1, 81.2, "imagenet1k", _KAT),
+    Point("KAT-B", "KAT", 86.6, 82.3, "imagenet1k", _KAT),
+    Point("ViT-S+KAN", "ViT+KAN", 50.4, 62.9, "imagenet1k", _KAT),
+    Point("Vision-KAN", "ViT+KAN", 12.8, 64.87, "imagenet1k", "github.com/chenziwenhaoshuai/Vision-KAN"),
 )
+
+
+def published_points() -> list[Point]:
+    """Published models on ImageNet-1K: those of the paper's Table 1 (Tiny and Base counted with 10 classes), others."""
+    top1, sizes = values_by_model(1, "imagenet1k"), values_by_model(1)
+    found = []
+    for (model, variant), values in top1.items():
+        plain = variant == "softmax"
+        label = f"ViT-{model.removeprefix('vit_')[0].upper()}" + ("" if plain else f"+{variant.upper()}")
+        size = sizes[model, variant]["params_M"]
+        found.append(Point(label, "softmax" if plain else "KArAt", size, values["top1"], "imagenet1k", _PAPER))
+    return [*found, *_OTHERS]
 
 
 def measured_points(folders: Sequence[Path | str]) -> list[Point]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from karat import runs
 from karat.analyze import figures
 from karat.analyze.ablation import ablate
-from karat.analyze.cost import PUBLISHED, bytes_kept, count_parameters, images_per_second, operator_parameters
+from karat.analyze.cost import PUBLISHED, bytes_kept, images_per_second
 from karat.analyze.directions import random_directions
 from karat.analyze.hessian import curvature
 from karat.analyze.landscape import (
@@ -28,7 +28,7 @@ from karat.analyze.landscape import (
 from karat.analyze.loading import trajectory
 from karat.analyze.study import Study, Subject
 from karat.analyze.trajectory import Direction, Plane, principal_plane
-from karat.models.flops import multiply_adds, teacher_multiply_adds
+from karat.models.flops import count_parameters, multiply_adds, operator_parameters, teacher_multiply_adds
 from karat.models.transfer import teacher_of
 from karat.runs.classification import Settings
 from karat.runs.files import digest
@@ -198,9 +198,9 @@ def study_cost(subjects: Sequence[Subject]) -> Study:
             published = PUBLISHED.get((asked.model, asked.attention)) if teacher is None else None
             if published is not None and published_size:
                 rows[label] |= {
-                    "paper: parameters (M)": published.params_M,
-                    "paper: multiply-adds an image (G)": published.GFLOPs,
-                    "paper: GPU memory, batch 32 (GB)": published.gpu_GB,
+                    "paper: parameters (M)": published["params_M"],
+                    "paper: multiply-adds an image (G)": published["GFLOPs"],
+                    "paper: GPU memory, batch 32 (GB)": published["gpu_memory_GB_batch32"],
                 }
             history = s.run.history
             if label == s.label and history:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from karat.analyze import figures
-from karat.analyze.peers import PUBLISHED, measured_points
+from karat.analyze.peers import measured_points, published_points
 from karat.analyze.study import Study
 
 PEERS = "peers"
@@ -18,8 +18,8 @@ def study_peers(folders: Sequence[Path]) -> Study:
 
     Raises ValueError for a folder that holds neither a comparison nor a finished run.
     """
-    measured = measured_points(folders)
+    measured, published = measured_points(folders), published_points()
     study = Study("parameters against accuracy")
-    study.figures["parameters-accuracy"] = figures.draw_parameters_accuracy(measured)
-    study.numbers = {"measured": [asdict(p) for p in measured], "published": [asdict(p) for p in PUBLISHED]}
+    study.figures["parameters-accuracy"] = figures.draw_parameters_accuracy(measured, published)
+    study.numbers = {"measured": [asdict(p) for p in measured], "published": [asdict(p) for p in published]}
     return study

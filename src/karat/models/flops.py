@@ -1,4 +1,4 @@
-"""Counting a model's operations."""
+"""Counting what a model costs: its numbers and its operations."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from karat.models.evaluating import evaluating
 from karat.models.transfer import look, teacher_of
+from karat.operator.operator import karat_operators
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Numbers in the module's parameters, shared ones once, those without gradient too."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def operator_parameters(model: nn.Module) -> int:
+    """Numbers that the learnable attention adds to the model, a universal operator once."""
+    return sum(count_parameters(operator) for operator in karat_operators(model).values())
 
 
 class _Look(nn.Module):

@@ -1,13 +1,11 @@
-"""published.csv as entries: read once, found by table and row."""
+"""The published figures as entries with the settings behind them, found by table and row."""
 
 from __future__ import annotations
 
-import csv
 import re
-from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib import resources
 
+from karat.paper.published import PublishedFigure, published
 from karat.paper.setup import Setup, command_line, read_setup
 
 # The tables that hold figures, and what is in them (Tables 5, 6 and 9 to 11 hold settings).
@@ -31,18 +29,8 @@ TABLES = {
 METRICS = {"params_M": "parameters (M)", "gpu_memory_GB_batch32": "GPU memory (GB, batch 32)", "GFLOPs": "GFLOPs"}
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One published figure: `row` counts from 1 within its table; value in percent for accuracies and AP."""
-
-    table: int
-    row: int
-    model: str
-    variant: str
-    dataset: str
-    metric: str
-    value: float
-    note: str
+class Entry(PublishedFigure):
+    """One published figure, its settings and its command."""
 
     @cached_property
     def setup(self) -> Setup:
@@ -73,15 +61,7 @@ _COST_REASONS = {
 
 @cache
 def _entries() -> tuple[Entry, ...]:
-    text = resources.files("karat.paper").joinpath("published.csv").read_text(encoding="utf-8")
-    entries: list[Entry] = []
-    counts: dict[int, int] = {}
-    for line in csv.DictReader(text.splitlines()):
-        table = int(line["table"])
-        counts[table] = counts.get(table, 0) + 1
-        words = (line["model"], line["variant"], line["dataset"], line["metric"])
-        entries.append(Entry(table, counts[table], *words, float(line["value"]), line["note"]))
-    return tuple(entries)
+    return tuple(Entry(**vars(figure)) for figure in published())
 
 
 def table_number(table: str | int) -> int:

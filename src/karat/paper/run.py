@@ -87,9 +87,8 @@ def measure_cost(entry: Entry) -> dict[str, float]:
     """Parameters (M) and multiply-adds (G) of a row's model at 224², built at full size."""
     import torch
 
-    from karat.analyze.cost import count_parameters, operator_parameters
     from karat.models.create import create_model
-    from karat.models.flops import multiply_adds
+    from karat.models.flops import count_parameters, multiply_adds, operator_parameters
 
     setup = entry.setup
     model = create_model(setup.model, attention=setup.attention, num_classes=setup.num_classes)

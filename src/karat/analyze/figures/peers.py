@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from karat.analyze.peers import PUBLISHED, Point
+from karat.analyze.peers import Point
 from karat.plots import COLOURS, looks, new_figure
 
 MARKERS = "osD^vP"
@@ -16,7 +16,7 @@ LABEL_SIZE, LABEL_WIDTH, LABEL_HEIGHT = 5.5, 3.1, 6.0  # points; the width is th
 PLACES = [(side, right, up) for up in (2, -7, 8, -13, 14, -19) for side, right in (("left", 4), ("right", -4))]
 
 
-def draw_parameters_accuracy(measured: Sequence[Point], published: Sequence[Point] = PUBLISHED) -> Figure:
+def draw_parameters_accuracy(measured: Sequence[Point], published: Sequence[Point]) -> Figure:
     """Measured models filled, one colour a data set, the published ones over them hollow, one marker a kind.
 
     Accuracies on different data sets don't compare; the legend names each one's. Raises ValueError if there is no
