@@ -27,9 +27,9 @@ import tyro
 from karat import KArAtConfig, KArAtOperator, basis_attention
 from karat.basis import parse_basis
 from karat.study.bench import attention, memory, paper_way, step
-from karat.study.bench.attention import Shape
+from karat.study.bench.attention import AttentionShape
 from karat.study.bench.commands import Op, Scaling, Throughput
-from karat.study.bench.results import Rows
+from karat.study.bench.results import Measurement
 from karat.study.bench.timing import alternate, environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,7 +107,7 @@ class Gpu:
                 traceback.print_exc()
                 checks.append(check(one.__name__, None, None, f"failed: {error}") | {"met": False})
             self.write(checks)
-        Rows("GPU checks" + " (dry run on the CPU: figures mean nothing)" * self.dry, checks).show()
+        Measurement("GPU checks" + " (dry run on the CPU: figures mean nothing)" * self.dry, checks).show()
         return int(any(line["met"] is False for line in checks) and not self.dry)
 
     def write(self, checks: list[dict[str, Any]]) -> None:
@@ -150,7 +150,7 @@ class Gpu:
 
     def attention(self) -> Iterator[dict[str, Any]]:
         """Attention alone, forward and backward, against the flash path."""
-        shape = Shape(self.sizes.batch, self.sizes.heads, self.sizes.tokens, self.sizes.head)
+        shape = AttentionShape(self.sizes.batch, self.sizes.heads, self.sizes.tokens, self.sizes.head)
         for name, target in ATTENTION.items():
             timings = attention.measure(
                 shape, name, rounds=self.rounds, device=self.device, dtype=torch.bfloat16, materialised=False

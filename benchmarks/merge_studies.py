@@ -13,12 +13,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from karat.study.rows import Row
+from karat.study.rows import VariantRow
 from karat.study.statistics import Mean, difference
 from karat.study.table import markdown, markdown_curves
 
 
-def merged(paths: list[Path], baseline: str) -> list[Row]:
+def merged(paths: list[Path], baseline: str) -> list[VariantRow]:
     """The rows that have runs, in the order of the files, seeds of one name joined.
 
     ValueError for files of different studies, a name with several settings, one seed twice or a missing baseline.
@@ -40,7 +40,7 @@ def merged(paths: list[Path], baseline: str) -> list[Row]:
     ]
 
 
-def _row(name: str, parts: list[dict[str, Any]], top1: Mean, base: Mean | None) -> Row:
+def _row(name: str, parts: list[dict[str, Any]], top1: Mean, base: Mean | None) -> VariantRow:
     settings = {(part["attention"], part["epochs"], part["parameters"]) for part in parts}
     if len(settings) > 1:
         raise ValueError(f"{name!r} has attention, epochs and parameters {sorted(settings)}: one row has one setting")
@@ -48,7 +48,7 @@ def _row(name: str, parts: list[dict[str, Any]], top1: Mean, base: Mean | None) 
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"{name!r} has a seed twice: {seeds}")
     curves = tuple(tuple(curve) for part in parts for curve in part["curves"])
-    return Row(
+    return VariantRow(
         name=name,
         attention=parts[0]["attention"],
         epochs=parts[0]["epochs"],

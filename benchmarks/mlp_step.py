@@ -23,7 +23,7 @@ from karat.models.flops import count_parameters
 from karat.runs.classification import SMALL_MODEL, Settings
 from karat.runs.model import build_model, input_size
 from karat.study.bench.memory import MIB
-from karat.study.bench.results import Rows
+from karat.study.bench.results import Measurement
 from karat.study.bench.step import step_of
 from karat.study.bench.timing import alternate
 from karat.study.compare import contender, count_operations
@@ -96,7 +96,7 @@ class MlpStep:
             )
         return found
 
-    def measure(self) -> Rows:
+    def measure(self) -> Measurement:
         """All rows."""
         peaks = self.peaks()
         timings = alternate({name: self.step(name) for name in self.contenders}, self.rounds)
@@ -116,7 +116,7 @@ class MlpStep:
                 }
             )
         sizes = "32²/4, width 96, 6 blocks" if self.small else "its own size"
-        return Rows(f"Training step of {self.model}, {sizes}, batch {self.batch}, {self.device}", rows)
+        return Measurement(f"Training step of {self.model}, {sizes}, batch {self.batch}, {self.device}", rows)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,17 @@ import torch
 import tyro
 
 from karat import KArAtOperator
-from karat.study.bench.attention import Shape, eager_softmax, forward_backward
-from karat.study.bench.results import Rows
+from karat.study.bench.attention import AttentionShape, eager_softmax, forward_backward
+from karat.study.bench.results import Measurement
 from karat.study.bench.step import SOFTMAX_WAYS, build, step_of
 from karat.study.bench.timing import Timing, against_softmax, alternate
 
 # ViT-Tiny and ViT-Small at 224², and the small ViT at 32².
-SHAPES = {"tiny": Shape(8, 3, 197, 64), "small": Shape(8, 6, 197, 64), "small ViT": Shape(32, 3, 65, 32)}
+SHAPES = {
+    "tiny": AttentionShape(8, 3, 197, 64),
+    "small": AttentionShape(8, 6, 197, 64),
+    "small ViT": AttentionShape(32, 3, 65, 32),
+}
 SMALL_VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
 LEARNABLE = ("g3b", "g3b,residual=softmax", "g3b,softmax_heads=2")
 
@@ -47,11 +51,11 @@ class OnePass:
             torch.set_num_threads(self.threads)
         if not self.bf16:
             rows = [row for name, shape in SHAPES.items() for row in _rows(name, self.alone(shape))]
-            self.keep("alone", Rows("attention forward+backward", rows))
+            self.keep("alone", Measurement("attention forward+backward", rows))
         precision = "bfloat16" if self.bf16 else "float32"
-        self.keep(f"step-{precision}", Rows(f"training step, {precision}", _rows("small ViT", self.steps())))
+        self.keep(f"step-{precision}", Measurement(f"training step, {precision}", _rows("small ViT", self.steps())))
 
-    def alone(self, shape: Shape) -> dict[str, Timing]:
+    def alone(self, shape: AttentionShape) -> dict[str, Timing]:
         """Seconds of attention alone."""
         q, k, v, grad = torch.randn(4, shape.B, shape.H, shape.N, shape.D).unbind()
         for x in (q, k, v):
@@ -69,7 +73,7 @@ class OnePass:
         models |= {name: build(model, "karat", name, **SMALL_VIT) for name in LEARNABLE}
         return alternate({name: step_of(model, 128, amp=amp) for name, model in models.items()}, self.rounds)
 
-    def keep(self, name: str, rows: Rows) -> None:
+    def keep(self, name: str, rows: Measurement) -> None:
         """Show the rows, and write them if there is a folder."""
         rows.show()
         if self.output is not None:

@@ -18,8 +18,8 @@ import tyro
 from karat import KArAtOperator
 from karat.ops.cpp import attention as cpp_attention
 from karat.ops.tiled import attention as tiled
-from karat.study.bench.attention import Shape, eager_softmax, forward_backward
-from karat.study.bench.results import Rows
+from karat.study.bench.attention import AttentionShape, eager_softmax, forward_backward
+from karat.study.bench.results import Measurement
 from karat.study.bench.timing import against_softmax, alternate
 
 # (attention, heads): the pairs that the targets speak of.
@@ -47,14 +47,14 @@ class TileSize:
         for attention, heads in CASES:
             for way, timing in self.measure(attention, heads).items():
                 rows.append({"attention": attention, "H": heads, "way": way, **timing})
-        result = Rows("attention forward+backward over tile sizes, B=8, N=197, D=64", rows)
+        result = Measurement("attention forward+backward over tile sizes, B=8, N=197, D=64", rows)
         result.show()
         if self.output is not None:
             result.save(self.output / "tile_size.json")
 
     def measure(self, attention: str, heads: int) -> dict[str, dict[str, float]]:
         """Milliseconds, and × softmax, of one case."""
-        shape = Shape(H=heads)
+        shape = AttentionShape(H=heads)
         q, k, v, grad = torch.randn(4, shape.B, heads, shape.N, shape.D).unbind()
         for x in (q, k, v):
             x.requires_grad_()

@@ -8,17 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from karat import karat_operators
-from karat.analyze.ablation import KEPT, Outcome, ablate
+from karat.analyze.ablation import KEPT, AblationOutcome, ablate
 from support.small_models import images, small_model
 
 COMMON, ROW = "what all images have in common", "one row"
 
 
-def outcome(model: nn.Module, pixels: Tensor, labels: Tensor) -> Outcome:
+def outcome(model: nn.Module, pixels: Tensor, labels: Tensor) -> AblationOutcome:
     with torch.no_grad():
         logits = model.eval()(pixels)
     top1 = 100 * float((logits.argmax(1) == labels).float().mean())
-    return Outcome(top1, float(F.cross_entropy(logits, labels)))
+    return AblationOutcome(top1, float(F.cross_entropy(logits, labels)))
 
 
 def outspoken(attention: str) -> tuple[nn.Module, Tensor, Tensor]:
@@ -32,7 +32,7 @@ def outspoken(attention: str) -> tuple[nn.Module, Tensor, Tensor]:
     return model, images("vit", 150), torch.randint(0, 4, (150,))
 
 
-def same(found: Outcome, expected: Outcome) -> bool:
+def same(found: AblationOutcome, expected: AblationOutcome) -> bool:
     return found.top1 == pytest.approx(expected.top1, abs=1e-3) and found.loss == pytest.approx(expected.loss, abs=1e-5)
 
 

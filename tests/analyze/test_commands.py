@@ -14,8 +14,9 @@ import timm
 import torch
 from PIL import Image
 
+from karat.analyze.analysis import as_json
 from karat.analyze.loading import open_run
-from karat.analyze.study import Options, as_json, open_subjects
+from karat.analyze.subject import Options, open_subjects
 from karat.cli import main
 
 QUICK = "--images 2 --points 3 --samples 8 --eigenvalues 1 --probes 2 --hessian-samples 2"

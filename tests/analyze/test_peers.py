@@ -12,7 +12,6 @@ from karat.analyze.figures import draw_parameters_accuracy
 from karat.analyze.peers import measured_points, published_points
 from karat.paper import rows
 from karat.runs.classification import Settings
-from karat.study.compare import RESULT
 
 
 def comparison(folder: Path) -> Path:
@@ -21,7 +20,9 @@ def comparison(folder: Path) -> Path:
         {"attention": "softmax/grkan", "parameters": 683_866, "top1": 40.5},
         {"attention": "deep_kan(order=3)", "parameters": 91_520, "top1": 20.0},
     ]
-    (folder / RESULT).write_text(json.dumps({"settings": {"data": "../images/cifar10"}, "seeds": 1, "rows": found}))
+    (folder / runs.COMPARISON).write_text(
+        json.dumps({"settings": {"data": "../images/cifar10"}, "seeds": 1, "rows": found})
+    )
     return folder
 
 

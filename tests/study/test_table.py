@@ -6,14 +6,14 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from karat.study.rows import Row
+from karat.study.rows import VariantRow
 from karat.study.statistics import Difference, Mean
 from karat.study.table import NAME_WIDTH, columns, console_table
 
-BASE = Row("softmax", "softmax", 4, (0, 1), 2, "float32", top1=Mean(37.04, 0.91, 2), parameters=2_693_578)
+BASE = VariantRow("softmax", "softmax", 4, (0, 1), 2, "float32", top1=Mean(37.04, 0.91, 2), parameters=2_693_578)
 ROWS = [
     BASE,
-    Row(
+    VariantRow(
         "beside softmax: static, rank 12, in every block but the first and the last",
         "static-b,residual=softmax",
         4,

@@ -23,7 +23,7 @@ from karat.runs.classification import Settings, resolve
 from karat.runs.optimisation import Optimisation
 from karat.runs.recipes import RECIPES
 from karat.runs.settings import RunSettings
-from karat.study.commands import Compare
+from karat.study.commands import CompareSettings
 from support.training import options, outcome, tiny
 
 
@@ -49,7 +49,7 @@ def test_every_setting_and_recipe_value_is_documented() -> None:
     import inspect
     import re
 
-    for kind in (RunSettings, Settings, Optimisation, Augmentation, type(RECIPES["vit"]), Compare):
+    for kind in (RunSettings, Settings, Optimisation, Augmentation, type(RECIPES["vit"]), CompareSettings):
         source = inspect.getsource(kind)
         options = {f.name for f in fields(kind)}
         own = [name for name in kind.__annotations__ if name in options - {"recipe", "attention"}]

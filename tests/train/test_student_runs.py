@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from karat import cli, runs
+from karat.analyze.analyses.cost import analyse_cost
 from karat.analyze.loading import open_run
-from karat.analyze.studies_loss import study_cost
 from karat.models.flops import multiply_adds, teacher_multiply_adds
 from karat.models.transfer import teacher_of
 from karat.paper import compare, rows, run_row
@@ -184,7 +184,7 @@ def test_a_student_elsewhere(tmp_path: Path, teacher: Path, capsys: pytest.Captu
         assert error.count("\n") == 1
     assert cli.main(["report", str(run), "--sections", "cost"]) == 0
     samples = SimpleNamespace(images=image)
-    rows = study_cost([SimpleNamespace(run=open_run(run), label="student", samples=samples)]).numbers  # type: ignore[list-item]
+    rows = analyse_cost([SimpleNamespace(run=open_run(run), label="student", samples=samples)]).numbers  # type: ignore[list-item]
     assert rows["student"]["of the multiply-adds, the teacher's (M)"] == theirs / 1e6
     assert rows["the same with softmax"]["multiply-adds an image (M)"] == plain / 1e6
 

@@ -27,14 +27,14 @@ KEPT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AblationOutcome:
     """Top-1 in %, and the mean cross-entropy."""
 
     top1: float
     loss: float
 
 
-def ablate(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Outcome]:
+def ablate(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, AblationOutcome]:
     """Evaluate a model with all of its learned attention, and with each of the parts in KEPT alone in all blocks.
 
     The learned part of a head is σ − softmax(A) beside softmax, gate included, else σ; softmax stays. The mean is over
@@ -123,11 +123,11 @@ def _evaluate(
     kept: Callable[[Tensor, Tensor], Tensor],
     images: Tensor,
     labels: Tensor,
-) -> Outcome:
+) -> AblationOutcome:
     def attend(module: Any, mean: Tensor, inputs: AttentionInputs) -> Tensor:
         fixed, learned = _learned(module, inputs)
         return _joined(module, fixed, kept(learned, mean))
 
     with _attending(modules, [partial(attend, *pair) for pair in zip(modules, means, strict=True)]):
         loss, top1 = evaluate(model, images, labels)
-    return Outcome(top1, loss)
+    return AblationOutcome(top1, loss)

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from karat.analyze.study import Options
+from karat.analyze.subject import Options
 from karat.errors import parse
 
 What = Literal[
@@ -103,21 +103,21 @@ def _options(parsed: Analyze | Report) -> Options:
 def analyze(arguments: Sequence[str]) -> None:
     """karat analyze."""
     parsed = parse(lambda: tyro.cli(Analyze, args=arguments, prog="karat analyze"), "karat analyze")
-    from karat.analyze.studies import STUDIES
-    from karat.analyze.studies_loss import FOLDER
-    from karat.analyze.studies_peers import PEERS, study_peers
-    from karat.analyze.study import open_subjects
+    from karat.analyze.analyses import ANALYSES
+    from karat.analyze.analyses.peers import analyse_peers
+    from karat.analyze.analysis import FOLDER
+    from karat.analyze.subject import open_subjects
 
     console = Console()
-    if parsed.what == PEERS:
-        study = study_peers(parsed.runs)
+    if parsed.what == "peers":
+        analysis = analyse_peers(parsed.runs)
     else:
         with _bar(console, parsed.what) as progress:
-            study = STUDIES[parsed.what](open_subjects(parsed.runs, _options(parsed), progress))
+            analysis = ANALYSES[parsed.what](open_subjects(parsed.runs, _options(parsed), progress))
     folder = parsed.output or parsed.runs[0] / FOLDER / parsed.what
-    for note in study.notes:
+    for note in analysis.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    for path in study.write(folder, parsed.formats):
+    for path in analysis.write(folder, parsed.formats):
         console.print(str(path), highlight=False, soft_wrap=True)
 
 

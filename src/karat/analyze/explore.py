@@ -6,9 +6,10 @@ import io
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -29,9 +30,6 @@ from karat.analyze.loading import Run, Samples, open_run
 from karat.analyze.quality import measures
 from karat.analyze.symbolic import fit_formula
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 NAMED_EDGES, DRAWN_EDGES, CURVE_POINTS = 3, 40, 201
 
 PICTURES = {
@@ -42,7 +40,7 @@ PICTURES = {
 
 
 @dataclass(frozen=True)
-class View:
+class HeadView:
     """What is seen of one image in one head of one block."""
 
     maps: Figure | None  # none where attention is cut into windows
@@ -70,7 +68,7 @@ class Explorer:
         self.blocks = [block.name for block in found]
         self.heads = [block.sigma.shape[1] for block in found]
 
-    def view(self, path: Path, block: int, head: int, *, signed: bool = False) -> View:
+    def view(self, path: Path, block: int, head: int, *, signed: bool = False) -> HeadView:
         """Scores, σ, maps, edge functions and measures for an image file.
 
         Raises ValueError for a file that is no whole image, or a block or head that isn't there.
@@ -87,7 +85,7 @@ class Explorer:
         own, fixed = measures(sigma), measures(softmax)
         names = [name for name in own if name != "head_diversity"]
         drawn, note = self._maps(samples, blocks, sigma, softmax if learns else None, signed)
-        return View(
+        return HeadView(
             maps=drawn,
             matrices=figures.draw_matrices(scores[0, 0], shown),
             functions=self._functions(learned, block, head, scores) if has_edges else None,
@@ -216,7 +214,7 @@ def _pixels(figure: Figure | None) -> Image.Image | None:
     return None if figure is None else Image.open(io.BytesIO(figures.encode(figure, "png", dpi=110)))
 
 
-def _numbers(view: View) -> str:
+def _numbers(view: HeadView) -> str:
     rows = [f"| {name.replace('_', ' ')} | {own:.3f} | {fixed:.3f} |" for name, (own, fixed) in view.numbers.items()]
     table = "\n".join(["| measure | σ(A) | softmax(A) |", "|---|---|---|", *rows])
     return f"{table}\n\n{view.note}" if view.note else table

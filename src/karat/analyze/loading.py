@@ -18,7 +18,6 @@ from karat.data.splits import Data, Opener
 from karat.runs.classification import Settings
 from karat.runs.files import read_json
 from karat.runs.model import data_options, input_size, load_run
-from karat.study.compare import RESULT
 
 WEIGHTS = ("last", "best", "ema")
 SPLITS = ("eval", "train")
@@ -121,9 +120,9 @@ def open_run(folder: Path | str) -> Run:
 
 def runs_in(folder: Path) -> list[Path]:
     """The runs that a folder stands for: those of a comparison, in its order; else the folder itself."""
-    if not (folder / RESULT).is_file():
+    if not (folder / runs.COMPARISON).is_file():
         return [folder]
-    rows = read_json(folder / RESULT)["rows"]
+    rows = read_json(folder / runs.COMPARISON)["rows"]
     return [folder / Path(run).name for row in rows for run in row["runs"]]  # by name, so that it may be moved
 
 

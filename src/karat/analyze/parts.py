@@ -30,7 +30,7 @@ class Shares:
 
 
 @dataclass(frozen=True)
-class Parts:
+class AttentionParts:
     """One block: the heads that learn, their gates (1 without any), the learned part and softmax of the same scores."""
 
     name: str
@@ -71,7 +71,7 @@ def shares(sigma: Tensor) -> Shares:
     return Shares(power, row / safe, 1 - (row + scores) / safe, scores / safe)
 
 
-def parts_of(model: nn.Module, blocks: list[BlockAttention]) -> list[Parts]:
+def parts_of(model: nn.Module, blocks: list[BlockAttention]) -> list[AttentionParts]:
     """The parts of every block that learns; blocks as `attention_of(model, images)` gives them.
 
     Beside softmax (residual="softmax") the learned part is σ − softmax(A), gate included; else it is σ.
@@ -93,7 +93,7 @@ def parts_of(model: nn.Module, blocks: list[BlockAttention]) -> list[Parts]:
         softmax = block.softmax[:, heads]
         sigma = block.sigma[:, heads]
         learned = sigma - softmax if op.config.residual else sigma
-        found.append(Parts(block.name, op.karat_heads, _gates(op), shares(learned), shares(softmax)))
+        found.append(AttentionParts(block.name, op.karat_heads, _gates(op), shares(learned), shares(softmax)))
     return found
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from karat import runs
 from karat.paper.published import values_by_model
 from karat.runs import files
-from karat.study.compare import RESULT
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,8 @@ def measured_points(folders: Sequence[Path | str]) -> list[Point]:
         raise ValueError("name at least one folder, of a comparison or a run")
     points = []
     for folder in map(Path, folders):
-        if (folder / RESULT).is_file():
-            found = files.read_json(folder / RESULT)
+        if (folder / runs.COMPARISON).is_file():
+            found = files.read_json(folder / runs.COMPARISON)
             data = _name(found["settings"]["data"])
             points += [
                 Point(row["attention"], "measured", row["parameters"] / 1e6, row["top1"], data, str(folder))

@@ -12,10 +12,11 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from karat.analyze.analyses import ANALYSES
+from karat.analyze.analysis import Analysis, as_json
 from karat.analyze.figures import encode
 from karat.analyze.loading import trajectory
-from karat.analyze.studies import STUDIES
-from karat.analyze.study import Options, Study, Subject, as_json, open_subjects
+from karat.analyze.subject import Options, Subject, open_subjects
 from karat.runs.files import write_text
 
 REPORT = "report.html"
@@ -45,6 +46,7 @@ SECTIONS: dict[str, str] = {
     "filter by filter.",
     "hessian": "Top eigenvalues and trace of the loss's Hessian on a small subset of images: larger is sharper.",
 }
+TITLES = {"hessian": "curvature", "functions": "edge functions"}  # of sections that have nothing to show
 SHOWN_SETTINGS = (
     *("model", "attention", "mlp", "data", "img_size", "patch_size", "embed_dim", "depth", "num_heads"),
     *("init", "seed", "amp_dtype", "grad_accum_steps", "preset"),
@@ -56,7 +58,7 @@ SHOWN_RECIPE = (
 
 
 @dataclass(frozen=True)
-class Picture:
+class EmbeddedFigure:
     """A figure as the page holds it."""
 
     name: str
@@ -66,12 +68,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """One study on the page."""
+    """One analysis on the page."""
 
     name: str
     title: str
     text: str
-    pictures: list[list[Picture]]  # by kind
+    pictures: list[list[EmbeddedFigure]]  # by kind
     notes: list[str]
     numbers: str  # JSON
 
@@ -130,33 +132,33 @@ def write_report(
 
 def _section(name: str, subjects: Sequence[Subject]) -> Section:
     try:
-        study = _landscape(subjects) if name == "landscape" else STUDIES[name](subjects)
+        analysis = _landscape(subjects) if name == "landscape" else ANALYSES[name](subjects)
     except ValueError as error:
-        study = Study(name, notes=[str(error)])
-    title = study.title if study.figures else {"hessian": "curvature", "functions": "edge functions"}.get(name, name)
+        analysis = Analysis(name, notes=[str(error)])
+    title = analysis.title if analysis.figures else TITLES.get(name, name)
     return Section(
         name=name,
         title=title,
         text=SECTIONS[name],
-        pictures=_pictures(study, subjects),
-        notes=study.notes,
-        numbers=json.dumps(as_json(study.numbers, 6), indent=1, ensure_ascii=False) if study.numbers else "",
+        pictures=_pictures(analysis, subjects),
+        notes=analysis.notes,
+        numbers=json.dumps(as_json(analysis.numbers, 6), indent=1, ensure_ascii=False) if analysis.numbers else "",
     )
 
 
-def _pictures(study: Study, subjects: Sequence[Subject]) -> list[list[Picture]]:
+def _pictures(analysis: Analysis, subjects: Sequence[Subject]) -> list[list[EmbeddedFigure]]:
     """The figures by kind: one that each run has stands beside those of the others."""
-    kinds: dict[str, list[Picture]] = {}
-    for name, figure in study.figures.items():
+    kinds: dict[str, list[EmbeddedFigure]] = {}
+    for name, figure in analysis.figures.items():
         run = next((s for s in subjects if name.endswith(f"-{s.key}")), None)
         half = run is not None and len(subjects) > 1 and figure.get_figwidth() <= MOST_HALF_INCHES
         kind = name if run is None else name.removesuffix(f"-{run.key}")
         title = kind if run is None else f"{kind}, {run.label}"
-        kinds.setdefault(kind, []).append(Picture(title.replace("-", " "), _embedded(figure), half))
+        kinds.setdefault(kind, []).append(EmbeddedFigure(title.replace("-", " "), _embedded(figure), half))
     return list(kinds.values())
 
 
-def _landscape(subjects: Sequence[Subject]) -> Study:
+def _landscape(subjects: Sequence[Subject]) -> Analysis:
     missing = []
     for s in subjects:
         try:
@@ -167,11 +169,11 @@ def _landscape(subjects: Sequence[Subject]) -> Study:
             if len(found) < 3:
                 missing.append(f"{s.run.folder} has only {len(found)} trajectory checkpoints, which span no plane")
     if not missing:
-        return STUDIES["landscape"](subjects)
+        return ANALYSES["landscape"](subjects)
     drawn = [replace_options(s, directions="random") for s in subjects]
-    study = STUDIES["landscape"](drawn)
-    study.notes += missing
-    return study
+    analysis = ANALYSES["landscape"](drawn)
+    analysis.notes += missing
+    return analysis
 
 
 def replace_options(subject: Subject, **changes: Any) -> Subject:

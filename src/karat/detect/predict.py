@@ -13,7 +13,7 @@ from karat import runs
 from karat.data.images import read_file
 from karat.detect.coco import Picture
 from karat.detect.data import open_parts
-from karat.detect.draw import beside, draw, found_shapes, true_shapes
+from karat.detect.draw import beside, draw, found_objects, true_objects
 from karat.detect.evaluate import as_results
 from karat.detect.measure import load_run
 from karat.detect.settings import DetectSettings
@@ -62,15 +62,15 @@ def predict_images(
         with accelerator.autocast():
             (found,) = detector([pixels.to(accelerator.device)], sizes=[size])
         results += [{"file_name": path.name, **r} for r in as_results(found, number, list(categories))]
-        shapes = found_shapes(found, names, score)
-        sheets, titles = [draw(image, shapes)], [f"found, score at least {score:g}"]
+        objects = found_objects(found, names, score)
+        sheets, titles = [draw(image, objects)], [f"found, score at least {score:g}"]
         truth = known.get(path.resolve())
         if truth is not None:
-            sheets.append(draw(image, true_shapes(truth, names)))
+            sheets.append(draw(image, true_objects(truth, names)))
             titles.append("annotated")
         place = _free(target, path.stem, {p for p, _ in drawn})
         beside(sheets, titles).save(place, quality=85)
-        drawn.append((place, len(shapes)))
+        drawn.append((place, len(objects)))
     write_json(target / "predictions.json", results)
     return drawn
 

@@ -1,6 +1,7 @@
 """What a run is on disk: settings, recipes, folder, files, checkpoints, and the model that they describe."""
 
 from karat.runs.folder import (
+    COMPARISON,
     CONFIG,
     DETECTIONS,
     DIGESTS,
@@ -32,6 +33,7 @@ from karat.runs.folder import (
 )
 
 __all__ = [
+    "COMPARISON",
     "CONFIG",
     "DETECTIONS",
     "DIGESTS",

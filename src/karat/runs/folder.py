@@ -18,6 +18,7 @@ from karat.runs.settings import RunSettings, data_slug, first_change, slug
 
 CONFIG, METRICS, SUMMARY, DIGESTS = "config.json", "metrics.jsonl", "summary.json", "weights.json"
 EVAL, DETECTIONS = "eval.json", "detections.json"
+COMPARISON = "compare.json"  # of several runs
 REPORT = "convert.json"  # of a converted run
 TRAJECTORY, TEACHER, TENSORBOARD, PREDICTIONS = "trajectory", "teacher", "tensorboard", "predictions"
 _FOLDERS = (checkpoint.FOLDER, TRAJECTORY, TEACHER, TENSORBOARD, PREDICTIONS)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import tyro
 from rich.console import Console
 
 from karat.data.splits import Opener
@@ -21,8 +22,16 @@ _TAKEN_FROM_THE_LINE = ("recipe", "data", "model", "init")  # what other options
 
 
 @dataclass(frozen=True)
-class Compare(training.Compare):
-    __doc__ = training.Compare.__doc__
+class CompareSettings(Settings):
+    """Train several attentions on the same data with the same seeds; print one table, draw one figure of curves."""
+
+    attentions: tyro.conf.Positional[tuple[str, ...]] = ("softmax", "g3b", "g3u")
+    """The attentions to compare, e.g. softmax g3b g3u; with an MLP behind a stroke, e.g. softmax/grkan g3b/kan; or
+    whole models, e.g. kat_tiny_patch16_224 "deep_kan(order=3)", with attention and MLP behind strokes if you wish."""
+    seeds: int | None = None
+    """Runs of each attention, with seeds seed, seed+1, ... (none: 1, or as a study's file says); from two on the table
+    shows mean ± deviation."""
+    attention: tyro.conf.Suppress[str] = "softmax"
 
     study: Path | None = None
     """A study's file (TOML) with settings, seeds and variants, instead of attentions; a run that is finished is not
@@ -47,14 +56,14 @@ def compare(arguments: Sequence[str]) -> None:
     common = training.defaults(arguments, opened) if document is None else _common(document, arguments, opened)
     default = _default(common, document)
     prog = "karat compare"
-    parsed = parse(lambda: training.read_settings(Compare, arguments, prog, default), prog)
+    parsed = parse(lambda: training.read_settings(CompareSettings, arguments, prog, default), prog)
     settings = Settings(**{f.name: getattr(parsed, f.name) for f in fields(Settings)})
     if document is not None and parsed.study is not None:
         _study(parsed, document, resolve(settings, opened), opened)
         return
     for name in ("only_table", "time", "rounds", "measure"):
-        if getattr(parsed, name) != getattr(Compare, name):
-            option = f"{'no-' if getattr(Compare, name) is True else ''}{name.replace('_', '-')}"
+        if getattr(parsed, name) != getattr(CompareSettings, name):
+            option = f"{'no-' if getattr(CompareSettings, name) is True else ''}{name.replace('_', '-')}"
             raise ValueError(f"--{option} is of a study: give its file with --study FILE")
     from karat.study.compare import compare as run
 
@@ -76,12 +85,12 @@ def _common(document: Document, arguments: Sequence[str], opened: Opener) -> Set
     return common_settings(values, opened)
 
 
-def _default(settings: Settings, document: Document | None) -> Compare:
+def _default(settings: Settings, document: Document | None) -> CompareSettings:
     own: Mapping[str, Any] = {f.name: getattr(settings, f.name) for f in fields(Settings) if f.name != "attention"}
-    return Compare(**own) if document is None else Compare(**own, attentions=())
+    return CompareSettings(**own) if document is None else CompareSettings(**own, attentions=())
 
 
-def _study(parsed: Compare, document: Document, common: Settings, opened: Opener) -> None:
+def _study(parsed: CompareSettings, document: Document, common: Settings, opened: Opener) -> None:
     """Train what is missing and write the table."""
     from karat.errors import TrainingDiverged
     from karat.study.results import write_results
@@ -135,7 +144,7 @@ def _study(parsed: Compare, document: Document, common: Settings, opened: Opener
         raise TrainingDiverged(f"{len(failed)} runs diverged: {', '.join(Path(name).name for name in failed)}")
 
 
-def _refuse_idle_options(parsed: Compare) -> None:
+def _refuse_idle_options(parsed: CompareSettings) -> None:
     """ValueError for options that would have nothing to do."""
     if parsed.only_table and parsed.time:
         raise ValueError("--only-table measures nothing, and --time writes the table too: leave one of them out")

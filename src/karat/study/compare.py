@@ -29,12 +29,12 @@ from karat.train import randomness
 from karat.train.classify import Classification
 from karat.train.engine import Trainer
 
-RESULT, FIGURE = "compare.json", "curves.png"
+FIGURE = "curves.png"
 PANELS = {"train_loss": "training loss", "top1": "top-1 on the evaluation images (%)"}
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One contender's result over its seeds."""
 
     attention: str  # its name as it was given: attention, attention/MLP, or model/attention/MLP
@@ -56,7 +56,7 @@ def compare(
     seeds: int = 1,
     console: Console | None = None,
     opened: Opener | None = None,
-) -> list[Row]:
+) -> list[ComparisonRow]:
     """Train every contender from `settings`, with seeds seed, seed+1, ...; write table, JSON and curves to its output.
 
     Data, order, augmentation and the initialisation of what the models share depend on the seed alone.
@@ -88,12 +88,13 @@ def compare(
     rows = [summarise(name, found, operations.get(name, 0)) for name, found in summaries.items()]
     if main:
         files.write_json(
-            folder / RESULT, {"settings": settings.as_dict(), "seeds": seeds, "rows": [asdict(r) for r in rows]}
+            folder / runs.COMPARISON,
+            {"settings": settings.as_dict(), "seeds": seeds, "rows": [asdict(r) for r in rows]},
         )
         histories = {row.attention: [runs.read_history(Path(run)) for run in row.runs] for row in rows}
         save(draw_epochs(histories, PANELS), folder / FIGURE)
         console.print(table(rows))
-        console.print(f"curves: {folder / FIGURE}\ntable:  {folder / RESULT}", highlight=False, soft_wrap=True)
+        console.print(f"curves: {folder / FIGURE}\ntable:  {folder / runs.COMPARISON}", highlight=False, soft_wrap=True)
     return rows
 
 
@@ -154,10 +155,10 @@ def count_operations(settings: Settings, num_classes: int, in_chans: int) -> int
     return multiply_adds(model, image) - teacher_multiply_adds(model, image)
 
 
-def summarise(attention: str, summaries: Sequence[dict[str, Any]], operations: int) -> Row:
+def summarise(attention: str, summaries: Sequence[dict[str, Any]], operations: int) -> ComparisonRow:
     """Mean and deviation over the runs of one contender."""
     accuracy = [summary["top1"] for summary in summaries]
-    return Row(
+    return ComparisonRow(
         attention=attention,
         top1=statistics.fmean(accuracy),
         top1_deviation=statistics.stdev(accuracy) if len(accuracy) > 1 else None,
@@ -171,7 +172,7 @@ def summarise(attention: str, summaries: Sequence[dict[str, Any]], operations: i
     )
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[ComparisonRow]) -> Table:
     """The rows for the terminal."""
     drawn = Table(title="comparison", title_justify="left")
     drawn.add_column("attention", overflow="fold")

@@ -24,7 +24,7 @@ Value = Any
 
 
 @dataclass(frozen=True)
-class Entry:
+class VariantEntry:
     """One variant as the file has it: `values` are the settings of this row only; seeds: None as the study's."""
 
     name: str
@@ -42,7 +42,7 @@ class Document:
     seeds: tuple[int, ...]
     baseline: str
     settings: Mapping[str, Value]
-    entries: tuple[Entry, ...]
+    entries: tuple[VariantEntry, ...]
 
 
 def read_document(path: Path) -> Document:
@@ -96,7 +96,7 @@ def parse_document(found: Mapping[str, Value], *, default_title: str = "study") 
     return Document(title, seeds_of(found.get("seeds", 1)), baseline, settings, entries)
 
 
-def _entry(row: Mapping[str, Value], names: Mapping[str, Any]) -> Entry:
+def _entry(row: Mapping[str, Value], names: Mapping[str, Any]) -> VariantEntry:
     if "attention" not in row:
         raise ValueError(f'variant {row.get("name", dict(row))!r} has no attention, e.g. attention = "g3b"')
     attention = _text(row["attention"], "attention")
@@ -111,7 +111,7 @@ def _entry(row: Mapping[str, Value], names: Mapping[str, Any]) -> Entry:
         setting: checked(setting, value, names[setting], where) for setting, value in row.items() if setting not in _ROW
     }
     seeds = row.get("seeds")
-    return Entry(
+    return VariantEntry(
         name=name,
         attention=attention,
         values=values,

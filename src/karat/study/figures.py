@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from karat.plots import COLOURS, finish, line_style, looks, new_figure, whole_epochs
-from karat.study.rows import Row
+from karat.study.rows import VariantRow
 
 MARKERS = "osD^vP*X"
 
 
-def draw_figures(rows: Sequence[Row], baseline: str) -> dict[str, Figure]:
+def draw_figures(rows: Sequence[VariantRow], baseline: str) -> dict[str, Figure]:
     """All figures by name; those that have nothing to show are left out."""
     done = [row for row in rows if row.top1 is not None]
     found = {"curves": draw_curves(done), "accuracy": draw_accuracy(done)}
@@ -21,7 +21,7 @@ def draw_figures(rows: Sequence[Row], baseline: str) -> dict[str, Figure]:
     return found
 
 
-def draw_curves(rows: Sequence[Row]) -> Figure:
+def draw_curves(rows: Sequence[VariantRow]) -> Figure:
     """Top-1 after each epoch: the mean over a row's runs, and least to greatest of them shaded."""
     with looks():
         figure = new_figure(6.6, 3.4)
@@ -38,7 +38,7 @@ def draw_curves(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def draw_accuracy(rows: Sequence[Row]) -> Figure:
+def draw_accuracy(rows: Sequence[VariantRow]) -> Figure:
     """Top-1, mean ± deviation, against parameters and, where they were measured, against the time of a step."""
     costs = {"parameters (k)": [None if row.parameters is None else row.parameters / 1e3 for row in rows]}
     if any(row.own_step is not None for row in rows):
@@ -66,7 +66,7 @@ def draw_accuracy(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def draw_differences(rows: Sequence[Row], baseline: str) -> Figure:
+def draw_differences(rows: Sequence[VariantRow], baseline: str) -> Figure:
     """Each row's top-1 minus the baseline's: thick, ± its standard error; thin, ± the deviation of single runs; the
     shade is ± the baseline's deviation."""
     others = [row for row in rows if row.difference is not None]

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from karat import runs
 from karat.analyze import quality
+from karat.analyze.analysis import FOLDER
 from karat.analyze.attention import attention_of, grid_of
 from karat.analyze.deletion import faithfulness, flow_maps
 from karat.analyze.directions import random_directions
 from karat.analyze.hessian import Hessian, loss_closure, top_eigenvalues, twice_differentiable
 from karat.analyze.landscape import evaluate, moved
 from karat.analyze.loading import open_run
-from karat.analyze.studies_loss import FOLDER
 from karat.models.evaluating import evaluating
 from karat.runs.checkpoint import MODEL
 from karat.runs.files import read_json, write_json

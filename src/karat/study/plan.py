@@ -15,7 +15,7 @@ from karat.runs.classification import Settings, resolve
 from karat.runs.recipes import Recipe
 from karat.runs.settings import first_change, slug
 from karat.study.compare import contender
-from karat.study.document import Document, Entry
+from karat.study.document import Document, VariantEntry
 
 PLAN = "plan.json"
 
@@ -130,7 +130,7 @@ def make_plan(document: Document, common: Settings, folder: Path, seeds: Sequenc
     return Plan(document.title, folder, document.baseline, variants)
 
 
-def _variant(entry: Entry, common: Settings, seeds: tuple[int, ...], folder: Path) -> Variant:
+def _variant(entry: VariantEntry, common: Settings, seeds: tuple[int, ...], folder: Path) -> Variant:
     inner = {f.name for f in fields(Recipe)} | {renamed.OLD}
     own = {name: value for name, value in entry.values.items() if name not in inner}
     recipe = {name: value for name, value in entry.values.items() if name in inner}

@@ -7,13 +7,14 @@ from dataclasses import asdict
 
 from rich.console import Console
 
+from karat import runs
 from karat.analyze.figures import save
 from karat.runs import files
 from karat.study import table
-from karat.study.compare import RESULT, summarise
+from karat.study.compare import summarise
 from karat.study.figures import draw_figures
 from karat.study.plan import Plan, summary_of
-from karat.study.rows import Row, as_json, make_rows
+from karat.study.rows import VariantRow, as_json, make_rows
 from karat.study.timing import Times
 
 STUDY, PAGE = "study.json", "study.md"
@@ -21,7 +22,7 @@ STUDY, PAGE = "study.json", "study.md"
 
 def write_results(
     plan: Plan, times: Times, measured: Mapping[str, Mapping[str, float | None]], console: Console
-) -> list[Row]:
+) -> list[VariantRow]:
     """Write study.json, study.md and compare.json from the runs that are finished; print the table.
 
     Raises ValueError where none is.
@@ -43,7 +44,7 @@ def write_results(
     return rows
 
 
-def _write_comparison(plan: Plan, rows: Sequence[Row]) -> None:
+def _write_comparison(plan: Plan, rows: Sequence[VariantRow]) -> None:
     """compare.json, so that `karat report` and `karat analyze` take the study's folder as they take a comparison's."""
     comparison = []
     for row in rows:
@@ -52,4 +53,4 @@ def _write_comparison(plan: Plan, rows: Sequence[Row]) -> None:
         known = [summary for summary in summaries if summary is not None]
         if known:
             comparison.append(asdict(summarise(row.name, known, row.multiply_adds or 0)))
-    files.write_json(plan.folder / RESULT, {"rows": comparison})
+    files.write_json(plan.folder / runs.COMPARISON, {"rows": comparison})

@@ -24,7 +24,7 @@ class AtEqualTime:
 
 
 @dataclass(frozen=True)
-class Row:
+class VariantRow:
     """A variant's results over its finished runs; without any, those that need one are None.
 
     top1: %, after the last epoch. curve: mean top-1 after each epoch; curves: of each run. difference: to the
@@ -83,7 +83,7 @@ class _Found:
         return self.histories[0][-1]["step"] / self.histories[0][-1]["epoch"] if self.histories else None
 
 
-def make_rows(plan: Plan, times: Times, measured: Mapping[str, Mapping[str, float | None]]) -> list[Row]:
+def make_rows(plan: Plan, times: Times, measured: Mapping[str, Mapping[str, float | None]]) -> list[VariantRow]:
     """One row a variant, in the study's order. `measured`: numbers by run folder's name."""
     found = {variant.name: _find(plan, variant) for variant in plan.variants}
     return [_row(plan, variant, found, times, measured) for variant in plan.variants]
@@ -103,9 +103,9 @@ def _row(
     found: Mapping[str, _Found],
     times: Times,
     measured: Mapping[str, Mapping[str, float | None]],
-) -> Row:
+) -> VariantRow:
     mine, baseline = found[variant.name], found[plan.baseline]
-    base = Row(
+    base = VariantRow(
         name=variant.name,
         attention=variant.settings.label,
         epochs=variant.settings.recipe.epochs,
@@ -123,7 +123,7 @@ def _row(
     curve = tuple(statistics.fmean(values) for values in zip(*curves, strict=True))
     _, facts = runs.read_config(mine.jobs[0].folder)
     apart = variant.name == plan.baseline or baseline.top1 is None
-    return Row(
+    return VariantRow(
         **{
             **vars(base),
             "top1": top1,
@@ -168,6 +168,6 @@ def _means(found: Sequence[Mapping[str, float | None]]) -> dict[str, Mean]:
     return {name: Mean.of(list(map(float, known))) for name, known in values.items() if known}
 
 
-def as_json(row: Row) -> dict[str, Any]:
+def as_json(row: VariantRow) -> dict[str, Any]:
     """A row as plain values."""
     return asdict(row)

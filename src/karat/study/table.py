@@ -10,12 +10,12 @@ from textwrap import fill
 from rich.table import Table
 
 from karat.study.measures import HEADINGS
-from karat.study.rows import Row
+from karat.study.rows import VariantRow
 from karat.study.statistics import Difference, Mean
 
 NOTHING = "–"
 NAME_WIDTH = 18  # the least that names get in a terminal
-Cell = Callable[[Row], str | None]
+Cell = Callable[[VariantRow], str | None]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Column:
     cell: Cell
 
 
-def columns(rows: Sequence[Row], baseline: str) -> list[Column]:
+def columns(rows: Sequence[VariantRow], baseline: str) -> list[Column]:
     """The columns that at least one row has something for."""
     found = [
         Column("variant", lambda row: row.name),
@@ -48,7 +48,7 @@ def columns(rows: Sequence[Row], baseline: str) -> list[Column]:
     return [column for column in found if any(column.cell(row) is not None for row in rows)]
 
 
-def console_table(rows: Sequence[Row], baseline: str, title: str, width: int) -> Table:
+def console_table(rows: Sequence[VariantRow], baseline: str, title: str, width: int) -> Table:
     """For a terminal of this width: names may be folded, numbers not; columns that don't fit are left to the page."""
     name, *others = columns(rows, baseline)
     room = width - NAME_WIDTH - 4  # a column's frame and padding take 3, the table's 1 more
@@ -70,14 +70,14 @@ def console_table(rows: Sequence[Row], baseline: str, title: str, width: int) ->
     return drawn
 
 
-def markdown(rows: Sequence[Row], baseline: str) -> str:
+def markdown(rows: Sequence[VariantRow], baseline: str) -> str:
     """A Markdown table, one line a row, ready to be put into a page."""
     chosen = columns(rows, baseline)
     lines = [[column.heading for column in chosen]]
     return _markdown([*lines, *[[column.cell(row) or NOTHING for column in chosen] for row in rows]])
 
 
-def markdown_curves(rows: Sequence[Row], most: int = 12) -> str:
+def markdown_curves(rows: Sequence[VariantRow], most: int = 12) -> str:
     """Mean top-1 after each epoch, or after `most` evenly spaced ones and each row's last where there are more."""
     longest = max(len(row.curve) for row in rows)
     count = min(most, longest)
@@ -98,7 +98,7 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _runs(row: Row) -> str:
+def _runs(row: VariantRow) -> str:
     """How many runs there are, and of how many where some are still missing."""
     done = len(row.seeds)
     return str(done) if done == row.planned else f"{done} of {row.planned}"
@@ -120,21 +120,21 @@ def _gap(value: Difference | None) -> str | None:
     return f"{value.difference:+.2f}{error}{deviations}"
 
 
-def _equal_time(row: Row) -> str | None:
+def _equal_time(row: VariantRow) -> str | None:
     return "; ".join(f"{_gap(one.difference)} to {one.against}" for one in row.at_equal_time) or None
 
 
-def _training_time(row: Row) -> str | None:
+def _training_time(row: VariantRow) -> str | None:
     """Of a row that is to train as long as another: how many times as long it does."""
     return None if row.time_ratio is None else f"{row.time_ratio:.2f} × {row.equal_time_to}"
 
 
-def _step(kind: str, row: Row) -> str | None:
+def _step(kind: str, row: VariantRow) -> str | None:
     """Milliseconds of a training step in the precision `kind`."""
     return _number(_per(row.step.get(kind), 1e-3), ".1f")
 
 
-def _measure(name: str, row: Row) -> str | None:
+def _measure(name: str, row: VariantRow) -> str | None:
     return _mean(row.measures.get(name), ".3g")
 
 

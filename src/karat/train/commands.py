@@ -23,19 +23,6 @@ S = TypeVar("S", bound=RunSettings)
 
 
 @dataclass(frozen=True)
-class Compare(Settings):
-    """Train several attentions on the same data with the same seeds; print one table, draw one figure of curves."""
-
-    attentions: tyro.conf.Positional[tuple[str, ...]] = ("softmax", "g3b", "g3u")
-    """The attentions to compare, e.g. softmax g3b g3u; with an MLP behind a stroke, e.g. softmax/grkan g3b/kan; or
-    whole models, e.g. kat_tiny_patch16_224 "deep_kan(order=3)", with attention and MLP behind strokes if you wish."""
-    seeds: int | None = None
-    """Runs of each attention, with seeds seed, seed+1, ... (none: 1, or as a study's file says); from two on the table
-    shows mean ± deviation."""
-    attention: tyro.conf.Suppress[str] = "softmax"
-
-
-@dataclass(frozen=True)
 class Evaluate:
     """Measure top-1 and top-5 of a run's weights; also saved as RUN/eval.json."""
 

@@ -41,7 +41,7 @@ def test_the_papers_way_refuses_what_it_does_not_have() -> None:
     for name, value in (("mask", torch.ones(9, 9, dtype=torch.bool)), ("bias", torch.zeros(9, 9)), ("dropout_p", 0.1)):
         with pytest.raises(ValueError, match=f"can't do {name}"):
             paper_way.attend(KArAtOperator(3, 9, "g1b"), q, q, q, **{name: value})
-    shape = attention.Shape(1, 3, 9, 8)
+    shape = attention.AttentionShape(1, 3, 9, 8)
     assert "paper's way" not in attention.ways(shape, "g1b,simplex=row", "cpu", torch.float32)
 
 
@@ -58,9 +58,9 @@ def test_ratios_are_against_the_faster_softmax() -> None:
 
 
 def test_ways_of_attention_named_by_implementation() -> None:
-    ways = attention.ways(attention.Shape(1, 2, 9, 8), "g1b", "cpu", torch.float32)
+    ways = attention.ways(attention.AttentionShape(1, 2, 9, 8), "g1b", "cpu", torch.float32)
     assert {"softmax eager", "softmax SDPA", "paper's way", "karat tiled"} <= set(ways)
-    assert set(attention.ways(attention.Shape(1, 2, 9, 8), "static-b", "cpu", torch.float32)) == {
+    assert set(attention.ways(attention.AttentionShape(1, 2, 9, 8), "static-b", "cpu", torch.float32)) == {
         "softmax eager",
         "softmax SDPA",
         "karat",

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
-from karat.analyze.ablation import Outcome
+from karat.analyze.ablation import AblationOutcome
 from karat.plots import COLOURS, finish, looks, new_figure
 
 
-def draw_ablation(found: Mapping[str, Mapping[str, Outcome]]) -> Figure:
+def draw_ablation(found: Mapping[str, Mapping[str, AblationOutcome]]) -> Figure:
     """Top-1 by what is kept of the learned part, a colour for each model; `found` by label, then by what is kept."""
     kinds = list(next(iter(found.values())))
     thick = 0.8 / len(found)

@@ -8,13 +8,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from karat.analyze.parts import Parts, Shares
+from karat.analyze.parts import AttentionParts, Shares
 from karat.plots import COLOURS, finish, looks, new_figure
 
 KINDS = (("row", "one row for all queries and images"), ("place", "the query's place"), ("scores", "the scores"))
 
 
-def draw_parts(blocks: Sequence[Parts]) -> Figure:
+def draw_parts(blocks: Sequence[AttentionParts]) -> Figure:
     """Shares of power as stacked bars, one bar a head: of the learned part, of softmax; below, sizes and gates."""
     with looks():
         figure = new_figure(max(6.5, 0.22 * sum(len(block.heads) for block in blocks) + 2.5), 4.2)
@@ -28,7 +28,7 @@ def draw_parts(blocks: Sequence[Parts]) -> Figure:
     return figure
 
 
-def _stack(axes: Axes, blocks: Sequence[Parts], found: Sequence[Shares], title: str) -> None:
+def _stack(axes: Axes, blocks: Sequence[AttentionParts], found: Sequence[Shares], title: str) -> None:
     places = _places(blocks)
     bottom = np.zeros(len(places))
     for index, (name, label) in enumerate(KINDS):
@@ -40,21 +40,21 @@ def _stack(axes: Axes, blocks: Sequence[Parts], found: Sequence[Shares], title: 
     _name_blocks(axes, blocks)
 
 
-def _bars(axes: Axes, blocks: Sequence[Parts], heights: np.ndarray, label: str) -> None:
+def _bars(axes: Axes, blocks: Sequence[AttentionParts], heights: np.ndarray, label: str) -> None:
     axes.bar(_places(blocks), heights, 0.85, color=COLOURS[-1])
     axes.axhline(0, color=COLOURS[-2], linewidth=0.6)
     finish(axes, "", "block (a bar for each head)", label)
     _name_blocks(axes, blocks)
 
 
-def _places(blocks: Sequence[Parts]) -> np.ndarray:
+def _places(blocks: Sequence[AttentionParts]) -> np.ndarray:
     """Where the bars stand: heads side by side, a gap between blocks."""
     heads = [len(block.heads) for block in blocks]
     starts = np.cumsum([0, *(count + 1 for count in heads[:-1])])
     return np.concatenate([start + np.arange(count) for start, count in zip(starts, heads, strict=True)])
 
 
-def _name_blocks(axes: Axes, blocks: Sequence[Parts]) -> None:
+def _name_blocks(axes: Axes, blocks: Sequence[AttentionParts]) -> None:
     places, at, ticks = _places(blocks), 0, []
     for block in blocks:
         ticks.append(float(places[at : at + len(block.heads)].mean()))

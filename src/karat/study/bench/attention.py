@@ -21,7 +21,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Shape:
+class AttentionShape:
     """B images, H heads, N tokens, head dim D."""
 
     B: int = 8
@@ -42,7 +42,7 @@ def flash_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def ways(
-    shape: Shape, attention: str, device: str, dtype: torch.dtype, *, materialised: bool = True
+    shape: AttentionShape, attention: str, device: str, dtype: torch.dtype, *, materialised: bool = True
 ) -> dict[str, Attend]:
     """Softmax both ways, the paper's way, and every implementation of ours that can serve the call."""
     candidates: dict[str, Attend] = {"softmax eager": eager_softmax, "softmax SDPA": F.scaled_dot_product_attention}
@@ -79,7 +79,7 @@ def forward_only(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def measure(
-    shape: Shape,
+    shape: AttentionShape,
     attention: str,
     *,
     rounds: int = 31,

@@ -13,15 +13,15 @@ import tyro
 from karat.errors import parse
 from karat.operator.config import KArAtConfig
 from karat.study.bench import attention, memory, paper_way, step, throughput
-from karat.study.bench.attention import Shape
-from karat.study.bench.results import Rows
+from karat.study.bench.attention import AttentionShape
+from karat.study.bench.results import Measurement
 from karat.study.bench.timing import Timing, against_softmax
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Place:
+class Benchmark:
     """Where a benchmark runs and where its results go."""
 
     device: str = "cpu"
@@ -40,7 +40,7 @@ class Place:
         if self.threads:
             torch.set_num_threads(self.threads)
 
-    def keep(self, rows: Rows, name: str, draw: Callable[[Rows, Path], None]) -> None:
+    def keep(self, rows: Measurement, name: str, draw: Callable[[Measurement, Path], None]) -> None:
         """Show the rows and, if there is a folder, write NAME.json and NAME.png there."""
         rows.show()
         if self.output is not None:
@@ -49,7 +49,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Common(Place):
+class TimedBenchmark(Benchmark):
     """Options of all benchmarks that are timed."""
 
     rounds: int = 15
@@ -62,11 +62,11 @@ class Common(Place):
         super().prepare()
 
 
-def _bars(value: str, *groups: str) -> Callable[[Rows, Path], None]:
+def _bars(value: str, *groups: str) -> Callable[[Measurement, Path], None]:
     return lambda rows, path: rows.bars(path, value, "way", groups)
 
 
-def _curves(rows: Rows, path: Path) -> None:
+def _curves(rows: Measurement, path: Path) -> None:
     rows.draw(path, "value", "median ms", "way")
 
 
@@ -85,7 +85,7 @@ def _timing_rows(head: dict[str, Any], timings: dict[str, Timing]) -> list[dict[
 
 
 @dataclass(frozen=True)
-class Op(Common):
+class Op(TimedBenchmark):
     """Attention alone: softmax eager and SDPA, the paper's way, and every implementation of ours."""
 
     attention: tuple[str, ...] = ("g1b", "g3b", "g3b,residual=softmax", "g3b,residual=softmax")
@@ -108,7 +108,7 @@ class Op(Common):
             )
         rows = []
         for name, heads in zip(self.attention, self.heads, strict=True):
-            shape = Shape(self.batch, heads, self.tokens, self.head_dim)
+            shape = AttentionShape(self.batch, heads, self.tokens, self.head_dim)
             for backward in (False, True):
                 head = {"attention": name, "H": heads, "pass": "forward+backward" if backward else "forward"}
                 timings = attention.measure(
@@ -116,7 +116,7 @@ class Op(Common):
                 )
                 rows += _timing_rows(head, timings)
         title = f"attention alone, B={self.batch}, N={self.tokens}, D={self.head_dim}, {self.dtype}"
-        self.keep(Rows(title, rows), "op", _bars("median ms", "attention", "H", "pass"))
+        self.keep(Measurement(title, rows), "op", _bars("median ms", "attention", "H", "pass"))
 
 
 def _models(names: Sequence[str], paper: bool = False) -> list[tuple[str, str, str]]:
@@ -134,7 +134,7 @@ def _models(names: Sequence[str], paper: bool = False) -> list[tuple[str, str, s
 
 
 @dataclass(frozen=True)
-class Step(Common):
+class Step(TimedBenchmark):
     """A whole training step (AdamW) of ViT-Tiny+G3B, Small+G3B, Base+G1B against timm's two softmax paths."""
 
     models: tuple[str, ...] = ("tiny", "small", "base")
@@ -155,11 +155,11 @@ class Step(Common):
             )
             rows += _timing_rows({"model": f"{size}+{short}"}, timings)
         title = f"training step, 224², batch {self.batch}{', bfloat16 autocast' * self.bf16}"
-        self.keep(Rows(title, rows), "step", _bars("median ms", "model"))
+        self.keep(Measurement(title, rows), "step", _bars("median ms", "model"))
 
 
 @dataclass(frozen=True)
-class Memory(Place):
+class Memory(Benchmark):
     """Peak memory of a training step, against SDPA and the paper's way.
 
     On a CPU the process's, above the idle process; on a GPU the allocator's, in bfloat16 autocast.
@@ -189,11 +189,11 @@ class Memory(Place):
                 for way, peak in peaks.items()
             ]
         title = f"peak memory of a training step above the idle process, 224², batch {self.batch}"
-        self.keep(Rows(title, rows), "memory", _bars("peak MiB", "model"))
+        self.keep(Measurement(title, rows), "memory", _bars("peak MiB", "model"))
 
 
 @dataclass(frozen=True)
-class Scaling(Common):
+class Scaling(TimedBenchmark):
     """Forward+backward of attention alone over N, G and R."""
 
     tokens: tuple[int, ...] = (65, 197, 785, 3137)
@@ -217,7 +217,7 @@ class Scaling(Common):
         rows = []
         for axis, value, N, G, R in points:
             timings = attention.measure(
-                Shape(self.batch, self.heads, N),
+                AttentionShape(self.batch, self.heads, N),
                 f"g{G}b,rank={R}",
                 rounds=self.rounds,
                 device=self.device,
@@ -229,11 +229,11 @@ class Scaling(Common):
             some = [row for row in rows if row["axis"] == axis]
             if some:
                 title = f"attention forward+backward over {axis}, B={self.batch}, H={self.heads}"
-                self.keep(Rows(title, some), f"scaling-{axis}", _curves)
+                self.keep(Measurement(title, some), f"scaling-{axis}", _curves)
 
 
 @dataclass(frozen=True)
-class Throughput(Common):
+class Throughput(TimedBenchmark):
     """Inference of whole models, images a second."""
 
     models: tuple[str, ...] = ("tiny", "small", "base")
@@ -250,11 +250,11 @@ class Throughput(Common):
             timings = throughput.measure(name, short, batch=self.batch, rounds=self.rounds, device=self.device, amp=amp)
             for row in _timing_rows({"model": f"{size}+{short}"}, timings):
                 rows.append({**row, "images/s": 1e3 * self.batch / row["median ms"]})
-        self.keep(Rows(f"inference, 224², batch {self.batch}", rows), "throughput", _bars("images/s", "model"))
+        self.keep(Measurement(f"inference, 224², batch {self.batch}", rows), "throughput", _bars("images/s", "model"))
 
 
 @dataclass(frozen=True)
-class Cost:
+class CostBenchmark:
     """Parameters and multiply-adds of the paper's nine models, as run here, beside the published figures."""
 
     output: Path | None = None
@@ -266,7 +266,7 @@ class Cost:
         costs = cost.cost_table()
         cost.print_cost_table(costs)
         if self.output is not None:
-            Rows("cost at 224²", [asdict(row) for row in costs]).save(self.output / "cost.json")
+            Measurement("cost at 224²", [asdict(row) for row in costs]).save(self.output / "cost.json")
 
 
 BENCHMARKS: dict[str, type[Any]] = {
@@ -275,7 +275,7 @@ BENCHMARKS: dict[str, type[Any]] = {
     "memory": Memory,
     "scaling": Scaling,
     "throughput": Throughput,
-    "cost": Cost,
+    "cost": CostBenchmark,
 }
 
 
@@ -285,6 +285,6 @@ def bench(arguments: Sequence[str]) -> None:
         lambda: tyro.extras.subcommand_cli_from_dict(dict(BENCHMARKS), prog="karat bench", args=list(arguments)),
         "karat bench",
     )
-    if isinstance(benchmark, Place):
+    if isinstance(benchmark, Benchmark):
         benchmark.prepare()
     benchmark.run()

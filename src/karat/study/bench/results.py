@@ -17,7 +17,7 @@ from karat.study.bench.timing import environment
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class Measurement:
     """A measurement: one dict a row, all with the same keys."""
 
     title: str

@@ -1,30 +1,26 @@
-"""What one look at some runs gives: figures, arrays and numbers; and the runs opened for it, each part once."""
+"""Runs opened to be looked at, each part once, and the options of looking."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from karat.analyze.attention import BlockAttention, attention_of
+from karat.analyze.functions import operators_of
 from karat.analyze.landscape import Progress
 from karat.analyze.loading import Run, Samples, labels_of, open_run, runs_in
-from karat.runs.files import write_json
+from karat.operator.config import KArAtConfig
 from karat.runs.settings import slug
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
 class Options:
-    """How runs are looked at; every study takes what concerns it."""
+    """How runs are looked at; every analysis takes what concerns it."""
 
     weights: Literal["last", "best", "ema"] = "last"
     """Weights of the last epoch, of the epoch with the highest top-1, or averaged ones."""
@@ -65,49 +61,8 @@ class Options:
 
 
 @dataclass
-class Study:
-    """The outcome: figures by name, numbers (plain values for JSON), arrays by name, and notes on what is missing."""
-
-    title: str
-    figures: dict[str, Figure] = field(default_factory=dict)
-    numbers: dict[str, Any] = field(default_factory=dict)
-    arrays: dict[str, Tensor] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def write(self, folder: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-        """Write figures (in each of `formats`), numbers.json and arrays.npz into a folder; the paths written."""
-        from karat.analyze.figures import save
-
-        folder.mkdir(parents=True, exist_ok=True)
-        written = [save(figure, folder / f"{name}.{form}") for name, figure in self.figures.items() for form in formats]
-        if self.numbers:
-            path = folder / "numbers.json"
-            write_json(path, as_json(self.numbers))
-            written.append(path)
-        if self.arrays:
-            path = folder / "arrays.npz"
-            named: Mapping[str, Any] = {name: array.numpy() for name, array in self.arrays.items()}
-            np.savez_compressed(path, **named)
-            written.append(path)
-        return written
-
-
-def as_json(value: Any, digits: int | None = None) -> Any:
-    """Nested numbers as JSON has them: to `digits` significant ones where given, NaN and infinities as None."""
-    if isinstance(value, Mapping):
-        return {key: as_json(inner, digits) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(inner, digits) for inner in value]
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return None
-        return value if digits is None else float(f"{value:.{digits}g}")
-    return value
-
-
-@dataclass
 class Subject:
-    """A run under study: its model, samples and recorded attention, each made when first asked for."""
+    """A run that is looked at: its model, samples and recorded attention, each made when first asked for."""
 
     run: Run
     label: str
@@ -118,6 +73,11 @@ class Subject:
     def key(self) -> str:
         """The label as part of a file's name."""
         return slug(self.label)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the run's attention is another than softmax."""
+        return not KArAtConfig.parse(self.run.settings.attention).is_softmax
 
     @cached_property
     def model(self) -> nn.Module:
@@ -154,3 +114,11 @@ def open_subjects(folders: Sequence[Path], options: Options, progress: Progress 
         raise ValueError(f"{twice} is named twice: name each run once")
     opened = [open_run(folder) for folder in chosen]
     return [Subject(run, label, options, progress) for run, label in zip(opened, labels_of(opened), strict=True)]
+
+
+def learning(subjects: Sequence[Subject]) -> list[Subject]:
+    """Those of the runs whose attention learns. Raises ValueError where none does."""
+    found = [s for s in subjects if s.learns]
+    if not found:
+        operators_of(subjects[0].model)  # says what is missing
+    return found

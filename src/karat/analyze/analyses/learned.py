@@ -1,0 +1,94 @@
+"""What learnable attention learned: its edge functions, what its attention consists of, what accuracy rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from karat.analyze import figures
+from karat.analyze.ablation import AblationOutcome, ablate
+from karat.analyze.analysis import Analysis, rounded
+from karat.analyze.functions import Curves, coefficients, curves, operator_of_block, operators_of, score_range
+from karat.analyze.parts import AttentionParts, parts_of
+from karat.analyze.subject import Subject, learning
+from karat.analyze.symbolic import Formula, fit_formula
+
+# Panels and lines beyond these make a figure unreadable.
+MOST_HEADS, NAMED_EDGES, DRAWN_EDGES, CURVE_POINTS = 6, 3, 40, 201
+
+
+def analyse_functions(subjects: Sequence[Subject]) -> Analysis:
+    """The edge functions of one block, the formulas nearest to the strongest of them, the learned numbers' spread."""
+    analysis = Analysis("edge functions")
+    for s in learning(subjects):
+        index = len(s.attention) - 1 if s.options.block is None else s.options.block
+        op = operator_of_block(s.model, index)
+        if op is None or not op.config.has_edges:
+            instead = "keeps softmax" if op is None else "mixes tokens by a learned matrix"
+            analysis.notes.append(f"{s.label}: block {index} {instead} and has no edge functions")
+            continue
+        x = torch.linspace(*score_range(s.attention[index].scores), CURVE_POINTS)
+        heads = op.karat_heads if s.options.head is None else (s.options.head,)
+        drawn: dict[str, Curves] = {}
+        named: dict[str, list[Formula]] = {}
+        for head in heads[:MOST_HEADS]:
+            strong = curves(op, head, x, edges=NAMED_EDGES, spread=False)
+            title = f"block {index}, head {head}"
+            named[title] = [fit_formula(x.numpy(), values.numpy()) for values in strong.values]
+            drawn[title] = strong.joined(curves(op, head, x, edges=DRAWN_EDGES))
+            analysis.numbers.setdefault(s.label, {})[title] = [
+                {"p": int(p), "q": int(q), "formula": near.text, "family": near.family, "error": near.error}
+                for p, q, near in zip(strong.outputs, strong.inputs, named[title], strict=True)
+            ]
+            analysis.arrays[f"{s.key}/{title}"] = drawn[title].values
+        analysis.arrays[f"{s.key}/x"] = x
+        analysis.figures[f"functions-{s.key}"] = figures.draw_functions(drawn, named)
+        operators = operators_of(s.model)
+        first_and_last = dict.fromkeys([next(iter(operators)), next(reversed(operators))])
+        rows = {name.replace(".attn.operator", ""): coefficients(operators[name]) for name in first_and_last}
+        analysis.figures[f"coefficients-{s.key}"] = figures.draw_coefficients(rows)
+    return analysis
+
+
+def analyse_parts(subjects: Sequence[Subject]) -> Analysis:
+    """What the learned part of attention consists of: a fixed row, the query's place, the scores; gates and sizes."""
+    analysis = Analysis("parts of attention")
+    for s, found in analysis.each(learning(subjects), _parts):
+        analysis.figures[f"parts-{s.key}"] = figures.draw_parts(found)
+        analysis.numbers[s.label] = {block.name: _numbers(block) for block in found}
+    return analysis
+
+
+def _parts(s: Subject) -> list[AttentionParts]:
+    found = parts_of(s.model, s.attention)
+    if not found:
+        raise ValueError("softmax in every block, no learned part")
+    return found
+
+
+def _numbers(block: AttentionParts) -> dict[str, Any]:
+    found = {"heads": list(block.heads), **rounded({"gate": block.gates, "size": block.size})}
+    for kind, part in (("learned", block.learned), ("softmax", block.softmax)):
+        found[kind] = rounded({name: getattr(part, name) for name in ("row", "place", "scores")})
+    return found
+
+
+def analyse_ablation(subjects: Sequence[Subject]) -> Analysis:
+    """Top-1 and loss with parts of the learned attention taken away."""
+    analysis = Analysis("learned attention taken away")
+    kept = {}
+    for s, found in analysis.each(subjects, _ablated):
+        kept[s.label] = found
+        analysis.numbers[s.label] = {
+            "images": len(s.loss_samples.labels),
+            "split": s.options.split,
+            "kept": {name: vars(outcome) for name, outcome in found.items()},
+        }
+    analysis.figures["ablation"] = figures.draw_ablation(kept)
+    return analysis
+
+
+def _ablated(s: Subject) -> dict[str, AblationOutcome]:
+    return ablate(s.model, s.loss_samples.images, s.loss_samples.labels)
