@@ -79,33 +79,26 @@ def draw_epochs(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], panel
 
     runs: the lines of each name's runs; panels: titles by number.
     """
-    shown = [key for key in panels if any(key in line for some in runs.values() for lines in some for line in lines)]
+    known = {key for some in runs.values() for lines in some for line in lines for key in line}
+    shown = [key for key in panels if key in known] or list(panels)
     with looks():
         figure = new_figure(3.1 * len(shown), 2.6)
         axes = figure.subplots(1, len(shown), squeeze=False)[0]
         for panel, key in zip(axes, shown, strict=True):
             for index, (name, some) in enumerate(runs.items()):
                 for number, lines in enumerate(some):
-                    points = [(line["epoch"], line[key]) for line in lines if key in line]
-                    marker = "o" if len(points) < 3 else None
-                    label = None if number else name
-                    panel.plot(
-                        [epoch for epoch, _ in points],
-                        [value for _, value in points],
-                        label=label,
-                        marker=marker,
-                        markersize=3,
-                        **line_style(index),
-                    )
+                    epochs, values = ([line[what] for line in lines if key in line] for what in ("epoch", key))
+                    style = line_style(index) | {"marker": "o" if len(epochs) < 3 else None, "markersize": 3}
+                    panel.plot(epochs, values, label=None if number else name, **style)
             finish(panel, panels[key], "epoch")
             whole_epochs(panel)
         axes[-1].legend()
     return figure
 
 
-def few_ticks(axes: Axes, most: int = 4) -> None:
+def few_ticks(axes: Axes) -> None:
     """No more intervals along x than a narrow panel has room for."""
-    axes.xaxis.set_major_locator(MaxNLocator(most))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
 
 
 def bare(axes: Axes, title: str = "") -> None:

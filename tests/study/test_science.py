@@ -181,10 +181,7 @@ def test_the_table_of_positions(merge_studies: ModuleType) -> None:
     expected = []
     for dim, name in ((96, "study-float32.json"), (192, "study-192.json")):
         rows = runs_of(merge_studies, name)
-        for kind, names in (
-            ("timm's, deviation 0.02", ("softmax", STATIC, G1B)),
-            ("sines and cosines", strong),
-        ):
+        for kind, names in (("timm's, deviation 0.02", ("softmax", STATIC, G1B)), ("sines and cosines", strong)):
             expected.append([str(dim), kind, *(counted(rows[n]) if n in rows else "–" for n in names)])
     assert table("dim", "position embeddings") == expected
 

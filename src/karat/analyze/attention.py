@@ -147,11 +147,11 @@ def region(maps: Tensor, share: float = 0.5) -> Tensor:
     return torch.zeros_like(chosen).scatter(-1, places, chosen).unflatten(-1, maps.shape[-2:])
 
 
-def dominant_regions(maps: Tensor, share: float = 0.5) -> tuple[Tensor, Tensor]:
+def dominant_regions(maps: Tensor) -> tuple[Tensor, Tensor]:
     """The dominant head of each image and the region that it picks: maps (B,H,h,w) -> (B,), boolean (B,h,w)."""
     heads = dominant_heads(maps)
     chosen = maps[torch.arange(len(maps)), heads]
-    return heads, region(chosen, share)
+    return heads, region(chosen)
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:

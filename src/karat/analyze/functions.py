@@ -97,13 +97,12 @@ def curves(
 
 @dataclass(frozen=True)
 class Distribution:
-    """How numbers of one kind are spread in one head: mean, deviation, quantiles 5/25/50/75/95 %, a histogram."""
+    """How numbers of one kind are spread in one head: mean, deviation, a histogram."""
 
     name: str
     head: int
     mean: float
     std: float
-    quantiles: Tensor  # (5,)
     counts: Tensor  # (bins,)
     bin_edges: Tensor  # (bins + 1,)
 
@@ -127,24 +126,15 @@ def coefficients(op: KArAtOperator, *, bins: int = 50) -> list[Distribution]:
         bin_edges = torch.linspace(low, high, bins + 1)
         for place, head in enumerate(op.karat_heads):
             mine = values[place].flatten()
-            found.append(
-                Distribution(
-                    name=name,
-                    head=head,
-                    mean=float(mine.mean()),
-                    std=float(mine.std(unbiased=False)),
-                    quantiles=_quantiles(mine),
-                    counts=torch.histc(mine, bins, low, high),
-                    bin_edges=bin_edges,
-                )
-            )
+            mean, std = float(mine.mean()), float(mine.std(unbiased=False))
+            found.append(Distribution(name, head, mean, std, torch.histc(mine, bins, low, high), bin_edges))
     return found
 
 
-def score_range(scores: Tensor, deviations: float = 3.0) -> tuple[float, float]:
-    """Where the scores of a block lie, mean ± `deviations` standard deviations: the stretch worth plotting."""
+def score_range(scores: Tensor) -> tuple[float, float]:
+    """Where the scores of a block lie, mean ± three standard deviations: the stretch worth plotting."""
     mean, std = float(scores.mean()), float(scores.std())
-    reach = max(deviations * std, 1e-3)
+    reach = max(3 * std, 1e-3)
     return mean - reach, mean + reach
 
 
@@ -155,10 +145,3 @@ def _layer(op: KArAtOperator, layer: int) -> EdgeLayer:
     if not 0 <= layer < len(layers):
         raise ValueError(f"layer must be 0 to {len(layers) - 1} in order {op.config.order}, got {layer}")
     return layers[layer]
-
-
-def _quantiles(values: Tensor) -> Tensor:
-    # torch.quantile refuses more than 2^24 numbers; order statistics of the sorted list serve any size.
-    ordered = values.sort().values
-    places = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]) * (len(ordered) - 1)
-    return ordered[places.round().long()]

@@ -66,15 +66,15 @@ def moved(model: nn.Module, directions: Sequence[Direction]) -> Iterator[Callabl
         torch._foreach_copy_(targets, own)
 
 
-def axes_around(coordinates: Tensor, points: int, *, margin: float = 0.25) -> tuple[Tensor, Tensor]:
-    """Grid axes (points,) each that cover a path (T,2) and the origin with a margin, one of the points being 0.
+def axes_around(coordinates: Tensor, points: int) -> tuple[Tensor, Tensor]:
+    """Grid axes (points,) that cover a path (T,2) and the origin with a quarter of margin, 0 being one of the points.
 
     Raises ValueError for fewer than 3 points.
     """
     axes = []
     for along in coordinates.double().T:
         low, high = min(float(along.min()), 0.0), max(float(along.max()), 0.0)
-        reach = max((high - low) * margin, 1e-6)
+        reach = max((high - low) / 4, 1e-6)
         axes.append(axis_through_zero(low - reach, high + reach, points))
     return axes[0], axes[1]
 

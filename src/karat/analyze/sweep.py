@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from karat.basis.specs import parse_call
 from karat.operator.config import KArAtConfig
 
 
@@ -44,17 +44,9 @@ def settings_of(attention: str) -> dict[str, Any]:
     flat = dataclasses.asdict(config) | ({"mlp": mlp} if mlp else {})
     if config.is_softmax:
         return flat
-    spec = re.fullmatch(r"((?:\w+\+)*\w+)(?:\((.*)\))?", config.basis)
-    assert spec is not None  # a configuration has read it
-    family, options = spec.groups()
-    flat["basis"] = family
-    for option in filter(None, (options or "").split(",")):
-        name, value = option.split("=")
-        name = f"{family} {name}" if name in flat else name  # bspline's order isn't the operator's
-        flat[name] = float(value) if re.fullmatch(r"-?[\d.]+(e-?\d+)?", value) else value
-        if isinstance(flat[name], float) and flat[name].is_integer():
-            flat[name] = int(flat[name])
-    return flat
+    flat["basis"] = config.basis.partition("(")[0]
+    family, options = parse_call(config.basis.rpartition("+")[2])
+    return flat | {f"{family} {name}" if name in flat else name: value for name, value in options.items()}
 
 
 def sweep(results: Sequence[tuple[str, float]], setting: str | None = None) -> Sweep:
@@ -71,7 +63,7 @@ def sweep(results: Sequence[tuple[str, float]], setting: str | None = None) -> S
         if _is_softmax(name):
             fixed.setdefault(name, []).append(top1)
     names = dict.fromkeys(name for settings, _ in learned for name in settings)
-    taken = {name: {_key(settings.get(name)) for settings, _ in learned} for name in names}
+    taken = {name: {repr(settings.get(name)) for settings, _ in learned} for name in names}
     varied = {name: len(values) for name, values in taken.items() if len(values) > 1}
     if setting is None and varied:
         setting = max(varied, key=lambda name: varied[name])
@@ -85,10 +77,10 @@ def sweep(results: Sequence[tuple[str, float]], setting: str | None = None) -> S
     groups: dict[str, dict[str, list[float]]] = {}
     for settings, top1 in learned:
         group = ", ".join(f"{name} {settings[name]}" for name in others if name in settings)
-        groups.setdefault(group, {}).setdefault(_key(settings[setting]), []).append(top1)
+        groups.setdefault(group, {}).setdefault(repr(settings[setting]), []).append(top1)
     lines = {}
     for group, found in groups.items():
-        seeds = [found.get(_key(value), []) for value in values]
+        seeds = [found.get(repr(value), []) for value in values]
         lines[group] = Line(
             mean=tuple(statistics.fmean(s) if s else None for s in seeds),
             deviation=tuple(statistics.stdev(s) if len(s) > 1 else None for s in seeds),
@@ -100,14 +92,8 @@ def _is_softmax(contender: str) -> bool:
     return contender.partition("/")[0].partition(",")[0] == "softmax"
 
 
-def _key(value: Any) -> str:
-    return repr(value)
-
-
 def _ordered(values: Sequence[Any]) -> list[Any]:
-    unique = list({_key(value): value for value in values}.values())
-    return sorted(unique, key=lambda value: (not isinstance(value, int | float), value if _is_number(value) else 0))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+    """Each value once, numbers first and ascending."""
+    unique = {repr(value): value for value in values}.values()
+    numbers = [value for value in unique if isinstance(value, int | float)]
+    return [*sorted(numbers), *(value for value in unique if not isinstance(value, int | float))]

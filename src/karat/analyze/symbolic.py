@@ -70,15 +70,9 @@ def _quadratic(x: Array) -> list[tuple[float, ...]]:
 
 
 FAMILIES: dict[str, _Family] = {
-    "linear": _Family(
-        lambda x, t: x,
-        lambda x: [()],
-        lambda c, d, t: f"{_number(c)} x{_shift(d)}",
-    ),
+    "linear": _Family(lambda x, t: x, lambda x: [()], lambda c, d, t: f"{_number(c)} x{_shift(d)}"),
     "quadratic": _Family(
-        lambda x, t: (x - t[0]) ** 2,
-        _quadratic,
-        lambda c, d, t: f"{_number(c)} (x{_shift(-t[0])})²{_shift(d)}",
+        lambda x, t: (x - t[0]) ** 2, _quadratic, lambda c, d, t: f"{_number(c)} (x{_shift(-t[0])})²{_shift(d)}"
     ),
     "exp": _Family(
         lambda x, t: np.exp(np.clip(t[0] * (x - x[0 if t[0] < 0 else -1]), -700, 0)),
@@ -86,14 +80,10 @@ FAMILIES: dict[str, _Family] = {
         lambda c, d, t: f"{_number(c)} exp({_number(t[0])} x){_shift(d)}",
     ),
     "sin": _Family(
-        lambda x, t: np.sin(t[0] * x),
-        _frequencies,
-        lambda c, d, t: f"{_number(c)} sin({_number(t[0])} x){_shift(d)}",
+        lambda x, t: np.sin(t[0] * x), _frequencies, lambda c, d, t: f"{_number(c)} sin({_number(t[0])} x){_shift(d)}"
     ),
     "cos": _Family(
-        lambda x, t: np.cos(t[0] * x),
-        _frequencies,
-        lambda c, d, t: f"{_number(c)} cos({_number(t[0])} x){_shift(d)}",
+        lambda x, t: np.cos(t[0] * x), _frequencies, lambda c, d, t: f"{_number(c)} cos({_number(t[0])} x){_shift(d)}"
     ),
     "gaussian": _Family(
         lambda x, t: np.exp(-0.5 * ((x - t[0]) / t[1]) ** 2),

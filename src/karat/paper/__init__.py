@@ -14,14 +14,4 @@ from karat.paper.results import Measured, compare, matching
 from karat.paper.run import run_row
 from karat.paper.setup import Setup, attention_spec
 
-__all__ = [
-    "TABLES",
-    "Entry",
-    "Measured",
-    "Setup",
-    "attention_spec",
-    "compare",
-    "matching",
-    "rows",
-    "run_row",
-]
+__all__ = ["TABLES", "Entry", "Measured", "Setup", "attention_spec", "compare", "matching", "rows", "run_row"]

@@ -26,7 +26,6 @@ TABLES = {
     19: "orders of the operator",
     20: "hybrid heads",
 }
-METRICS = {"params_M": "parameters (M)", "gpu_memory_GB_batch32": "GPU memory (GB, batch 32)", "GFLOPs": "GFLOPs"}
 
 
 class Entry(PublishedFigure):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +44,11 @@ PART = 32  # images whose attention is held at once
 Numbers = dict[str, float | None]
 
 
-@dataclass(frozen=True)
-class Amounts:
-    """How much is looked at: images for each number, and for the loss rise the radius, in lengths of the filters, and
-    how many random planes."""
-
-    hessian_images: int = 32
-    loss_images: int = 256
-    map_images: int = 256
-    radius: float = 0.1
-    planes: int = 2
+HESSIAN_IMAGES, LOSS_IMAGES, MAP_IMAGES = 32, 256, 256
+RADIUS, PLANES = 0.1, 2  # of the loss rise, in lengths of the filters; and how many random planes
 
 
-def measure_run(folder: Path, amounts: Amounts | None = None) -> Numbers:
+def measure_run(folder: Path) -> Numbers:
     """The numbers of a finished run, from its folder where they are known for these weights; None where one has none.
 
     largest_eigenvalue: of the Hessian of the training loss (cross-entropy). loss_rise: by how much that loss rises, on
@@ -65,38 +56,37 @@ def measure_run(folder: Path, amounts: Amounts | None = None) -> Numbers:
     of what reaches the class token (`karat.analyze.deletion`); entropy, negative mass and diversity of heads of σ,
     means over blocks and heads (`karat.analyze.quality`).
     """
-    amounts = amounts or Amounts()
-    known = read_measures(folder, amounts)
+    known = read_measures(folder)
     if known is not None:
         return known
     run = open_run(folder)
     model = run.model("last")
-    images = run.samples(amounts.loss_images, "train")
-    shown = run.samples(amounts.map_images, "eval")
-    few = slice(amounts.hessian_images)
+    seen = run.samples(LOSS_IMAGES, "train")
+    few = slice(HESSIAN_IMAGES)
     found: Numbers = {
-        "largest_eigenvalue": largest_eigenvalue(model, images.images[few], images.labels[few]),
-        "loss_rise": loss_rise(model, images.images, images.labels, radius=amounts.radius, planes=amounts.planes),
-        **_map_numbers(model, shown.images),
+        "largest_eigenvalue": largest_eigenvalue(model, seen.images[few], seen.labels[few]),
+        "loss_rise": loss_rise(model, seen.images, seen.labels, radius=RADIUS, planes=PLANES),
+        **_map_numbers(model, run.samples(MAP_IMAGES, "eval").images),
     }
     found = {name: value if value is None or math.isfinite(value) else None for name, value in found.items()}
     (folder / FOLDER).mkdir(exist_ok=True)
-    write_json(folder / FOLDER / MEASURES, {"key": _key(folder, amounts), "numbers": found})
+    write_json(folder / FOLDER / MEASURES, {"key": _key(folder), "numbers": found})
     return found
 
 
-def read_measures(folder: Path, amounts: Amounts | None = None) -> Numbers | None:
+def read_measures(folder: Path) -> Numbers | None:
     """The numbers that a run's folder holds of its present weights and these amounts; None where it doesn't."""
     path = folder / FOLDER / MEASURES
     if not path.is_file() or not (folder / runs.DIGESTS).is_file():
         return None
     kept = read_json(path)
-    return kept["numbers"] if kept["key"] == _key(folder, amounts or Amounts()) else None
+    return kept["numbers"] if kept["key"] == _key(folder) else None
 
 
-def _key(folder: Path, amounts: Amounts) -> dict[str, Any]:
+def _key(folder: Path) -> dict[str, Any]:
     """What the numbers depend on."""
-    return {"weights": read_json(folder / runs.DIGESTS)[MODEL][0], **asdict(amounts)}
+    amounts = {"hessian_images": HESSIAN_IMAGES, "loss_images": LOSS_IMAGES, "map_images": MAP_IMAGES}
+    return {"weights": read_json(folder / runs.DIGESTS)[MODEL][0], **amounts, "radius": RADIUS, "planes": PLANES}
 
 
 def largest_eigenvalue(model: nn.Module, images: Tensor, labels: Tensor) -> float | None:

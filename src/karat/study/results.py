@@ -14,7 +14,7 @@ from karat.study import table
 from karat.study.compare import summarise
 from karat.study.figures import draw_figures
 from karat.study.plan import Plan, summary_of
-from karat.study.rows import VariantRow, as_json, make_rows
+from karat.study.rows import VariantRow, make_rows
 from karat.study.timing import Times
 
 STUDY, PAGE = "study.json", "study.md"
@@ -31,7 +31,7 @@ def write_results(
     if not any(row.seeds for row in rows):
         raise ValueError(f"no run in {plan.folder} is finished yet: there is nothing to put into a table")
     plan.folder.mkdir(parents=True, exist_ok=True)
-    found = {"title": plan.title, "baseline": plan.baseline, "rows": [as_json(row) for row in rows]}
+    found = {"title": plan.title, "baseline": plan.baseline, "rows": [asdict(row) for row in rows]}
     files.write_json(plan.folder / STUDY, found)
     page = f"{table.markdown(rows, plan.baseline)}\n{table.markdown_curves(rows)}"
     files.write_text(plan.folder / PAGE, page)

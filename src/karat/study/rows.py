@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from karat import runs
@@ -166,8 +166,3 @@ def _means(found: Sequence[Mapping[str, float | None]]) -> dict[str, Mean]:
     names = dict.fromkeys(name for numbers in found for name in numbers)
     values = {name: [v for numbers in found if (v := numbers.get(name)) is not None] for name in names}
     return {name: Mean.of(list(map(float, known))) for name, known in values.items() if known}
-
-
-def as_json(row: VariantRow) -> dict[str, Any]:
-    """A row as plain values."""
-    return asdict(row)

@@ -47,14 +47,7 @@ def draw_parameters_accuracy(measured: Sequence[Point], published: Sequence[Poin
 def _scatter(axes: Axes, points: Sequence[Point], label: str, marker: str, *, facecolor: str, edgecolor: str) -> None:
     sizes, accuracies = [point.params_M for point in points], [point.top1 for point in points]
     axes.scatter(
-        sizes,
-        accuracies,
-        s=22,
-        marker=marker,
-        label=label,
-        linewidth=0.9,
-        facecolor=facecolor,
-        edgecolor=edgecolor,
+        sizes, accuracies, s=22, marker=marker, label=label, linewidth=0.9, facecolor=facecolor, edgecolor=edgecolor
     )
 
 

@@ -17,13 +17,7 @@ def _infer(model: nn.Module, images: Tensor, amp: torch.dtype | None) -> Tensor:
 
 
 def measure(
-    name: str,
-    attention: str,
-    *,
-    batch: int = 16,
-    rounds: int = 9,
-    device: str = "cpu",
-    amp: torch.dtype | None = None,
+    name: str, attention: str, *, batch: int = 16, rounds: int = 9, device: str = "cpu", amp: torch.dtype | None = None
 ) -> dict[str, Timing]:
     """Seconds of one inference batch, softmax both ways and karat, in one alternating run."""
     models = {way: build(name, way, attention).to(device).eval() for way in (*SOFTMAX_WAYS, "karat")}
