@@ -29,7 +29,7 @@ from karat.basis import parse_basis
 from karat.study.bench import attention, memory, paper_way, step
 from karat.study.bench.attention import AttentionShape
 from karat.study.bench.commands import Op, Scaling, Throughput
-from karat.study.bench.results import Measurement
+from karat.study.bench.measurement import Measurement
 from karat.study.bench.timing import alternate, environment
 
 ROOT = Path(__file__).resolve().parents[1]

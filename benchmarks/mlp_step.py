@@ -22,8 +22,8 @@ from torch import nn
 from karat.models.flops import count_parameters
 from karat.runs.classification import SMALL_MODEL, Settings
 from karat.runs.model import build_model, input_size
+from karat.study.bench.measurement import Measurement
 from karat.study.bench.memory import MIB
-from karat.study.bench.results import Measurement
 from karat.study.bench.step import step_of
 from karat.study.bench.timing import alternate
 from karat.study.compare import contender, count_operations

@@ -18,7 +18,7 @@ import tyro
 
 from karat import KArAtOperator
 from karat.study.bench.attention import AttentionShape, eager_softmax, forward_backward
-from karat.study.bench.results import Measurement
+from karat.study.bench.measurement import Measurement
 from karat.study.bench.step import SOFTMAX_WAYS, build, step_of
 from karat.study.bench.timing import Timing, against_softmax, alternate
 

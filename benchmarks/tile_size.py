@@ -19,7 +19,7 @@ from karat import KArAtOperator
 from karat.ops.cpp import attention as cpp_attention
 from karat.ops.tiled import attention as tiled
 from karat.study.bench.attention import AttentionShape, eager_softmax, forward_backward
-from karat.study.bench.results import Measurement
+from karat.study.bench.measurement import Measurement
 from karat.study.bench.timing import against_softmax, alternate
 
 # (attention, heads): the pairs that the targets speak of.

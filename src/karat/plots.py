@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,20 @@ def looks() -> Any:
     return matplotlib.rc_context(RC)
 
 
+@contextmanager
+def drawing(
+    width: float, height: float, *, rows: int | None = None, columns: int | None = None, **grid: Any
+) -> Iterator[tuple[Figure, Any]]:
+    """A figure of so many inches and its axes, to be drawn in within.
+
+    The axes are one, a row of `columns`, or `rows` × `columns`; further arguments as `Figure.subplots` takes them.
+    """
+    with looks():
+        figure = new_figure(width, height)
+        axes = figure.subplots(rows or 1, columns or 1, squeeze=False, **grid)
+        yield figure, axes if rows else axes[0] if columns else axes[0, 0]
+
+
 def line_style(index: int, width: float = 1.4) -> dict[str, Any]:
     """Colour, dashes and width of the index-th line."""
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)], "linewidth": width}
@@ -81,9 +96,7 @@ def draw_epochs(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], panel
     """
     known = {key for some in runs.values() for lines in some for line in lines for key in line}
     shown = [key for key in panels if key in known] or list(panels)
-    with looks():
-        figure = new_figure(3.1 * len(shown), 2.6)
-        axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    with drawing(3.1 * len(shown), 2.6, columns=len(shown)) as (figure, axes):
         for panel, key in zip(axes, shown, strict=True):
             for index, (name, some) in enumerate(runs.items()):
                 for number, lines in enumerate(some):

@@ -14,7 +14,7 @@ from karat.operator.config import KArAtConfig
 from karat.paper import TABLES, Setup, attention_spec, compare, matching, rows, run_row
 from karat.paper.command import paper
 from karat.paper.entries import table_number
-from karat.paper.results import dataset_of, plain, read_run
+from karat.paper.matching import dataset_of, plain, read_run
 from karat.paper.run import run_options
 from karat.paper.setup import PROGRAMS, read_setup
 from karat.runs.classification import Settings

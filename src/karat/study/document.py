@@ -203,17 +203,14 @@ def _table(value: Value, name: str) -> Mapping[str, Value]:
     return value
 
 
-def _known(found: Collection[str], names: Collection[str], where: str) -> None:
+def _known(found: Collection[str], names: Collection[str], where: str, what: str = "unknown ") -> None:
     """ValueError for a name that isn't among `names`, with the nearest, or all of them where none is near."""
     for name in found:
         if name not in names:
             near = difflib.get_close_matches(name, list(names), n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(names))}"
-            raise ValueError(f"{where}: unknown {name!r}: {hint}")
+            raise ValueError(f"{where}: {what}{name!r}: {hint}")
 
 
 def _among(name: str, names: Collection[str], where: str) -> None:
-    if name not in names:
-        near = difflib.get_close_matches(name, list(names), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the variants are {', '.join(map(repr, names))}"
-        raise ValueError(f"{where}: there is no variant {name!r}: {hint}")
+    _known([name], names, where, "there is no variant ")

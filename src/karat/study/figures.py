@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from karat.plots import COLOURS, finish, line_style, looks, new_figure, whole_epochs
+from karat.plots import COLOURS, drawing, finish, line_style, whole_epochs
 from karat.study.rows import VariantRow
 
 MARKERS = "osD^vP*X"
@@ -23,9 +23,7 @@ def draw_figures(rows: Sequence[VariantRow], baseline: str) -> dict[str, Figure]
 
 def draw_curves(rows: Sequence[VariantRow]) -> Figure:
     """Top-1 after each epoch: the mean over a row's runs, and least to greatest of them shaded."""
-    with looks():
-        figure = new_figure(6.6, 3.4)
-        panel = figure.subplots()
+    with drawing(6.6, 3.4) as (figure, panel):
         for index, row in enumerate(rows):
             epochs = range(1, len(row.curve) + 1)
             marker = "o" if len(row.curve) < 3 else None
@@ -43,9 +41,7 @@ def draw_accuracy(rows: Sequence[VariantRow]) -> Figure:
     costs = {"parameters (k)": [None if row.parameters is None else row.parameters / 1e3 for row in rows]}
     if any(row.own_step is not None for row in rows):
         costs["training step (ms)"] = [None if row.own_step is None else 1e3 * row.own_step for row in rows]
-    with looks():
-        figure = new_figure(3.1 * len(costs) + 2.0, 3.2)
-        axes = figure.subplots(1, len(costs), squeeze=False, sharey=True)[0]
+    with drawing(3.1 * len(costs) + 2.0, 3.2, columns=len(costs), sharey=True) as (figure, axes):
         for panel, (title, values) in zip(axes, costs.items(), strict=True):
             for index, (row, value) in enumerate(zip(rows, values, strict=True)):
                 if value is None or row.top1 is None:
@@ -71,9 +67,7 @@ def draw_differences(rows: Sequence[VariantRow], baseline: str) -> Figure:
     shade is ± the baseline's deviation."""
     others = [row for row in rows if row.difference is not None]
     deviation = next((row.top1.deviation for row in rows if row.name == baseline and row.top1 is not None), None)
-    with looks():
-        figure = new_figure(6.0, 0.3 * len(others) + 1.0)
-        panel = figure.subplots()
+    with drawing(6.0, 0.3 * len(others) + 1.0) as (figure, panel):
         if deviation is not None:
             panel.axvspan(-deviation, deviation, color=COLOURS[-1], alpha=0.18, linewidth=0)
         panel.axvline(0.0, color=COLOURS[-1], linewidth=0.8)

@@ -81,27 +81,15 @@ class Plan:
                 raise ValueError(f"the study has no variant {name!r}: it has {', '.join(map(repr, known))}")
         return replace(self, variants=tuple(v for v in self.variants if v.name in names)) if names else self
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "title": self.title,
-            "baseline": self.baseline,
-            "variants": [
-                {
-                    "name": v.name,
-                    "seeds": list(v.seeds),
-                    "equal_time_to": v.equal_time_to,
-                    "settings": v.settings.as_dict(),
-                }
-                for v in self.variants
-            ],
-            "versions": runs.versions(),
-        }
-
     def write(self) -> None:
         """plan.json in the study's folder: settings, seeds, versions."""
+        variants = [
+            {"name": v.name, "seeds": v.seeds, "equal_time_to": v.equal_time_to, "settings": v.settings.as_dict()}
+            for v in self.variants
+        ]
+        plan = {"title": self.title, "baseline": self.baseline, "variants": variants, "versions": runs.versions()}
         self.folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(self.folder / PLAN, json.loads(json.dumps(self.as_dict(), default=str)))
+        files.write_json(self.folder / PLAN, json.loads(json.dumps(plan, default=str)))
 
 
 def run_folder(folder: Path, name: str, seed: int) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from karat import runs
@@ -105,7 +105,7 @@ def _row(
     measured: Mapping[str, Mapping[str, float | None]],
 ) -> VariantRow:
     mine, baseline = found[variant.name], found[plan.baseline]
-    base = VariantRow(
+    row = VariantRow(
         name=variant.name,
         attention=variant.settings.label,
         epochs=variant.settings.recipe.epochs,
@@ -118,25 +118,21 @@ def _row(
     )
     top1 = mine.top1
     if top1 is None:
-        return base
-    curves = mine.curves
-    curve = tuple(statistics.fmean(values) for values in zip(*curves, strict=True))
+        return row
+    curve = tuple(statistics.fmean(values) for values in zip(*mine.curves, strict=True))
     _, facts = runs.read_config(mine.jobs[0].folder)
-    apart = variant.name == plan.baseline or baseline.top1 is None
-    return VariantRow(
-        **{
-            **vars(base),
-            "top1": top1,
-            "curve": curve,
-            "curves": curves,
-            "difference": None if apart or baseline.top1 is None else difference(top1, baseline.top1),
-            "at_equal_time": tuple(_at_equal_time(variant.name, top1, found.values())),
-            "in_baseline_time": _in_baseline_time(mine, baseline, curve, times),
-            "parameters": mine.summaries[0]["parameters"],
-            "multiply_adds": count_operations(variant.settings, int(facts["num_classes"]), int(facts["in_chans"])),
-            "measures": _means([measured.get(job.folder.name, {}) for job in mine.jobs]),
-            "runs": tuple(str(job.folder) for job in mine.jobs),
-        }
+    return replace(
+        row,
+        top1=top1,
+        curve=curve,
+        curves=mine.curves,
+        difference=None if baseline.top1 is None or variant.name == plan.baseline else difference(top1, baseline.top1),
+        at_equal_time=tuple(_at_equal_time(variant.name, top1, found.values())),
+        in_baseline_time=_in_baseline_time(mine, baseline, curve, times),
+        parameters=mine.summaries[0]["parameters"],
+        multiply_adds=count_operations(variant.settings, int(facts["num_classes"]), int(facts["in_chans"])),
+        measures=_means([measured.get(job.folder.name, {}) for job in mine.jobs]),
+        runs=tuple(str(job.folder) for job in mine.jobs),
     )
 
 

@@ -8,16 +8,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from karat.analyze.ablation import AblationOutcome
-from karat.plots import COLOURS, finish, looks, new_figure
+from karat.plots import COLOURS, drawing, finish
 
 
 def draw_ablation(found: Mapping[str, Mapping[str, AblationOutcome]]) -> Figure:
     """Top-1 by what is kept of the learned part, a colour for each model; `found` by label, then by what is kept."""
     kinds = list(next(iter(found.values())))
     thick = 0.8 / len(found)
-    with looks():
-        figure = new_figure(6.5, 0.5 + len(kinds) * max(0.3, 0.2 * len(found)))
-        axes = figure.subplots()
+    with drawing(6.5, 0.5 + len(kinds) * max(0.3, 0.2 * len(found))) as (figure, axes):
         for index, (label, outcomes) in enumerate(found.items()):
             places = np.arange(len(kinds)) + (index - (len(found) - 1) / 2) * thick
             values = [outcomes[kind].top1 for kind in kinds]

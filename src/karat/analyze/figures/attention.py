@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from karat.analyze.attention import upsample
-from karat.plots import COLOURS, DIVERGING, SEQUENTIAL, bare, looks, new_figure
+from karat.plots import COLOURS, DIVERGING, SEQUENTIAL, bare, drawing
 
 SCALE = "each map on its own scale: dark 0, yellow its largest value; with negative values white 0, purple below"
 
@@ -25,9 +25,7 @@ def draw_maps(pixels: Tensor, maps: Mapping[str, Tensor], *, titles: Sequence[st
     to its own maximum; one with them is drawn on a scale that is symmetric around 0.
     """
     B = len(pixels)
-    with looks():
-        figure = new_figure(1.25 * (len(maps) + 1), 1.3 * B + 0.2)
-        axes = figure.subplots(B, len(maps) + 1, squeeze=False)
+    with drawing(1.25 * (len(maps) + 1), 1.3 * B + 0.2, rows=B, columns=len(maps) + 1) as (figure, axes):
         for row in range(B):
             axes[row, 0].imshow(pixels[row].numpy(), interpolation="nearest")
             bare(axes[row, 0], "image" if row == 0 else "")
@@ -65,9 +63,9 @@ def draw_regions(
     where given. With `maps_too` each map stands on its own below that.
     """
     B, size, lines = len(pixels), (pixels.shape[1], pixels.shape[2]), 1 + maps_too
-    with looks():
-        figure = new_figure(1.5 * scale * (len(maps) + 1), (1.55 * B * lines + 0.2) * scale)
-        axes = figure.subplots(B * lines, len(maps) + 1, squeeze=False)
+    with drawing(
+        1.5 * scale * (len(maps) + 1), (1.55 * B * lines + 0.2) * scale, rows=B * lines, columns=len(maps) + 1
+    ) as (figure, axes):
         for row in range(B):
             upper, lower = axes[row * lines], axes[row * lines + lines - 1]
             upper[0].imshow(pixels[row].numpy(), interpolation="nearest")
@@ -116,10 +114,8 @@ def draw_heads(blocks: Mapping[str, Tensor]) -> Figure:
             colours, low, high = _scale(matrix)
             shade = np.clip((matrix - low) / (high - low), 0, 1)
             canvas[y : y + matrix.shape[0], x : x + matrix.shape[1]] = colormaps[colours](shade)[..., :3]
-    with looks():
-        side = min(1.1, 9 / most)
-        figure = new_figure(side * most + 1, side * len(blocks) * M / N + 0.9)
-        panel = figure.subplots()
+    side = min(1.1, 9 / most)
+    with drawing(side * most + 1, side * len(blocks) * M / N + 0.9) as (figure, panel):
         panel.imshow(canvas)
         bare(panel)
         panel.set_xticks([h * (N + gap) + N / 2 for h in range(most)], [str(h) for h in range(most)])
@@ -142,9 +138,7 @@ def draw_matrices(scores: Tensor, sigmas: Mapping[str, Tensor], place: str = "")
 
     `place` says which head of which block.
     """
-    with looks():
-        figure = new_figure(2.5 * (len(sigmas) + 1), 2.4)
-        axes = figure.subplots(1, len(sigmas) + 1, squeeze=False)[0]
+    with drawing(2.5 * (len(sigmas) + 1), 2.4, columns=len(sigmas) + 1) as (figure, axes):
         panels = {"scores A": scores, **sigmas}
         for panel, (name, values) in zip(axes, panels.items(), strict=True):
             colours, low, high = _scale(values.numpy())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from karat.analyze.functions import Curves, Distribution
 from karat.analyze.symbolic import Formula
-from karat.plots import COLOURS, INK, few_ticks, finish, looks, new_figure
+from karat.plots import COLOURS, INK, drawing, few_ticks, finish
 
 
 def draw_functions(
@@ -24,9 +24,7 @@ def draw_functions(
 
     `scores`, by head as well, are those that the functions act on: their histogram stands behind.
     """
-    with looks():
-        figure = new_figure(3.1 * scale * len(heads), 2.7 * scale)
-        axes = figure.subplots(1, len(heads), squeeze=False, sharey=True)[0]
+    with drawing(3.1 * scale * len(heads), 2.7 * scale, columns=len(heads), sharey=True) as (figure, axes):
         for panel, (title, found) in zip(axes, heads.items(), strict=True):
             x = found.x.numpy()
             near = (formulas or {}).get(title, ())
@@ -53,9 +51,7 @@ def draw_functions(
 def draw_coefficients(blocks: Mapping[str, Sequence[Distribution]]) -> Figure:
     """One row a block, one panel a group of numbers (coefficients, W, ...): its histogram in each head."""
     names = list(dict.fromkeys(found.name for rows in blocks.values() for found in rows))
-    with looks():
-        figure = new_figure(3.7 * len(names), 1.9 * len(blocks) + 0.3)
-        axes = figure.subplots(len(blocks), len(names), squeeze=False)
+    with drawing(3.7 * len(names), 1.9 * len(blocks) + 0.3, rows=len(blocks), columns=len(names)) as (figure, axes):
         for row, (block, rows) in zip(axes, blocks.items(), strict=True):
             for panel, name in zip(row, names, strict=True):
                 for found in (found for found in rows if found.name == name):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from karat.analyze.landscape import Surface
 from karat.analyze.trajectory import Plane
-from karat.plots import COLOURS, SEQUENTIAL, finish, looks, new_figure
+from karat.plots import COLOURS, SEQUENTIAL, drawing, finish
 
 
 def _finite(loss: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -21,12 +21,10 @@ def _finite(loss: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def draw_surface(surfaces: Mapping[str, Surface]) -> Figure:
     """Each surface in perspective, all on one scale of the loss."""
-    with looks():
-        figure = new_figure(3.6 * len(surfaces), 3.2)
-        heights = {name: _finite(found.loss.numpy()) for name, found in surfaces.items()}
-        low, high = min(h.min() for h in heights.values()), max(h.max() for h in heights.values())
-        for index, (name, found) in enumerate(surfaces.items(), start=1):
-            panel = figure.add_subplot(1, len(surfaces), index, projection="3d")
+    heights = {name: _finite(found.loss.numpy()) for name, found in surfaces.items()}
+    low, high = min(h.min() for h in heights.values()), max(h.max() for h in heights.values())
+    with drawing(3.6 * len(surfaces), 3.2, columns=len(surfaces), subplot_kw={"projection": "3d"}) as (figure, axes):
+        for panel, (name, found) in zip(axes, surfaces.items(), strict=True):
             X, Y = np.meshgrid(found.x.numpy(), found.y.numpy())
             panel.plot_surface(
                 X, Y, heights[name], cmap=SEQUENTIAL, vmin=low, vmax=high, rcount=60, ccount=60, linewidth=0.1
@@ -46,9 +44,7 @@ def draw_contours(surfaces: Mapping[str, Surface], planes: Mapping[str, Plane | 
 
     The axes' labels give each direction's share of the path's variance.
     """
-    with looks():
-        figure = new_figure(3.5 * len(surfaces), 3.1)
-        axes = figure.subplots(1, len(surfaces), squeeze=False)[0]
+    with drawing(3.5 * len(surfaces), 3.1, columns=len(surfaces)) as (figure, axes):
         for panel, (name, found) in zip(axes, surfaces.items(), strict=True):
             loss = _finite(found.loss.numpy())
             shades = panel.contourf(found.x.numpy(), found.y.numpy(), loss, levels=20, cmap=SEQUENTIAL)

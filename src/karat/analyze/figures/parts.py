@@ -9,16 +9,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from karat.analyze.parts import AttentionParts, Shares
-from karat.plots import COLOURS, finish, looks, new_figure
+from karat.plots import COLOURS, drawing, finish
 
 KINDS = (("row", "one row for all queries and images"), ("place", "the query's place"), ("scores", "the scores"))
 
 
 def draw_parts(blocks: Sequence[AttentionParts]) -> Figure:
     """Shares of power as stacked bars, one bar a head: of the learned part, of softmax; below, sizes and gates."""
-    with looks():
-        figure = new_figure(max(6.5, 0.22 * sum(len(block.heads) for block in blocks) + 2.5), 4.2)
-        upper, lower = figure.subplots(2, 2, height_ratios=(3, 2))
+    with drawing(
+        max(6.5, 0.22 * sum(len(block.heads) for block in blocks) + 2.5), 4.2, rows=2, columns=2, height_ratios=(3, 2)
+    ) as (figure, (upper, lower)):
         _stack(upper[0], blocks, [block.learned for block in blocks], "learned part")
         _stack(upper[1], blocks, [block.softmax for block in blocks], "softmax of the same scores")
         _bars(lower[0], blocks, np.concatenate([block.size.numpy() for block in blocks]), "size against softmax")

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from karat.analyze.peers import Point
-from karat.plots import COLOURS, looks, new_figure
+from karat.plots import COLOURS, drawing
 
 MARKERS = "osD^vP"
 LABEL_SIZE, LABEL_WIDTH, LABEL_HEIGHT = 5.5, 3.1, 6.0  # points; the width is that of one letter
@@ -24,9 +24,7 @@ def draw_parameters_accuracy(measured: Sequence[Point], published: Sequence[Poin
     """
     if not measured and not published:
         raise ValueError("there is no point to draw; give measured points or published ones")
-    with looks():
-        figure = new_figure(7.0, 4.6)
-        axes = figure.subplots()
+    with drawing(7.0, 4.6) as (figure, axes):
         for number, data in enumerate(dict.fromkeys(point.dataset for point in measured)):
             chosen = [point for point in measured if point.dataset == data]
             colour = COLOURS[number % len(COLOURS)]

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from karat.analyze.spectrum import Spectrum
-from karat.plots import finish, line_style, looks, new_figure
+from karat.plots import drawing, finish, line_style
 
 # Values below this share of the largest one are rounding: they would stretch the axis.
 FLOOR = 1e-8
@@ -19,9 +19,7 @@ def draw_spectra(panels: Mapping[str, Mapping[str, Spectrum]]) -> Figure:
 
     The curves of a panel are named, e.g. "A" and "σ(A)"; a dot marks the scree index.
     """
-    with looks():
-        figure = new_figure(3.3 * len(panels), 3.2)
-        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    with drawing(3.3 * len(panels), 3.2, columns=len(panels), sharey=True) as (figure, axes):
         for panel, (title, curves) in zip(axes, panels.items(), strict=True):
             for index, (name, found) in enumerate(curves.items()):
                 place = np.arange(1, len(found.mean) + 1)

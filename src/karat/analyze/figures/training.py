@@ -11,7 +11,7 @@ from matplotlib.ticker import NullFormatter
 
 from karat.analyze.sweep import Sweep
 from karat.analyze.weights import Histograms
-from karat.plots import COLOURS, draw_epochs, few_ticks, finish, line_style, looks, new_figure, whole_epochs
+from karat.plots import COLOURS, draw_epochs, drawing, few_ticks, finish, line_style, whole_epochs
 
 PANELS = {"train_loss": "training loss", "eval_loss": "evaluation loss", "top1": "top-1 (%)"}
 
@@ -25,9 +25,8 @@ def draw_histograms(found: Sequence[Histograms], moments: Sequence[str], epochs:
     """Each kind of weight in a panel, its histogram at some epochs of training, named by `moments`."""
     columns = min(4, len(found))
     rows = -(-len(found) // columns)
-    with looks():
-        figure = new_figure(2.5 * columns, 2.0 * rows + 0.4)
-        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    with drawing(2.5 * columns, 2.0 * rows + 0.4, rows=rows, columns=columns) as (figure, axes):
+        axes = axes.flatten()
         for panel, kind in zip(axes, found, strict=False):
             for index, (moment, epoch) in enumerate(zip(moments, epochs, strict=True)):
                 counts = kind.counts[kind.epochs.index(epoch)].numpy()
@@ -50,9 +49,7 @@ def draw_histograms(found: Sequence[Histograms], moments: Sequence[str], epochs:
 
 def draw_divergence(found: Sequence[Histograms]) -> Figure:
     """How far each kind's histogram lies from the one it began with, by epoch."""
-    with looks():
-        figure = new_figure(4.6, 2.8)
-        panel = figure.subplots()
+    with drawing(4.6, 2.8) as (figure, panel):
         for index, kind in enumerate(found):
             panel.plot(kind.epochs, kind.from_start.numpy(), label=kind.kind, **line_style(index))
         finish(panel, "weights against the start", "epoch", "divergence (bits)")
@@ -66,9 +63,10 @@ def draw_cost(rows: Mapping[str, Mapping[str, float]]) -> Figure:
     quantities = list(dict.fromkeys(name for row in rows.values() for name in row))
     columns = min(3, len(quantities))
     lines = -(-len(quantities) // columns)
-    with looks():
-        figure = new_figure(2.9 * columns + 0.8, (0.32 * len(rows) + 0.55) * lines)
-        axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    with drawing(2.9 * columns + 0.8, (0.32 * len(rows) + 0.55) * lines, rows=lines, columns=columns, sharey=True) as (
+        figure,
+        axes,
+    ):
         for panel, name in zip(axes.flatten(), quantities, strict=False):
             known = {place: row[name] for place, row in enumerate(rows.values()) if name in row}
             colours = [COLOURS[place % len(COLOURS)] for place in known]
@@ -92,9 +90,7 @@ def draw_sweep(sweep: Sweep) -> Figure:
     """Top-1 over the setting that the runs differ in, mean ± deviation over seeds, one line a group."""
     numeric = all(isinstance(value, int | float) for value in sweep.values)
     places = list(sweep.values) if numeric else list(range(len(sweep.values)))
-    with looks():
-        figure = new_figure(4.4, 3.0)
-        panel = figure.subplots()
+    with drawing(4.4, 3.0) as (figure, panel):
         for index, (name, line) in enumerate(sweep.lines.items()):
             known = [i for i, value in enumerate(line.mean) if value is not None]
             panel.errorbar(

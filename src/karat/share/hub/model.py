@@ -19,6 +19,8 @@ from karat.share.hub.config import ModelConfig
 
 # Arguments that say where weights come from: they're for building a model once, a saved one brings its own.
 SOURCES = ("pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
+# Arguments about images that are `ModelConfig`'s.
+OF_IMAGES = ("in_chans", "mean", "std", "crop_pct", "interpolation")
 
 
 class KArAtModel(
@@ -65,13 +67,8 @@ class KArAtModel(
         *,
         num_classes: int | None = None,
         class_names: Sequence[str] = (),
-        in_chans: int = 3,
         img_size: int | tuple[int, int] | None = None,
-        mean: Sequence[float] = (),
-        std: Sequence[float] = (),
-        crop_pct: float = 1.0,
-        interpolation: str = "bicubic",
-        **model_args: Any,
+        **arguments: Any,
     ) -> KArAtModel:
         """A new model: arguments as `karat.create_model`'s, and those of `ModelConfig` about images and classes.
 
@@ -83,22 +80,18 @@ class KArAtModel(
         bare = model.split(".")[0]
         if attention is None:
             attention = REGISTERED.get(bare.removeprefix(PREFIX), "softmax") if bare.startswith(PREFIX) else "softmax"
+        own = {name: arguments.pop(name) for name in OF_IMAGES if name in arguments}
+        sources = {name: arguments.pop(name) for name in SOURCES if name in arguments}
         config = ModelConfig(
             model,
             attention,
             mlp or "mlp",
             num_classes=num_classes or len(class_names) or 1000,
-            in_chans=in_chans,
             img_size=img_size or input_size(model),
-            model_args={name: value for name, value in model_args.items() if name not in SOURCES}
-            | ({} if img_size is None else {"img_size": img_size}),
+            model_args=arguments | ({} if img_size is None else {"img_size": img_size}),
             class_names=tuple(class_names),
-            mean=tuple(mean),
-            std=tuple(std),
-            crop_pct=crop_pct,
-            interpolation=interpolation,
+            **own,
         )
-        sources = {name: value for name, value in model_args.items() if name in SOURCES}
         return cls(config, build(config, **sources) if sources else None)
 
     def forward(self, images: Tensor) -> Tensor:

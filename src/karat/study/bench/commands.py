@@ -14,7 +14,7 @@ from karat.errors import parse
 from karat.operator.config import KArAtConfig
 from karat.study.bench import attention, memory, paper_way, step, throughput
 from karat.study.bench.attention import AttentionShape
-from karat.study.bench.results import Measurement
+from karat.study.bench.measurement import Measurement
 from karat.study.bench.timing import Timing, against_softmax
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -134,24 +134,40 @@ def _models(names: Sequence[str], paper: bool = False) -> list[tuple[str, str, s
 
 
 @dataclass(frozen=True)
-class Step(TimedBenchmark):
-    """A whole training step (AdamW) of ViT-Tiny+G3B, Small+G3B, Base+G1B against timm's two softmax paths."""
+class ModelBenchmark(TimedBenchmark):
+    """Options of those that time whole models."""
 
     models: tuple[str, ...] = ("tiny", "small", "base")
     """which of tiny, small, base, tiny-residual, small-residual"""
     batch: int = 16
-    """images a step"""
+    """images a batch"""
     bf16: bool = False
     """bfloat16 autocast"""
+
+    @property
+    def amp(self) -> torch.dtype | None:
+        """The precision of autocast."""
+        return torch.bfloat16 if self.bf16 else None
+
+
+@dataclass(frozen=True)
+class Step(ModelBenchmark):
+    """A whole training step (AdamW) of ViT-Tiny+G3B, Small+G3B, Base+G1B against timm's two softmax paths."""
+
     paper: bool = False
     """time the paper's way as well"""
 
     def run(self) -> None:
         rows = []
         for size, name, short in _models(self.models, paper=self.paper):
-            amp = torch.bfloat16 if self.bf16 else None
             timings = step.measure(
-                name, short, batch=self.batch, rounds=self.rounds, device=self.device, amp=amp, materialised=self.paper
+                name,
+                short,
+                batch=self.batch,
+                rounds=self.rounds,
+                device=self.device,
+                amp=self.amp,
+                materialised=self.paper,
             )
             rows += _timing_rows({"model": f"{size}+{short}"}, timings)
         title = f"training step, 224², batch {self.batch}{', bfloat16 autocast' * self.bf16}"
@@ -233,21 +249,15 @@ class Scaling(TimedBenchmark):
 
 
 @dataclass(frozen=True)
-class Throughput(TimedBenchmark):
+class Throughput(ModelBenchmark):
     """Inference of whole models, images a second."""
-
-    models: tuple[str, ...] = ("tiny", "small", "base")
-    """which of tiny, small, base, tiny-residual, small-residual"""
-    batch: int = 16
-    """images a batch"""
-    bf16: bool = False
-    """bfloat16 autocast"""
 
     def run(self) -> None:
         rows = []
-        amp = torch.bfloat16 if self.bf16 else None
         for size, name, short in _models(self.models):
-            timings = throughput.measure(name, short, batch=self.batch, rounds=self.rounds, device=self.device, amp=amp)
+            timings = throughput.measure(
+                name, short, batch=self.batch, rounds=self.rounds, device=self.device, amp=self.amp
+            )
             for row in _timing_rows({"model": f"{size}+{short}"}, timings):
                 rows.append({**row, "images/s": 1e3 * self.batch / row["median ms"]})
         self.keep(Measurement(f"inference, 224², batch {self.batch}", rows), "throughput", _bars("images/s", "model"))

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from karat.plots import COLOURS, finish, line_style, looks, new_figure, save
+from karat.plots import COLOURS, drawing, finish, line_style, save
 from karat.runs.files import write_json
 from karat.study.bench.timing import environment
 
@@ -41,9 +41,7 @@ class Measurement:
 
     def draw(self, path: Path, x: str, y: str, label: str) -> None:
         """Curves of column y over column x, one for each value of column `label`, both axes logarithmic."""
-        with looks():
-            figure = new_figure(6, 4)
-            axes = figure.subplots()
+        with drawing(6, 4) as (figure, axes):
             for index, name in enumerate(dict.fromkeys(row[label] for row in self.rows)):
                 points = [(row[x], row[y]) for row in self.rows if row[label] == name]
                 axes.plot(*zip(*points, strict=True), marker="o", label=str(name), **line_style(index))
@@ -57,9 +55,7 @@ class Measurement:
         panels: dict[str, list[dict[str, Any]]] = {}
         for row in self.rows:
             panels.setdefault(", ".join(f"{row[group]}" for group in groups), []).append(row)
-        with looks():
-            figure = new_figure(3.2 * len(panels), 3.2)
-            grid = figure.subplots(1, len(panels), squeeze=False)[0]
+        with drawing(3.2 * len(panels), 3.2, columns=len(panels)) as (figure, grid):
             for axes, (title, rows) in zip(grid, panels.items(), strict=True):
                 bars = axes.barh([str(row[label]) for row in rows], [row[value] for row in rows], color=COLOURS[0])
                 axes.bar_label(bars, [text(float(row[value])) for row in rows], padding=2)
