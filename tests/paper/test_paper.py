@@ -1,7 +1,9 @@
 """Every published figure is here, every row means a configuration, and commands are real ones."""
 
+import ast
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 import tyro
@@ -11,10 +13,10 @@ from karat.detect.commands import _defaults as detect_defaults
 from karat.detect.recipes import PUBLISHED
 from karat.detect.settings import DetectSettings
 from karat.operator.config import KArAtConfig
-from karat.paper import TABLES, Setup, attention_spec, compare, matching, rows, run_row
+from karat.paper import TABLES, Setup, attention_spec, compare, matching, published, rows, run_row
 from karat.paper.command import paper
 from karat.paper.entries import table_number
-from karat.paper.matching import dataset_of, plain, read_run
+from karat.paper.measured import dataset_of, plain, read_run
 from karat.paper.run import run_options
 from karat.paper.setup import PROGRAMS, read_setup
 from karat.runs.classification import Settings
@@ -44,6 +46,15 @@ def test_all_468_figures_are_here():
     assert {number: len(rows(number)) for number in TABLES} == COUNTS
     assert len(rows()) == sum(COUNTS.values()) == 468
     assert all([entry.row for entry in rows(n)] == list(range(1, COUNTS[n] + 1)) for n in TABLES)
+
+
+def test_the_reader_of_the_figures_imports_nothing_of_karat():
+    tree = ast.parse(Path(published.__file__).read_text(encoding="utf-8"))
+    names = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    names |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+    assert names
+    assert not any(name.startswith("karat") for name in names)
+    assert published.values_by_model(1, "imagenet1k")["vit_tiny", "g3b"]["top1"] == 59.11
 
 
 @pytest.mark.parametrize("number", TABLES)

@@ -12,7 +12,7 @@ import torch
 import karat
 from karat import cli, runs
 from karat.analyze.loading import open_run
-from karat.paper.matching import read_run
+from karat.paper.measured import read_run
 from karat.runs import files
 from karat.runs.model import load_run
 from karat.train.classify import train

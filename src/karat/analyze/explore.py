@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -25,12 +24,9 @@ from karat.analyze.attention import (
     rollout,
     rollout_maps,
 )
-from karat.analyze.functions import curves, operator_of_block, score_range
+from karat.analyze.functions import drawn_curves, operator_of_block
 from karat.analyze.loading import Run, Samples, open_run
 from karat.analyze.quality import measures
-from karat.analyze.symbolic import fit_formula
-
-NAMED_EDGES, DRAWN_EDGES, CURVE_POINTS = 3, 40, 201
 
 PICTURES = {
     "maps": "What the class token looks at (outlined: the fewest patches with half of the mass)",
@@ -112,12 +108,9 @@ class Explorer:
         return figures.draw_regions(samples.pixels, found, regions, scale=1.2, maps_too=True), ""
 
     def _functions(self, op: Any, block: int, head: int, scores: Tensor) -> Figure:
-        x = torch.linspace(*score_range(scores), CURVE_POINTS)
-        strong = curves(op, head, x, edges=NAMED_EDGES, spread=False)
         title = f"block {block}, head {head}"
-        near = [fit_formula(x.numpy(), values.numpy()) for values in strong.values]
-        both = strong.joined(curves(op, head, x, edges=DRAWN_EDGES))
-        return figures.draw_functions({title: both}, {title: near}, {title: scores}, scale=1.4)
+        found, near = drawn_curves(op, head, scores)
+        return figures.draw_functions({title: found}, {title: near}, {title: scores}, scale=1.4)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

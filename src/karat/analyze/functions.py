@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from karat.analyze.symbolic import Formula, fit_formula
 from karat.models.backbones import attention_sites
 from karat.operator.edges import EdgeLayer
 from karat.operator.operator import KArAtOperator, karat_operators
 
 # Values of edges evaluated at a time: 2^24 numbers are 64 MiB in float32.
 CHUNK_NUMBERS = 1 << 24
+NAMED_EDGES, DRAWN_EDGES, CURVE_POINTS = 3, 40, 201
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,15 @@ def curves(
         chosen = energy.flatten().topk(count).indices
     parts = [op.edges(part, layer)[..., place, :, :].flatten(-2)[:, chosen] for part in x.split(step)]
     return Curves(x, torch.cat(parts).T.contiguous(), chosen // Q, chosen % Q)
+
+
+def drawn_curves(op: KArAtOperator, head: int, scores: Tensor) -> tuple[Curves, list[Formula]]:
+    """What is drawn of a head over the stretch where `scores` lie: its strongest edges, first, with the nearest formula
+    of each, and more that are spread over the layer."""
+    x = torch.linspace(*score_range(scores), CURVE_POINTS)
+    strong = curves(op, head, x, edges=NAMED_EDGES, spread=False)
+    formulas = [fit_formula(x.numpy(), values.numpy()) for values in strong.values]
+    return strong.joined(curves(op, head, x, edges=DRAWN_EDGES)), formulas
 
 
 @dataclass(frozen=True)

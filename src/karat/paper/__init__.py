@@ -10,7 +10,7 @@ The figures are those of arXiv 2503.10632v3, 468 of them by table (published.csv
 """
 
 from karat.paper.entries import TABLES, Entry, rows
-from karat.paper.matching import Measured, compare, matching
+from karat.paper.measured import Measured, compare, matching
 from karat.paper.run import run_row
 from karat.paper.setup import Setup, attention_spec
 

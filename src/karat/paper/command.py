@@ -11,7 +11,7 @@ from rich.console import Console
 
 from karat.errors import parse
 from karat.paper.entries import rows, table_number
-from karat.paper.matching import compare
+from karat.paper.measured import compare
 from karat.paper.run import run_row, scaled_command
 from karat.paper.show import commands, measured_beside, notes, one_row, one_table, overview
 

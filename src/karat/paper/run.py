@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from karat.paper.entries import Entry
-from karat.paper.matching import FIGURES
+from karat.paper.measured import FIGURES
 from karat.paper.setup import command_line, command_words
 
 # The function that a command of `Setup.program` ends in; imported when a row is run.

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from karat.paper.entries import TABLES, Entry, rows
-from karat.paper.matching import Measured
+from karat.paper.measured import Measured
 
 
 def overview() -> Table:

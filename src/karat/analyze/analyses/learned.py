@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from karat.analyze import figures
 from karat.analyze.ablation import AblationOutcome, ablate
 from karat.analyze.analysis import Analysis, rounded
-from karat.analyze.functions import Curves, coefficients, curves, operator_of_block, operators_of, score_range
+from karat.analyze.functions import Curves, coefficients, drawn_curves, operator_of_block, operators_of
 from karat.analyze.parts import AttentionParts, parts_of
 from karat.analyze.subject import Subject, learning
-from karat.analyze.symbolic import Formula, fit_formula
+from karat.analyze.symbolic import Formula
 
-# Panels and lines beyond these make a figure unreadable.
-MOST_HEADS, NAMED_EDGES, DRAWN_EDGES, CURVE_POINTS = 6, 3, 40, 201
+MOST_HEADS = 6  # more panels make a figure unreadable
 
 
 def analyse_functions(subjects: Sequence[Subject]) -> Analysis:
@@ -29,21 +26,18 @@ def analyse_functions(subjects: Sequence[Subject]) -> Analysis:
             instead = "keeps softmax" if op is None else "mixes tokens by a learned matrix"
             analysis.notes.append(f"{s.label}: block {index} {instead} and has no edge functions")
             continue
-        x = torch.linspace(*score_range(s.attention[index].scores), CURVE_POINTS)
         heads = op.karat_heads if s.options.head is None else (s.options.head,)
         drawn: dict[str, Curves] = {}
         named: dict[str, list[Formula]] = {}
         for head in heads[:MOST_HEADS]:
-            strong = curves(op, head, x, edges=NAMED_EDGES, spread=False)
             title = f"block {index}, head {head}"
-            named[title] = [fit_formula(x.numpy(), values.numpy()) for values in strong.values]
-            drawn[title] = strong.joined(curves(op, head, x, edges=DRAWN_EDGES))
+            found, near = drawn_curves(op, head, s.attention[index].scores)
+            drawn[title], named[title] = found, near
             analysis.numbers.setdefault(s.label, {})[title] = [
-                {"p": int(p), "q": int(q), "formula": near.text, "family": near.family, "error": near.error}
-                for p, q, near in zip(strong.outputs, strong.inputs, named[title], strict=True)
+                {"p": int(p), "q": int(q), "formula": one.text, "family": one.family, "error": one.error}
+                for p, q, one in zip(found.outputs, found.inputs, near, strict=False)
             ]
-            analysis.arrays[f"{s.key}/{title}"] = drawn[title].values
-        analysis.arrays[f"{s.key}/x"] = x
+            analysis.arrays |= {f"{s.key}/{title}": found.values, f"{s.key}/x": found.x}
         analysis.figures[f"functions-{s.key}"] = figures.draw_functions(drawn, named)
         operators = operators_of(s.model)
         first_and_last = dict.fromkeys([next(iter(operators)), next(reversed(operators))])

@@ -35,7 +35,7 @@ class Hub:
 
 
 @dataclass(frozen=True)
-class Predict:
+class PredictClasses:
     """Say what is in images: the likeliest classes and their probabilities."""
 
     model: tyro.conf.Positional[str]
@@ -80,7 +80,7 @@ def hub(arguments: Sequence[str]) -> None:
 
 def predict(arguments: Sequence[str]) -> None:
     """karat predict."""
-    parsed = parse(lambda: tyro.cli(Predict, args=arguments, prog="karat predict"), "karat predict")
+    parsed = parse(lambda: tyro.cli(PredictClasses, args=arguments, prog="karat predict"), "karat predict")
     if parsed.top < 1:
         raise ValueError(f"--top {parsed.top} must be at least 1")
     if not parsed.images:
