@@ -7,6 +7,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ import timm
 import torch
 from PIL import Image
 
+from karat.analyze.analyses import ANALYSES
 from karat.analyze.analysis import as_json
+from karat.analyze.commands import What
 from karat.analyze.loading import open_run
 from karat.analyze.subject import Options, open_subjects
 from karat.cli import main
@@ -217,6 +220,10 @@ def test_report_takes_the_sections_that_are_named(karat_run: Path) -> None:
     assert main(f"report {karat_run} --sections curves weights".split()) == 0
     page = Page((karat_run / "report.html").read_text())
     assert page.tags.count("img") == 3
+
+
+def test_the_command_offers_every_analysis() -> None:
+    assert set(get_args(What)) == {*ANALYSES, "peers"}
 
 
 def test_numbers_are_valid_json() -> None:

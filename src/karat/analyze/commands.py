@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from karat.analyze.subject import Options
@@ -80,7 +79,7 @@ class Explore:
 
 
 @contextmanager
-def _bar(console: Console, text: str) -> Iterator[Callable[[int, int], None]]:
+def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
     """A bar that appears with the first of many points."""
     with ExitStack() as stack:
         shown: list[tuple[Progress, TaskID]] = []
@@ -88,7 +87,7 @@ def _bar(console: Console, text: str) -> Iterator[Callable[[int, int], None]]:
         def advance(done: int, total: int) -> None:
             if not shown:
                 columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-                progress = stack.enter_context(Progress(*columns, console=console, transient=True))
+                progress = stack.enter_context(Progress(*columns, transient=True))
                 shown.append((progress, progress.add_task(text)))
             progress, task = shown[0]
             progress.update(task, completed=done, total=total)
@@ -108,17 +107,16 @@ def analyze(arguments: Sequence[str]) -> None:
     from karat.analyze.analysis import FOLDER
     from karat.analyze.subject import open_subjects
 
-    console = Console()
     if parsed.what == "peers":
         analysis = analyse_peers(parsed.runs)
     else:
-        with _bar(console, parsed.what) as progress:
+        with _bar(parsed.what) as progress:
             analysis = ANALYSES[parsed.what](open_subjects(parsed.runs, _options(parsed), progress))
     folder = parsed.output or parsed.runs[0] / FOLDER / parsed.what
     for note in analysis.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        print(f"note: {note}")
     for path in analysis.write(folder, parsed.formats):
-        console.print(str(path), highlight=False, soft_wrap=True)
+        print(path)
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -126,17 +124,16 @@ def report(arguments: Sequence[str]) -> None:
     parsed = parse(lambda: tyro.cli(Report, args=arguments, prog="karat report"), "karat report")
     from karat.analyze.report import SECTIONS, write_report
 
-    console = Console()
-    with _bar(console, "landscape") as progress:
+    with _bar("landscape") as progress:
         path = write_report(
             parsed.runs,
             _options(parsed),
             output=parsed.output,
             sections=parsed.sections or tuple(SECTIONS),
-            announce=lambda name: console.print(f"{name} …", highlight=False),
+            announce=lambda name: print(f"{name} …"),
             progress=progress,
         )
-    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    print(f"report: {path}")
 
 
 def explore(arguments: Sequence[str]) -> None:

@@ -79,7 +79,7 @@ def paper(arguments: Sequence[str]) -> None:
         scale = 1.0 if parsed.scale is None else parsed.scale
         extra = {name: value for name, value in given.items() if name != "--scale"}
         if entry.setup.kind != "cost":
-            console.print(scaled_command(entry, scale, extra), highlight=False, soft_wrap=True)
+            print(scaled_command(entry, scale, extra))
         elif given and entry.runnable[0]:
             raise ValueError(f"row {parsed.run} is counted, not trained: leave {next(iter(given))} out")
         measured_beside(entry, run_row(entry, scale, extra), console)
@@ -89,20 +89,14 @@ def paper(arguments: Sequence[str]) -> None:
             raise ValueError("none of these runs has the model, attention and data of a published row")
         for number in dict.fromkeys(entry.table for entry, _ in found):
             console.print(one_table(number, [pair for pair in found if pair[0].table == number]))
-            _lines(console, notes(number))
+            print("\n".join(notes(number)))
     elif parsed.row is not None:
         (entry,) = rows(parsed.table, parsed.row)
         console.print(one_row(entry))
-        _lines(console, [entry.command or f"not run: {entry.runnable[1]}"])
+        print(entry.command or f"not run: {entry.runnable[1]}")
     elif parsed.table is not None:
         number = table_number(parsed.table)
         console.print(one_table(number))
-        _lines(console, [*notes(number), "", *commands(number)])
+        print("\n".join([*notes(number), "", *commands(number)]))
     else:
         console.print(overview())
-
-
-def _lines(console: Console, lines: Sequence[str]) -> None:
-    """Unwrapped, so that a command can be copied."""
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)

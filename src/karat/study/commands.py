@@ -123,20 +123,18 @@ def _study(parsed: CompareSettings, document: Document, common: Settings, opened
     line = f"karat compare --study {parsed.study}" + (f" --output {common.output}" if common.output else "")
     waiting = [variant.name for variant in plan.variants if variant.waits]
     for name in waiting:
-        console.print(f"note: {name} waits for step times: {line} --time", highlight=False, soft_wrap=True)
+        print(f"note: {name} waits for step times: {line} --time")
     missing = _missing(plan, failed)
     done = any(summary_of(job) is not None for job in plan.jobs())
     if parsed.time and not done:
-        console.print(f"times: {folder / TIMES}", highlight=False, soft_wrap=True)
+        print(f"times: {folder / TIMES}")
     elif missing and not parsed.only_table and not parsed.time:
         last = "the process that finishes the last one writes the table"
         if waiting:
             last = "the table is written when step times are measured and the rows that wait are trained too"
-        console.print(
+        print(
             f"{len(missing)} runs are not finished, the first of them {missing[0]}: {last}; {line} --only-table writes "
-            "it of those that are",
-            highlight=False,
-            soft_wrap=True,
+            "it of those that are"
         )
     else:
         write_results(plan, read_times(plan), measures_of(plan), console)

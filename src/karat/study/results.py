@@ -40,7 +40,7 @@ def write_results(
     drawn = draw_figures(rows, plan.baseline)
     paths = [save(figure, plan.folder / f"{name}.png") for name, figure in drawn.items()]
     for path in (plan.folder / STUDY, plan.folder / PAGE, *paths):
-        console.print(str(path), highlight=False, soft_wrap=True)
+        print(path)
     return rows
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from rich.console import Console
 
 from karat.errors import parse
 
@@ -58,11 +57,9 @@ def export(arguments: Sequence[str]) -> None:
         "interpolation": config.interpolation,
     }
     difference = _writer(parsed)(model.backbone, path, shape, metadata=metadata, tolerance=parsed.tolerance)
-    Console().print(
+    print(
         f"saved: {path} ({path.stat().st_size / 2**20:.1f} MiB), images (batch, {', '.join(map(str, shape))})\n"
-        f"checked with 1 and 3 images: logits differ from PyTorch's by at most {difference:.1e}",
-        highlight=False,
-        soft_wrap=True,
+        f"checked with 1 and 3 images: logits differ from PyTorch's by at most {difference:.1e}"
     )
 
 

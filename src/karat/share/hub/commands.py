@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 
 from karat.errors import parse
 
@@ -71,11 +70,10 @@ def hub(arguments: Sequence[str]) -> None:
     for path in taken:
         path.unlink()
     model.save_pretrained(folder)
-    console = Console()
-    console.print(f"saved: {folder}", highlight=False, soft_wrap=True)
+    print(f"saved: {folder}")
     if parsed.push is not None:
         storage.push(folder, parsed.push, private=parsed.private)
-        console.print(f"uploaded: {parsed.push}", highlight=False, soft_wrap=True)
+        print(f"uploaded: {parsed.push}")
 
 
 def predict(arguments: Sequence[str]) -> None:
@@ -99,7 +97,6 @@ def predict(arguments: Sequence[str]) -> None:
             found[path] = read(path, model.config)
         except ValueError as error:
             refused.append(str(error))
-    console = Console()
     rows = probabilities(model, list(found.values()))
     for path, row in zip(found, rows, strict=True):
         named = guesses(row, model.config, parsed.top)
@@ -107,6 +104,6 @@ def predict(arguments: Sequence[str]) -> None:
             print(json.dumps({"image": str(path), "classes": [guess._asdict() for guess in named]}))
         else:
             words = ", ".join(f"{guess.name} {100 * guess.probability:.2f} %" for guess in named)
-            console.print(f"{path}: {words}", highlight=False, markup=False, soft_wrap=True)
+            print(f"{path}: {words}")
     if refused:
         raise ValueError("; ".join(refused))
