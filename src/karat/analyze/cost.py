@@ -53,11 +53,13 @@ def bytes_kept(model: nn.Module, images: Tensor) -> int:
     return total
 
 
-def images_per_second(model: nn.Module, images: Tensor) -> float:
-    """Images a second in inference: the median of five forward passes after one to warm up."""
+def images_per_second(model: nn.Module, images: Tensor, *, repeats: int = 5) -> float:
+    """Images a second in inference: the median of `repeats` forward passes after one to warm up."""
+    if repeats < 1:
+        raise ValueError(f"repeats must be >= 1, got {repeats}")
     seconds = []
     with evaluating(model), torch.inference_mode():
-        for _ in range(6):
+        for _ in range(repeats + 1):
             _synchronise(images)
             began = time.perf_counter()
             model(images)

@@ -6,7 +6,7 @@ Gram matrix of their differences, which is summed up one tensor at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +41,7 @@ def gram(paths: Sequence[Path], centre: Weights) -> Tensor:
     Raises ValueError for a checkpoint that lacks one of them.
     """
     total = torch.zeros(len(paths), len(paths), dtype=torch.float64)
-    for name, value in centre.items():
-        rows = torch.stack([_read(path, name) for path in paths]).flatten(1).double()
-        rows -= value.detach().cpu().double().flatten()
+    for _, rows in _differences(paths, centre):
         total += rows @ rows.T
     return total
 
@@ -68,7 +66,8 @@ def principal_plane(checkpoints: Sequence[tuple[int, Path]], centre: Weights) ->
         )
     values, vectors = values.flip(0), vectors.flip(1)
     mixes = centring @ vectors[:, :2] / values[:2].sqrt()  # (T,2): d = Σ_t mix_t (θ_t - c) has length one
-    mixes = mixes * _signs(G @ mixes)
+    # the path's first point lies on the positive side of both: pictures don't flip by chance
+    mixes = mixes * torch.where((G @ mixes)[0] < 0, -1.0, 1.0).double()
     coordinates = G @ mixes
     squares = G.diagonal() - coordinates.square().sum(1)
     rounding = 1e-13 * G.diagonal().max()  # the difference of two large numbers: what lies below is noise
@@ -83,19 +82,19 @@ def principal_plane(checkpoints: Sequence[tuple[int, Path]], centre: Weights) ->
     )
 
 
-def _signs(coordinates: Tensor) -> Tensor:
-    """±1 a direction such that the path's first point lies on its positive side: pictures don't flip by chance."""
-    return torch.where(coordinates[0] < 0, -1.0, 1.0).to(coordinates)
-
-
 def _combine(paths: Sequence[Path], centre: Weights, mixes: Tensor) -> tuple[Direction, Direction]:
     found: tuple[Direction, Direction] = ({}, {})
+    for name, rows in _differences(paths, centre):
+        for direction, mix in zip(found, mixes.T, strict=True):
+            direction[name] = (mix @ rows).reshape(centre[name].shape).to(centre[name].dtype)
+    return found
+
+
+def _differences(paths: Sequence[Path], centre: Weights) -> Iterator[tuple[str, Tensor]]:
+    """θ_t - c of one tensor after another, (T,numbers) each."""
     for name, value in centre.items():
         rows = torch.stack([_read(path, name) for path in paths]).flatten(1).double()
-        rows -= value.detach().cpu().double().flatten()
-        for direction, mix in zip(found, mixes.T, strict=True):
-            direction[name] = (mix @ rows).reshape(value.shape).to(value.dtype)
-    return found
+        yield name, rows - value.detach().cpu().double().flatten()
 
 
 def _read(path: Path, name: str) -> Tensor:

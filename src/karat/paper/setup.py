@@ -125,7 +125,7 @@ def attention_spec(variant: str) -> str:
     >>> attention_spec("g11b,order=PhiPhi,softmax_heads=2")
     'g11b,order=PhiPhi,edge_scales=published,softmax_heads=2'
     """
-    name, *options = _split(variant)
+    name, *options = re.split(r",(?![^(]*\))", variant)  # at the commas outside of parentheses
     if name == "softmax":
         return "softmax"
     kept = []
@@ -180,8 +180,3 @@ def read_setup(model: str, variant: str, dataset: str, note: str) -> Setup:
 def _run_name(data: str, model: str, attention: str, suffix: str = "") -> str:
     short = attention.replace(",edge_scales=published", "").replace(",init=paper", "")
     return "runs/paper/" + re.sub("[(),]+", "-", f"{data.removeprefix('torch/')}-{model}-{short}{suffix}").strip("-")
-
-
-def _split(variant: str) -> list[str]:
-    """Cut at the commas outside of parentheses."""
-    return re.split(r",(?![^(]*\))", variant)

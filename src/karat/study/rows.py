@@ -105,6 +105,7 @@ def _row(
     measured: Mapping[str, Mapping[str, float | None]],
 ) -> VariantRow:
     mine, baseline = found[variant.name], found[plan.baseline]
+    equal = None if variant.equal_time_to is None or variant.waits else plan.variant(variant.equal_time_to)
     row = VariantRow(
         name=variant.name,
         attention=variant.settings.label,
@@ -113,7 +114,7 @@ def _row(
         planned=len(variant.seeds),
         amp_dtype=variant.settings.amp_dtype,
         equal_time_to=variant.equal_time_to,
-        time_ratio=_time_ratio(plan, variant, times),
+        time_ratio=None if equal is None else time_ratio(variant, equal, times),
         step=times.get(variant.name, {}),
     )
     top1 = mine.top1
@@ -127,24 +128,17 @@ def _row(
         curve=curve,
         curves=mine.curves,
         difference=None if baseline.top1 is None or variant.name == plan.baseline else difference(top1, baseline.top1),
-        at_equal_time=tuple(_at_equal_time(variant.name, top1, found.values())),
+        at_equal_time=tuple(
+            AtEqualTime(one.variant.name, one.top1, difference(top1, one.top1))
+            for one in found.values()
+            if one.variant.equal_time_to == variant.name and one.top1 is not None
+        ),
         in_baseline_time=_in_baseline_time(mine, baseline, curve, times),
         parameters=mine.summaries[0]["parameters"],
         multiply_adds=count_operations(variant.settings, int(facts["num_classes"]), int(facts["in_chans"])),
         measures=_means([measured.get(job.folder.name, {}) for job in mine.jobs]),
         runs=tuple(str(job.folder) for job in mine.jobs),
     )
-
-
-def _time_ratio(plan: Plan, variant: Variant, times: Times) -> float | None:
-    if variant.equal_time_to is None or variant.waits:
-        return None
-    return time_ratio(variant, plan.variant(variant.equal_time_to), times)
-
-
-def _at_equal_time(name: str, top1: Mean, found: Any) -> list[AtEqualTime]:
-    partners = [one for one in found if one.variant.equal_time_to == name and one.top1 is not None]
-    return [AtEqualTime(one.variant.name, one.top1, difference(top1, one.top1)) for one in partners]
 
 
 def _in_baseline_time(mine: _Found, baseline: _Found, curve: Sequence[float], times: Times) -> float | None:

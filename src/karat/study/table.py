@@ -34,8 +34,15 @@ def columns(rows: Sequence[VariantRow], baseline: str) -> list[Column]:
         Column("runs", _runs),
         Column("top-1 %", lambda row: _mean(row.top1, ".2f")),
         Column(f"− {baseline}", lambda row: _gap(row.difference)),
-        Column("training time", _training_time),
-        Column("at equal time", _equal_time),
+        # of a row that is to train as long as another: how many times as long it does
+        Column(
+            "training time",
+            lambda row: None if row.time_ratio is None else f"{row.time_ratio:.2f} × {row.equal_time_to}",
+        ),
+        Column(
+            "at equal time",
+            lambda row: "; ".join(f"{_gap(one.difference)} to {one.against}" for one in row.at_equal_time) or None,
+        ),
         Column(f"in {baseline}'s time", lambda row: _number(row.in_baseline_time, ".2f")),
         Column("parameters (k)", lambda row: _number(_per(row.parameters, 1e3), ",.0f")),
         Column("multiply-adds (M)", lambda row: _number(_per(row.multiply_adds, 1e6), ",.1f")),
@@ -118,15 +125,6 @@ def _gap(value: Difference | None) -> str | None:
     error = "" if value.standard_error is None else f" ± {value.standard_error:.2f}"
     deviations = "" if value.deviations is None else f" ({value.deviations:+.1f} s)"
     return f"{value.difference:+.2f}{error}{deviations}"
-
-
-def _equal_time(row: VariantRow) -> str | None:
-    return "; ".join(f"{_gap(one.difference)} to {one.against}" for one in row.at_equal_time) or None
-
-
-def _training_time(row: VariantRow) -> str | None:
-    """Of a row that is to train as long as another: how many times as long it does."""
-    return None if row.time_ratio is None else f"{row.time_ratio:.2f} × {row.equal_time_to}"
 
 
 def _step(kind: str, row: VariantRow) -> str | None:

@@ -26,9 +26,8 @@ def analyse_cost(subjects: Sequence[Subject]) -> Analysis:
         published_size = not settings.model_kwargs()
         reference = "the same with softmax" if len(subjects) == 1 else f"{s.label} with softmax"
         twin = dataclasses.replace(settings, attention="softmax", teacher=None)
-        for label, asked in ((s.label, settings), (reference, twin)):
-            if label == reference and _has_softmax_twin(s, subjects):
-                continue
+        twin_is_there = any(_builds(other.run.settings) == _builds(twin) for other in subjects)
+        for label, asked in [(s.label, settings), (reference, twin)][: 1 if twin_is_there else 2]:
             model = build_model(asked, int(facts["num_classes"]), int(facts["in_chans"]), s.run.folder)
             images = s.samples.images[:1].expand(BATCH, -1, -1, -1).contiguous()
             rows[label] = {
@@ -61,12 +60,6 @@ def analyse_cost(subjects: Sequence[Subject]) -> Analysis:
     analysis.numbers = dict(rows)
     analysis.figures["cost"] = figures.draw_cost(rows)
     return analysis
-
-
-def _has_softmax_twin(s: Subject, subjects: Sequence[Subject]) -> bool:
-    """Whether one of the subjects is the same model with softmax."""
-    asked = dataclasses.replace(s.run.settings, attention="softmax", teacher=None)
-    return any(_builds(other.run.settings) == _builds(asked) for other in subjects)
 
 
 def _builds(settings: Settings) -> tuple[object, ...]:

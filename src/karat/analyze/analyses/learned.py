@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from karat.analyze import figures
-from karat.analyze.ablation import AblationOutcome, ablate
+from karat.analyze.ablation import ablate
 from karat.analyze.analysis import Analysis, rounded
 from karat.analyze.functions import Curves, coefficients, drawn_curves, operator_of_block, operators_of
 from karat.analyze.parts import AttentionParts, parts_of
@@ -73,7 +73,7 @@ def analyse_ablation(subjects: Sequence[Subject]) -> Analysis:
     """Top-1 and loss with parts of the learned attention taken away."""
     analysis = Analysis("learned attention taken away")
     kept = {}
-    for s, found in analysis.each(subjects, _ablated):
+    for s, found in analysis.each(subjects, lambda s: ablate(s.model, s.loss_samples.images, s.loss_samples.labels)):
         kept[s.label] = found
         analysis.numbers[s.label] = {
             "images": len(s.loss_samples.labels),
@@ -82,7 +82,3 @@ def analyse_ablation(subjects: Sequence[Subject]) -> Analysis:
         }
     analysis.figures["ablation"] = figures.draw_ablation(kept)
     return analysis
-
-
-def _ablated(s: Subject) -> dict[str, AblationOutcome]:
-    return ablate(s.model, s.loss_samples.images, s.loss_samples.labels)
