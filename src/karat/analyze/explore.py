@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from karat.analyze import figures
+from karat.analyze.analysis import FOLDER
 from karat.analyze.attention import (
     BlockAttention,
     attention_of,
@@ -145,7 +146,7 @@ def build_app(explorer: Explorer) -> Any:
             raise gr.Error(str(error).replace(path, Path(path).name), print_exception=False) from None
         return _pixels(view.maps), _pixels(view.matrices), _pixels(view.functions), _numbers(view)
 
-    example = explorer.run.folder / "analysis" / "example.png"
+    example = explorer.run.folder / FOLDER / "example.png"
     example.parent.mkdir(exist_ok=True)
     Image.fromarray((explorer.example.pixels[0] * 255).round().byte().numpy()).save(example)
     with gr.Blocks(title=f"karat: {explorer.run.label}", analytics_enabled=False) as app:
@@ -194,7 +195,7 @@ def serve(
         quiet=True,
         theme=gr.themes.Base(**fonts),
         footer_links=[],
-        allowed_paths=[str(folder / "analysis")],
+        allowed_paths=[str(folder / FOLDER)],
     )
 
 
