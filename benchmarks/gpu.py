@@ -226,7 +226,7 @@ class Gpu:
         if self.dry:
             yield check("tile sizes", None, None, "Triton's tiles aren't used on the CPU")
             return
-        from karat.ops.triton.call import TILES, Tiles
+        from karat.ops.triton.arguments import TILES, Tiles
 
         shape = (self.sizes.batch, self.sizes.heads, self.sizes.tokens, self.sizes.head)
         q, k, v, grad = torch.randn(4, *shape, device=self.device, dtype=torch.bfloat16).unbind()

@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 
-from karat.ops.cpp import attention as cpp_attention
-from karat.ops.cpp import build as cpp_build
+from karat.ops.cpp import attention
+from karat.ops.cpp.build import library
 from support.against_float64 import assert_matches, make, parameters_of
 
 # Without a compiler the kernel can't be tested; with one, a build that fails is a failure.
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_the_kernel_is_there() -> None:
-    assert cpp_build.library().problem is None
+    assert library().problem is None
 
 
 @pytest.mark.parametrize(("largest", "tolerance"), [(4.0, 3e-7), (1e3, 2e-6), (1.6e4, 2e-6), (1e8, 1e-6), (1e38, 1e-6)])
@@ -26,7 +26,7 @@ def test_sine_and_cosine(largest: float, tolerance: float) -> None:
     n = 1 << 14
     x = torch.cat([torch.linspace(-largest, largest, n), (torch.rand(n) * 2 - 1) * largest, torch.zeros(16)])
     sine, cosine = torch.empty_like(x), torch.empty_like(x)
-    cpp_build.library().run("karat_sincos", x.data_ptr(), sine.data_ptr(), cosine.data_ptr(), len(x))
+    library().run("karat_sincos", x.data_ptr(), sine.data_ptr(), cosine.data_ptr(), len(x))
     assert (sine - x.double().sin()).abs().max() <= tolerance
     assert (cosine - x.double().cos()).abs().max() <= tolerance
     assert sine.abs().max() <= 1 + 1e-6
@@ -35,7 +35,7 @@ def test_sine_and_cosine(largest: float, tolerance: float) -> None:
 def test_sine_of_what_is_not_finite_is_nan() -> None:
     x = torch.tensor([float("inf"), float("-inf"), float("nan"), 1.0] * 4)
     sine, cosine = torch.empty_like(x), torch.empty_like(x)
-    cpp_build.library().run("karat_sincos", x.data_ptr(), sine.data_ptr(), cosine.data_ptr(), len(x))
+    library().run("karat_sincos", x.data_ptr(), sine.data_ptr(), cosine.data_ptr(), len(x))
     finite = x.isfinite()
     for values in (sine, cosine):
         assert torch.equal(values.isfinite(), finite)
@@ -44,8 +44,8 @@ def test_sine_of_what_is_not_finite_is_nan() -> None:
 @pytest.mark.parametrize("tile", [(1 << 12, 64), (1 << 10, 128)])
 def test_many_tiles(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and queries cut into tiles, the last ones short."""
-    monkeypatch.setattr(cpp_attention, "TILE_BYTES", tile[0])
-    monkeypatch.setattr(cpp_attention, "TILE_KEYS", tile[1])
+    monkeypatch.setattr(attention, "TILE_BYTES", tile[0])
+    monkeypatch.setattr(attention, "TILE_KEYS", tile[1])
     q, k, u = make(1, 2, 131, 300, 24, 6, 12)
     mask = torch.rand(1, 1, 131, 300) > 0.5
     assert_matches(q, k, u, "fourier(grid=3)", "cpp", bias=torch.randn(1, 1, 131, 300), mask=mask)

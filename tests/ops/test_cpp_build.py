@@ -16,8 +16,9 @@ import torch
 
 from karat.basis import parse_basis
 from karat.ops import basis_attention
-from karat.ops.cpp import attention as cpp_attention
-from karat.ops.cpp import build as cpp_build
+from karat.ops.call import Call
+from karat.ops.cpp import build
+from karat.ops.cpp.attention import unsupported
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None or shutil.which("ninja") is None, reason="building the C++ kernel needs c++ and ninja"
@@ -28,9 +29,9 @@ needs_compiler = pytest.mark.skipif(
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder for extensions; what this process knows of the kernel is forgotten before and after."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    cpp_build.library.cache_clear()
+    build.library.cache_clear()
     yield tmp_path
-    cpp_build.library.cache_clear()
+    build.library.cache_clear()
 
 
 def executable(path: Path, text: str) -> str:
@@ -99,11 +100,11 @@ def test_a_failed_build_warns_once_and_is_remembered(elsewhere: Path, monkeypatc
 @pytest.mark.slow
 def test_two_processes_that_build_at_once(elsewhere: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Both end with the kernel, quietly; a lock file that a killed build left behind stops neither."""
-    place = cpp_build._place()
+    place = build._place()
     place.parent.mkdir()
     place.with_suffix(".lock").touch()
     (place.parent / "lock").touch()
-    code = "from karat.ops import cpp_build; assert cpp_build.library().problem is None"
+    code = "from karat.ops.cpp import build; assert build.library().problem is None"
     command = [sys.executable, "-W", "error", "-c", code]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     builders = [subprocess.Popen(command, env=environment) for _ in range(2)]
@@ -111,31 +112,32 @@ def test_two_processes_that_build_at_once(elsewhere: Path, capfd: pytest.Capture
     assert capfd.readouterr() == ("", "")
     assert {file.suffix for file in place.parent.iterdir()} <= {".so", ".lock", ""}
     built = place.stat().st_mtime_ns
-    assert cpp_build.library().problem is None
+    assert build.library().problem is None
     assert place.stat().st_mtime_ns == built
 
 
 @needs_compiler
 def test_another_source_is_another_build(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = cpp_build._place()
-    changed = shutil.copytree(cpp_build.SOURCES, elsewhere / "csrc")
+    before = build._place()
+    changed = shutil.copytree(build.SOURCES, elsewhere / "csrc")
     with (changed / "gemm.h").open("a") as source:
         source.write("// changed\n")
-    monkeypatch.setattr(cpp_build, "SOURCES", changed)
-    assert cpp_build._place() != before
+    monkeypatch.setattr(build, "SOURCES", changed)
+    assert build._place() != before
 
 
 def test_what_it_cannot_serve_builds_nothing(elsewhere: Path) -> None:
     q, u = torch.randn(1, 1, 2, 4), torch.randn(1, 2, 2, 3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        refusals = {
-            "float64": cpp_attention.unsupported(q.double(), u, parse_basis("fourier(grid=1)")),
-            "meta": cpp_attention.unsupported(q.to("meta"), u, parse_basis("fourier(grid=1)")),
-            "morlet": cpp_attention.unsupported(q, u, parse_basis("morlet")),
-            "order <= 5": cpp_attention.unsupported(q, u, parse_basis("bspline(order=6)")),
-        }
-    for says, reason in refusals.items():
+    cases = {
+        "float64": (q.double(), "fourier(grid=1)"),
+        "meta": (q.to("meta"), "fourier(grid=1)"),
+        "morlet": (q, "morlet"),
+        "order <= 5": (q, "bspline(order=6)"),
+    }
+    for says, (x, spec) in cases.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            reason = unsupported(Call(x, x, 1.0), u, parse_basis(spec))
         assert reason is not None
         assert says in reason
     assert not list(elsewhere.iterdir())

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from karat.basis import BASES, parse_basis
-from karat.ops import implementations, joint_attention
+from karat.ops import Call, implementations, joint_attention
 from karat.ops.cpp import attention as cpp_attention
 from karat.ops.tiled import attention as tiled
 from karat.ops.tiled.softmax import RunningSoftmax
@@ -33,7 +33,7 @@ def test_equals_the_two_apart(spec: str, masked: str | None, monkeypatch: pytest
     monkeypatch.setitem(tiled.TILE_KEYS, "cpu", 4)
     leaves = make(spec, bias=(1, 3, 7, 9))
     for impl in ("reference", "tiled"):
-        check(leaves, spec, impl, some_mask(masked, 2, 7, 9), score_gradient=0.3)
+        check(leaves, spec, impl, some_mask(masked, 2, 7, 9))
 
 
 @needs_compiler
@@ -45,7 +45,7 @@ def test_cpp_equals_the_two_apart(
 ) -> None:
     monkeypatch.setattr(cpp_attention, "TILE_KEYS", 64)  # the running maximum moves from tile to tile
     leaves = make(spec, (2, 2, 33, 147, 20, 5, 18), per_image=per_image, bias=(1, 2, 33, 147), dtype=torch.float32)
-    check(leaves, spec, "cpp", some_mask(masked, 2, 33, 147), score_gradient=0.3, tolerance=1e-5)
+    check(leaves, spec, "cpp", some_mask(masked, 2, 33, 147), tolerance=1e-5)
 
 
 @settings(deadline=None, max_examples=15)
@@ -136,10 +136,8 @@ def test_half_precision_is_computed_in_float32(impl: str, dtype: torch.dtype) ->
 def test_any_subset_of_gradients_and_twice_the_same_bits(impl: str) -> None:
     torch.set_num_threads(2)
     leaves = make("fourier(grid=2)", (3, 2, 40, 41, 16, 12, 16), bias=(1, 2, 1, 41), dtype=torch.float32)
-    wanted = together(leaves, "fourier(grid=2)", None, 1.0, impl)
-    assert all(
-        torch.equal(x, y) for x, y in zip(together(leaves, "fourier(grid=2)", None, 1.0, impl), wanted, strict=True)
-    )
+    wanted = together(leaves, "fourier(grid=2)", None, impl)
+    assert all(torch.equal(x, y) for x, y in zip(together(leaves, "fourier(grid=2)", None, impl), wanted, strict=True))
     for alone in range(5):
         inputs = [x.detach().requires_grad_(i == alone) for i, x in enumerate(leaves)]
         out = joint_attention(*inputs[:4], "fourier(grid=2)", bias=inputs[4], impl=impl)
@@ -150,7 +148,7 @@ def test_any_subset_of_gradients_and_twice_the_same_bits(impl: str) -> None:
 @pytest.mark.parametrize("impl", ["tiled", pytest.param("cpp", marks=needs_compiler)])
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 4, 5, 2, 3), (1, 2, 0, 4, 5, 2, 3), (1, 2, 3, 0, 5, 2, 3)])
 def test_empty_inputs(impl: str, sizes: tuple[int, ...]) -> None:
-    results = together(make("fourier(grid=1)", sizes, dtype=torch.float32), "fourier(grid=1)", None, 1.0, impl)
+    results = together(make("fourier(grid=1)", sizes, dtype=torch.float32), "fourier(grid=1)", None, impl)
     assert not any(x.any() for x in results)
 
 
@@ -163,7 +161,7 @@ def test_joins_heads_without_a_copy() -> None:
 def test_second_derivatives_in_the_reference_only() -> None:
     for impl in ("reference", "tiled"):
         q, k, v, u = (x.requires_grad_() for x in make("fourier", (1, 1, 2, 3, 2, 2, 2)))
-        attended, sums = joint_attention(q, k, v, u, "fourier", score_gradient=0.5, impl=impl)
+        attended, sums = joint_attention(q, k, v, u, "fourier", impl=impl)
         (dq,) = torch.autograd.grad(attended.sum() + sums.sum(), q, create_graph=True)
         if impl == "reference":
             assert torch.autograd.grad(dq.square().sum(), k)[0].isfinite().all()
@@ -204,7 +202,7 @@ def test_the_scores_are_computed_once_a_tile(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("impl", ["tiled", "auto"])
 def test_operator_checks_of_torch_library(spec: str, impl: str) -> None:
     q, k, v, u, bias = (x.requires_grad_() for x in make(spec, bias=(1, 3, 7, 9), dtype=torch.float32))
-    arguments = (q, k, v, u, bias, torch.rand(1, 1, 7, 9) > 0.3, spec, 0.4, 0.5, impl)
+    arguments = (q, k, v, u, bias, torch.rand(1, 1, 7, 9) > 0.3, spec, 0.4, impl)
     torch.library.opcheck(torch.ops.karat.joint_attention.default, arguments)
 
 
@@ -243,7 +241,7 @@ def test_autocast_takes_inputs_of_mixed_precision(low: str) -> None:
 def test_auto_takes_the_kernel_on_a_cpu(shape: tuple[int, int]) -> None:
     N, D = shape
     q, _, v, u = make("fourier(grid=3)", (1, 1, N, N, D, 12, D), dtype=torch.float32)
-    assert implementations.choose("auto", q, u, parse_basis("fourier(grid=3)"), v) is cpp_attention
+    assert implementations.choose("auto", Call(q, q, 1.0), u, parse_basis("fourier(grid=3)"), v) is cpp_attention
 
 
 BAD = {

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from karat.ops.tiled.tiling import cache_bytes, tiles
+from karat.ops.cache import cache_bytes
+from karat.ops.tiled.tiling import tiles
 
 sizes = st.integers(0, 7)
 

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from karat import basis_attention
-from karat.basis import BASES, Basis, parse_basis
+from karat.basis import BASES, Basis, LinearBasis, parse_basis
 from support.triton import (  # pytest finds the mark and the fixture
     DEVICE,
     TOLERANCE,
+    arguments,
+    launch,
     pytestmark,  # noqa: F401
     small_tiles,  # noqa: F401
-    triton_call,
-    triton_launch,
 )
 
 SPECS = [
@@ -85,7 +85,7 @@ def check(inputs: list[Tensor | None], basis: Basis, mask: Tensor | None = None)
 @pytest.mark.parametrize("spec", SPECS)
 def test_matches_the_definition(spec: str) -> None:
     basis = parse_basis(spec)
-    if basis.linear:
+    if isinstance(basis, LinearBasis):
         inputs, mask = random_inputs(basis, bias=(1, 2, 18, 20), mask=(2, 1, 18, 20))
     else:  # the interpreter evaluates their edges one by one
         inputs, mask = random_inputs(basis, (2, 1, 9, 18, 8, 3), bias=(1, 1, 9, 18), mask=(2, 1, 9, 18))
@@ -134,9 +134,9 @@ def test_random_shapes(data: st.DataObject) -> None:
 
 
 def test_features_are_summed_in_groups_and_outputs_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_launch, "DU_NUMBERS", 16 * 16 * 3)
-    for kind in triton_call.WIDEST:
-        monkeypatch.setitem(triton_call.WIDEST, kind, 4)
+    monkeypatch.setattr(launch, "DU_NUMBERS", 16 * 16 * 3)
+    for kind in arguments.WIDEST:
+        monkeypatch.setitem(arguments.WIDEST, kind, 4)
     for spec in ("gelu+fourier(grid=3)", "silu+bspline(grid=2,order=2)", "mexican_hat"):
         basis = parse_basis(spec)
         check(random_inputs(basis, (1, 1, 5, 9, 4, 9), bias=(1, 1, 5, 9))[0], basis)
@@ -208,13 +208,13 @@ def test_a_pipeline_too_deep_for_the_chip_gets_shallower() -> None:
             if num_stages > fits:
                 raise OutOfResources(300_000, 200_000, "shared memory")
 
-    tiles = triton_call.Tiles(64, 64, 4, 3)
+    tiles = arguments.Tiles(64, 64, 4, 3)
     fits = 1
-    triton_launch._launch(Kernel(), 1, tiles, q=torch.empty(1, device=DEVICE))
+    launch._launch(Kernel(), 1, tiles, q=torch.empty(1, device=DEVICE))
     assert tried == [3, 2, 1]
     fits = 0
     with pytest.raises(OutOfResources):
-        triton_launch._launch(Kernel(), 1, tiles, q=torch.empty(1, device=DEVICE))
+        launch._launch(Kernel(), 1, tiles, q=torch.empty(1, device=DEVICE))
 
 
 REFUSED = {
@@ -253,7 +253,7 @@ try:
     karat.basis_attention(q, q, u, "fourier(grid=1)", impl="triton")
 except ValueError as error:
     assert "CUDA device" in str(error), error
-loaded = [name for name in sys.modules if name.startswith("karat.ops.triton") and name != "karat.ops.triton.attention"]
+loaded = {name for name in sys.modules if name.startswith("karat.ops.triton.")} - {"karat.ops.triton.attention"}
 assert not loaded, loaded
 """
 

@@ -36,9 +36,10 @@ class Hopper:
 driver.set_active(Hopper())
 
 from karat.basis import parse_basis
-from karat.ops import triton_call, triton_launch
+from karat.ops.call import Call
 from karat.ops.softmax_part import SoftmaxPart
-from karat.ops.triton.attention import split_base
+from karat.ops.triton import launch
+from karat.ops.triton.arguments import Arguments
 
 
 def compile_only(kernel, programs, tiles, **arguments):
@@ -51,7 +52,7 @@ def compile_only(kernel, programs, tiles, **arguments):
     print(kernel.fn.__name__, shared)
 
 
-triton_launch._launch = compile_only
+launch._launch = compile_only
 spec, dtype, head, width, more = sys.argv[1:]
 basis, dtype, head, width = parse_basis(spec), getattr(torch, dtype), int(head), int(width)
 B, H, N = 4, 3, 197
@@ -65,9 +66,9 @@ with torch.device("meta"):
 if not more.startswith("mask"):
     bias = mask = None
 softmax = part if "softmax" in more else None
-call = triton_call.Call(q, q, u, *split_base(basis), 0.125, bias, mask, softmax)
-triton_launch.forward(call)
-triton_launch.backward(call, grad, (True, True, True, bias is not None))
+call = Call(q, q, 0.125, bias, mask)
+launch.forward(Arguments(call, u, basis, softmax))
+launch.backward(Arguments(call, u, basis, softmax, grad), (True, True, True, bias is not None))
 """
 
 CASES = [

@@ -14,14 +14,15 @@ from karat.basis.activations import ACTIVATIONS
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from karat.ops.triton import attention as triton_attention  # noqa: E402
+from karat.ops.call import Call  # noqa: E402
+from karat.ops.triton.attention import LARGEST_ORDER, unsupported  # noqa: E402
 from karat.ops.triton.features import spline  # noqa: E402
 from karat.ops.triton.functions import activation, activation_slope, sincos  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ONE = torch.empty(1, 1, 1, 1, device=DEVICE)
 pytestmark = pytest.mark.skipif(
-    triton_attention.unsupported(torch.empty(1, 1, 1, 1, device=DEVICE), torch.empty(1), parse_basis("dog"))
-    is not None,
+    unsupported(Call(ONE, ONE, 1.0), torch.empty(1), parse_basis("dog")) is not None,
     reason="neither a GPU that the kernels serve nor Triton's interpreter",
 )
 
@@ -86,7 +87,7 @@ def test_activations_and_their_slopes(name: str) -> None:
     torch.testing.assert_close(slope, ACTIVATIONS[name].slope(x.double()), rtol=1e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("order", range(1, triton_attention.LARGEST_ORDER + 1))
+@pytest.mark.parametrize("order", range(1, LARGEST_ORDER + 1))
 def test_spline_of_whole_knots(order: int) -> None:
     from scipy.interpolate import BSpline
 

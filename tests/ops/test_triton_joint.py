@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from support.joint_apart import check, make, some_mask, together
 
-pytest.importorskip("karat.ops.triton.call", reason="Triton is not installed", exc_type=ImportError)
+pytest.importorskip("karat.ops.triton.arguments", reason="Triton is not installed", exc_type=ImportError)
 
 from karat.ops import joint_attention
-from support.triton import DEVICE, TOLERANCE, pytestmark, small_tiles, triton_call, triton_launch
+from support.triton import DEVICE, TOLERANCE, arguments, launch, pytestmark, small_tiles
 
 __all__ = ["pytestmark", "small_tiles"]  # pytest takes them from here
 
@@ -31,7 +31,7 @@ def test_equals_the_two_apart(spec: str, masked: str | None) -> None:
     leaves = on_device(make(spec, SIZES, per_image=masked == "pairs", bias=bias, dtype=torch.float32))
     mask = some_mask(masked, 2, 18, 20)
     mask = None if mask is None else mask.to(DEVICE)
-    check(leaves, spec, "triton", mask, score_gradient=0.3, tolerance=TOLERANCE[torch.float32])
+    check(leaves, spec, "triton", mask, tolerance=TOLERANCE[torch.float32])
 
 
 def test_edges_that_are_not_linear() -> None:
@@ -54,16 +54,16 @@ def test_random_shapes(data: st.DataObject) -> None:
 
 def test_softmax_goes_with_the_first_of_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs in slices, and dU in groups: the softmax's share is added once."""
-    monkeypatch.setattr(triton_launch, "DU_NUMBERS", 16 * 16 * 3)
-    for kind in triton_call.WIDEST:
-        monkeypatch.setitem(triton_call.WIDEST, kind, 4)
+    monkeypatch.setattr(launch, "DU_NUMBERS", 16 * 16 * 3)
+    for kind in arguments.WIDEST:
+        monkeypatch.setitem(arguments.WIDEST, kind, 4)
     leaves = on_device(make("gelu+fourier(grid=3)", (1, 1, 5, 9, 4, 9, 6), bias=(1, 1, 5, 9), dtype=torch.float32))
-    check(leaves, "gelu+fourier(grid=3)", "triton", score_gradient=0.5, tolerance=1e-5)
+    check(leaves, "gelu+fourier(grid=3)", "triton", tolerance=1e-5)
 
 
 def test_only_wanted_gradients() -> None:
     leaves = on_device(make("fourier(grid=1)", (1, 1, 5, 7, 4, 3, 4), dtype=torch.float32))
-    wanted = together(leaves, "fourier(grid=1)", None, 1.0, "triton")
+    wanted = together(leaves, "fourier(grid=1)", None, "triton")
     for alone in range(4):
         inputs = [x.detach().requires_grad_(i == alone) for i, x in enumerate(leaves)]
         out = joint_attention(*inputs, "fourier(grid=1)", impl="triton")
@@ -75,4 +75,4 @@ def test_only_wanted_gradients() -> None:
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 4, 5, 2, 3), (1, 2, 0, 4, 5, 2, 3), (1, 2, 3, 0, 5, 2, 3)])
 def test_empty_inputs(sizes: tuple[int, ...]) -> None:
     leaves = on_device(make("fourier(grid=1)", sizes, dtype=torch.float32))
-    assert not any(x.any() for x in together(leaves, "fourier(grid=1)", None, 1.0, "triton"))
+    assert not any(x.any() for x in together(leaves, "fourier(grid=1)", None, "triton"))

@@ -34,7 +34,7 @@ def make(
     return [q, k, v, u, *([] if bias is None else [torch.randn(*bias, dtype=dtype)])]
 
 
-def apart(leaves: Sequence[Tensor], spec: str, mask: Tensor | None, score_gradient: float) -> list[Tensor]:
+def apart(leaves: Sequence[Tensor], spec: str, mask: Tensor | None) -> list[Tensor]:
     """Two separate attentions, and their gradients added."""
     q, k, v, u, *bias = leaves = [x.detach().double().requires_grad_() for x in leaves]
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
@@ -43,18 +43,13 @@ def apart(leaves: Sequence[Tensor], spec: str, mask: Tensor | None, score_gradie
     weights = [weights_of(x) for x in (attended, sums)]
     first = torch.autograd.grad(attended, leaves, weights[0], materialize_grads=True, allow_unused=True)
     second = torch.autograd.grad(sums, leaves, weights[1], materialize_grads=True, allow_unused=True)
-    factors = (score_gradient, score_gradient, 1.0, 1.0, score_gradient)
-    return [attended, sums, *(a + factor * b for factor, a, b in zip(factors, first, second, strict=False))]
+    return [attended, sums, *(a + b for a, b in zip(first, second, strict=True))]
 
 
-def together(
-    leaves: Sequence[Tensor], spec: str, mask: Tensor | None, score_gradient: float, impl: str
-) -> list[Tensor]:
+def together(leaves: Sequence[Tensor], spec: str, mask: Tensor | None, impl: str) -> list[Tensor]:
     """Joint attention and its gradients."""
     q, k, v, u, *bias = leaves = [x.detach().requires_grad_() for x in leaves]
-    attended, sums = joint_attention(
-        q, k, v, u, spec, bias=bias[0] if bias else None, mask=mask, score_gradient=score_gradient, impl=impl
-    )
+    attended, sums = joint_attention(q, k, v, u, spec, bias=bias[0] if bias else None, mask=mask, impl=impl)
     weights = [weights_of(x).to(x.dtype) for x in (attended, sums)]
     return [attended, sums, *torch.autograd.grad((attended, sums), leaves, weights)]
 
@@ -72,7 +67,7 @@ def well_posed(leaves: list[Tensor], spec: str, mask: Tensor | None) -> list[Ten
     (B, H, M, _), N = others[0].shape, others[1].shape[2]
 
     def cancellation(choice: Tensor) -> float:
-        return cancelled(apart([*others, choice.expand(B, H, M, N)], spec, mask, 1.0)[-1], bias.shape)
+        return cancelled(apart([*others, choice.expand(B, H, M, N)], spec, mask)[-1], bias.shape)
 
     return [*others, least_cancelling(lambda: torch.randn_like(bias), bias, cancellation)]
 
@@ -82,11 +77,10 @@ def check(
     spec: str,
     impl: str,
     mask: Tensor | None = None,
-    score_gradient: float = 1.0,
     tolerance: float = 1e-10,
 ) -> None:
     """Results and gradients of an implementation against the two attentions apart, relative to their norms."""
-    wanted, got = apart(leaves, spec, mask, score_gradient), together(leaves, spec, mask, score_gradient, impl)
+    wanted, got = apart(leaves, spec, mask), together(leaves, spec, mask, impl)
     for name, x, exact in zip(NAMES, got, wanted, strict=False):
         assert (x.shape, x.dtype) == (exact.shape, leaves[0].dtype), name
         error = relative_error(x, exact) if exact.norm() > 1e-9 else x.abs().max().item()

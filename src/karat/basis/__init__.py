@@ -12,7 +12,6 @@ A new family is one file with a frozen dataclass and one line in BASES.
 from __future__ import annotations
 
 import dataclasses
-import re
 from functools import lru_cache
 
 from karat.basis.activations import ACTIVATIONS, with_base
@@ -20,6 +19,7 @@ from karat.basis.base import Basis, EdgeParameter, LinearBasis
 from karat.basis.bspline import BSpline
 from karat.basis.fourier import Fourier
 from karat.basis.rational import Rational
+from karat.basis.specs import read_option, split_spec
 from karat.basis.wavelets import DerivativeOfGaussian, MexicanHat, Meyer, Morlet, Shannon
 
 BASES: dict[str, type[Basis]] = {
@@ -42,31 +42,20 @@ def parse_basis(spec: str | Basis) -> Basis:
 def _parse(spec: str, families: tuple[tuple[str, type[Basis]], ...]) -> Basis:
     """The basis of a spec; remembered for these families alone, as a name may be registered again."""
     known_families = dict(families)
-    activation, plus, inner = spec.rpartition("+")
-    if plus:
-        return with_base(_parse(inner, families), activation.strip())
-    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", spec)
-    if match is None:
+    parts = split_spec(spec)
+    if parts is None:
         raise ValueError(f"malformed basis {spec!r}; write it like fourier(grid=3) or dog")
-    name, arguments = match.groups()
+    activation, plus, name = (piece.strip() for piece in parts[0].rpartition("+"))
     if name not in known_families:
         raise ValueError(f"unknown basis {name!r}; choose one of {', '.join(known_families)}")
     family = known_families[name]
     known = [field.name for field in dataclasses.fields(family)]
-    options: dict[str, int | float | str] = {}
-    for part in filter(None, (part.strip() for part in (arguments or "").split(","))):
-        key, equals, text = (piece.strip() for piece in part.partition("="))
-        if not equals or key not in known:
-            takes = f"takes {', '.join(f'{option}=' for option in known)}" if known else "takes no options"
+    options = {}
+    for part in parts[1]:
+        option = read_option(part, known)
+        if option is None:
+            takes = f"takes {', '.join(f'{key}=' for key in known)}" if known else "takes no options"
             raise ValueError(f"malformed option {part!r} in basis {spec!r}; {name} {takes}")
-        options[key] = _value(text)
-    return family(**options)
-
-
-def _value(text: str) -> int | float | str:
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    return text
+        options[option[0]] = option[1]
+    basis = family(**options)
+    return with_base(basis, activation) if plus else basis

@@ -49,6 +49,10 @@ class _WithBase(Basis):
     def parameters(self) -> tuple[EdgeParameter, ...]:
         return (EdgeParameter("base", 1, amplitude=True), *self.inner.parameters)
 
+    @property
+    def parts(self) -> tuple[str, Basis]:
+        return self.activation, self.inner
+
     def key_gain(self, num_keys: int) -> Tensor | None:
         return self.inner.key_gain(num_keys)
 

@@ -37,7 +37,6 @@ class Basis(ABC):
     """
 
     name: ClassVar[str]
-    linear: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -56,6 +55,11 @@ class Basis(ABC):
     @abstractmethod
     def edge_gradients(self, x: Tensor, u: Tensor, dphi: Tensor) -> tuple[Tensor, list[Tensor]]:
         """dφ/dx · dφ_ and [dφ/du_f · dφ_ for each f], elementwise, in the shape that x and u[f] broadcast to."""
+
+    @property
+    def parts(self) -> tuple[str, Basis]:
+        """The base activation, "zero" where there is none, and the family beside it."""
+        return "zero", self
 
     def key_gain(self, num_keys: int) -> Tensor | None:
         """A fixed factor for each key (num_keys,) that multiplies the edges' amplitudes, or None."""
@@ -81,8 +85,6 @@ class LinearBasis(Basis):
 
     The features ψ_f don't depend on the edge, which is what makes basis attention cheap (SPEC §8).
     """
-
-    linear: ClassVar[bool] = True
 
     @abstractmethod
     def feature_list(self, x: Tensor) -> list[Tensor]:

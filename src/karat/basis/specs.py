@@ -1,35 +1,81 @@
-"""Names with settings, such as "kan(grid=5,order=3)" or "deep_kan(layers=(10,10))"."""
+"""Specs, "name(key=value,...)", and lists of them: the one grammar of bases, attentions, MLPs and models.
+
+Commas and equals signs separate outside of brackets only. Values are numbers, other Python literals, or bare words. A
+name may have others before a plus sign, "silu+fourier(grid=3)".
+"""
 
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Container
 from typing import Any
+
+_SPEC = re.compile(r"\s*((?:\w+\s*\+\s*)*\w+)\s*(?:\((.*)\))?\s*", re.DOTALL)
+
+
+def split_list(text: str) -> list[str]:
+    """The parts between the commas outside of brackets, without spaces around them.
+
+    >>> split_list("dog-b, softmax_heads=(0,2), rank=4")
+    ['dog-b', 'softmax_heads=(0,2)', 'rank=4']
+    """
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
+
+
+def split_spec(spec: str) -> tuple[str, list[str]] | None:
+    """The name and the options of a spec, as text; None if it isn't one.
+
+    >>> split_spec("silu+bspline(grid=5, order=2)")
+    ('silu+bspline', ['grid=5', 'order=2'])
+    """
+    match = _SPEC.fullmatch(spec)
+    return None if match is None else (match[1], [part for part in split_list(match[2] or "") if part])
+
+
+def read_option(option: str, known: Container[str]) -> tuple[str, Any] | None:
+    """The key and the value of "key=value"; None if it isn't that or the key isn't known."""
+    key, equals, text = (piece.strip() for piece in option.partition("="))
+    return (key, read_value(text)) if equals and key in known else None
+
+
+def read_value(text: str) -> Any:
+    """A number (0 may lead) or another Python literal; any other text is itself.
+
+    >>> read_value("4"), read_value("1e-3"), read_value("(0,2)"), read_value("first")
+    (4, 0.001, (0, 2), 'first')
+    """
+    for read in (int, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    return text
 
 
 def parse_call(spec: str) -> tuple[str, dict[str, Any]]:
-    """The name and the keyword settings of a spec; values are Python literals or bare words.
+    """The name and the keyword settings of a spec such as "kan(grid=5,order=3)" or "deep_kan(layers=(10,10))".
 
     Raises ValueError for text that isn't a name with keyword settings.
 
     >>> parse_call("grkan(init=silu,groups=4)")
     ('grkan', {'init': 'silu', 'groups': 4})
     """
-    try:
-        tree = ast.parse(spec.strip(), mode="eval").body
-        if isinstance(tree, ast.Name):
-            return tree.id, {}
-        if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args:
-            return tree.func.id, {_key(word): _literal(word.value) for word in tree.keywords}
-    except (SyntaxError, ValueError):
-        pass
-    raise ValueError(f"can't read {spec!r}; write a name with settings, like kan(grid=5,order=3)")
-
-
-def _key(word: ast.keyword) -> str:
-    if word.arg is None:
-        raise ValueError("** has no place in a spec")
-    return word.arg
-
-
-def _literal(node: ast.expr) -> Any:
-    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
+    name, options = split_spec(spec) or ("", [])
+    settings = {}
+    for option in options:
+        key, _, text = (piece.strip() for piece in option.partition("="))
+        value = read_value(text)
+        if not key.isidentifier() or (value is text and not text.isidentifier()):
+            name = ""
+        settings[key] = value
+    if not name.isidentifier():
+        raise ValueError(f"can't read {spec!r}; write a name with settings, like kan(grid=5,order=3)")
+    return name, settings

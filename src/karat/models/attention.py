@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from karat.models.relative_bias import RelativeBias
 from karat.operator.grids import GridWatch
 from karat.operator.operator import KArAtOperator
-from karat.ops.masks import safe_softmax, softmax_attention
+from karat.ops.masks import as_mask, safe_softmax, softmax_attention
 
 # An additive mask entry this low means "masked": timm's Swin writes -100, others -inf or the smallest number.
 MASKED = -100.0
@@ -59,10 +59,6 @@ class Intermediate:
     mask: Tensor | None = None
 
 
-def _four_axes(x: Tensor | None) -> Tensor | None:
-    return x if x is None else x[(None,) * (4 - x.dim())]
-
-
 def split_mask(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """(bias, boolean mask) of a mask that is boolean already or added to the scores.
 
@@ -93,7 +89,7 @@ def token_inputs(attn: Any, x: Tensor, attn_mask: Tensor | None = None, is_causa
     if positions is not None:
         relative = positions(None if attn.watch is None else attn.watch.grid_of(N, positions.prefix))
         bias = relative if bias is None else relative + bias
-    return AttentionInputs(q, k, v, attn.scale, _four_axes(bias), _four_axes(mask))
+    return AttentionInputs(q, k, v, attn.scale, as_mask(bias), as_mask(mask))
 
 
 def window_inputs(attn: Any, x: Tensor, mask: Tensor | None = None) -> AttentionInputs:

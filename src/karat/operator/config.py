@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import re
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from karat.basis import Basis, parse_basis, with_base
+from karat.basis.specs import read_option, split_list
 from karat.operator.orders import BLIND
 from karat.operator.rules import GONE, check, without_gone
 
@@ -179,9 +179,9 @@ class KArAtConfig:
         """
         if isinstance(spec, KArAtConfig):
             return spec
-        name, *options = _split(spec)
+        name, *options = split_list(spec)
         if name in ALIASES:
-            name, *usual = _split(ALIASES[name])
+            name, *usual = split_list(ALIASES[name])
             options = usual + options
         settings: dict[str, Any] = {}
         short = re.fullmatch(r"g(\d+)([bu])", name)
@@ -201,16 +201,16 @@ class KArAtConfig:
             settings["sharing"] = {letter: sharing for sharing, letter in _LETTERS.items()}[match[2]]
         known = [field.name for field in dataclasses.fields(cls) if field.name not in ("basis", "sharing")]
         for option in options:
-            key, equals, text = (part.strip() for part in option.partition("="))
-            if not equals or key not in (*known, *GONE):
+            read = read_option(option, (*known, *GONE))
+            if read is None:
                 raise ValueError(f"can't read the option {option!r} of {spec!r}; known options: {', '.join(known)}")
-            settings[key] = _value(text)
+            settings[read[0]] = read[1]
         return cls(**settings)
 
     @classmethod
     def explicit(cls, spec: str) -> str:
         """A spec as it was written, but for a name of ALIASES: what that means is written out, since it may change."""
-        return str(cls.parse(spec)) if _split(spec)[0] in ALIASES else spec
+        return str(cls.parse(spec)) if split_list(spec)[0] in ALIASES else spec
 
     def __str__(self) -> str:
         fourier = re.fullmatch(r"fourier\(grid=(\d+)\)", self.basis)
@@ -222,25 +222,6 @@ class KArAtConfig:
             if field.name not in ("basis", "sharing") and (value := getattr(self, field.name)) != field.default
         ]
         return name + "".join(options)
-
-
-def _split(spec: str) -> list[str]:
-    """Cut at the commas outside of parentheses."""
-    parts, depth = [""], 0
-    for letter in spec:
-        depth += (letter in "([") - (letter in ")]")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts]
-
-
-def _value(text: str) -> object:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def _text(value: object) -> str:

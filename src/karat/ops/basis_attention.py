@@ -7,7 +7,8 @@ from torch import Tensor
 
 from karat.basis import Basis, parse_basis
 from karat.ops import library, reference
-from karat.ops.checks import checked
+from karat.ops.call import Call
+from karat.ops.checks import call_of, checked
 
 
 def basis_attention(
@@ -48,11 +49,18 @@ def basis_attention(
     >>> basis_attention(q, k, u, "fourier(grid=3)").shape
     torch.Size([2, 3, 5, 4])
     """
-    q, k, _, basis, factor, bias, mask = checked(q, k, None, u, basis, scale, bias, mask, impl)
+    return basis_sums(call_of(q, k, scale, bias, mask), u, basis, impl)
+
+
+def basis_sums(call: Call, u: Tensor, basis: str | Basis, impl: str = "auto") -> Tensor:
+    """`basis_attention` of a call: the sums (B,H,M,E)."""
+    call, _, basis = checked(call, None, u, basis, impl)
     if impl == "reference":
-        with reference.full_precision(q):
-            return reference.basis_attention(q, k, u, basis, factor, bias, mask)
-    return library.basis_attention(q, k, u, bias, mask, str(basis), factor, impl)
+        with reference.full_precision(call.q):
+            return reference.basis_attention(call, u, basis)
+    q, k, scale, bias, mask = call
+    sums: Tensor = library.basis_attention(q, k, u, bias, mask, str(basis), scale, impl)
+    return sums
 
 
 def basis_contraction(
@@ -63,10 +71,10 @@ def basis_contraction(
     x (B,H,M,N), u and mask as in `basis_attention`. Meant for few keys: other implementations than the reference
     see it as basis attention with queries x and keys I, which costs N numbers more a score.
     """
-    basis = parse_basis(basis) if isinstance(basis, str) else basis
+    basis = parse_basis(basis)
     if impl == "reference":
         dtype = torch.promote_types(x.dtype, torch.float32)
         with reference.full_precision(x):
             return reference.contract(x.to(dtype), u.to(dtype), basis, mask).to(x.dtype)
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand(*x.shape[:2], -1, -1)
-    return basis_attention(x, eye, u, basis, scale=1.0, mask=mask, impl=impl)
+    return basis_sums(Call(x, eye, 1.0, mask=mask), u, basis, impl)

@@ -8,62 +8,54 @@ import torch
 from torch import Tensor
 
 from karat.basis import Basis, parse_basis
+from karat.ops.call import Call
 from karat.ops.implementations import IMPLEMENTATIONS
+from karat.ops.masks import as_mask
 
 IMPLS = ("auto", "reference", *IMPLEMENTATIONS)
 
 
-class Inputs(NamedTuple):
-    """Checked inputs: four axes everywhere, q, k and v in the precision of the products."""
+class Checked(NamedTuple):
+    """Inputs that fit: four axes everywhere, q, k and v in the precision of the products."""
 
-    q: Tensor
-    k: Tensor
+    call: Call
     v: Tensor | None
     basis: Basis
-    scale: float
-    bias: Tensor | None
-    mask: Tensor | None
 
 
-def checked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    u: Tensor,
-    basis: str | Basis,
-    scale: float | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    impl: str,
-) -> Inputs:
+def call_of(q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None, mask: Tensor | None) -> Call:
+    """What a front door was given, as a Call that isn't checked yet; scale None means 1/√D."""
+    usual = q.shape[-1] ** -0.5 if scale is None and q.dim() else 1.0
+    return Call(q, k, usual if scale is None else float(scale), bias, mask)
+
+
+def checked(call: Call, v: Tensor | None, u: Tensor, basis: str | Basis, impl: str) -> Checked:
     """The inputs as the implementations take them. Raises ValueError for those that don't fit."""
-    basis = parse_basis(basis) if isinstance(basis, str) else basis
+    basis = parse_basis(basis)
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; choose one of {', '.join(IMPLS)}")
-    q, k, v = _autocast(q, k, v)
-    _check(q, k, u, basis)
+    call, v = _autocast(call, v)
+    _check(call.q, call.k, u, basis)
     if v is not None:
-        _check_values(k, v, u)
-    bias = None if bias is None else _four_axes(bias, "bias", q, k)
-    mask = None if mask is None else _four_axes(mask, "mask", q, k)
+        _check_values(call.k, v, u)
+    bias, mask = (_broadcastable(getattr(call, name), name, call) for name in ("bias", "mask"))
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask must be boolean (True = takes part), got {mask.dtype}; write mask > threshold")
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return Inputs(q, k, v, basis, factor, bias, mask)
+    return Checked(call._replace(bias=bias, mask=mask), v, basis)
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _autocast(call: Call, v: Tensor | None) -> tuple[Call, Tensor | None]:
     """The autocast rule: factors of products with q, k and v go to the low precision; sums stay in float32.
 
     Before the dtypes are compared: a norm of q and k that autocast leaves in float32 may stand beside v in bfloat16.
     """
-    given = (q, k) if v is None else (q, k, v)
-    kinds = {x.dtype for x in given}
+    kinds = {x.dtype for x in (call.q, call.k, v) if x is not None}
     castable = torch.float64 not in kinds and all(kind.is_floating_point for kind in kinds)
-    if not (castable and torch.is_autocast_enabled(q.device.type)):
-        return q, k, v
-    low = torch.get_autocast_dtype(q.device.type)
-    return q.to(low), k.to(low), None if v is None else v.to(low)
+    kind = call.q.device.type
+    if not (castable and torch.is_autocast_enabled(kind)):
+        return call, v
+    low = torch.get_autocast_dtype(kind)
+    return call._replace(q=call.q.to(low), k=call.k.to(low)), None if v is None else v.to(low)
 
 
 def _check(q: Tensor, k: Tensor, u: Tensor, basis: Basis) -> None:
@@ -86,12 +78,15 @@ def _check(q: Tensor, k: Tensor, u: Tensor, basis: Basis) -> None:
         raise ValueError(f"q, k and u must be on one device; got {q.device}, {k.device}, {u.device}")
 
 
-def _four_axes(x: Tensor, name: str, q: Tensor, k: Tensor) -> Tensor:
-    full = (*q.shape[:3], k.shape[2])
-    shape = (1,) * (4 - x.dim()) + tuple(x.shape)
-    if len(shape) != 4 or any(size not in (1, whole) for size, whole in zip(shape, full, strict=True)):
+def _broadcastable(x: Tensor | None, name: str, call: Call) -> Tensor | None:
+    """A bias or mask with four axes."""
+    full = (*call.q.shape[:3], call.k.shape[2])
+    whole = as_mask(x)
+    if x is None or whole is None:
+        return None
+    if whole.dim() != 4 or any(size not in (1, most) for size, most in zip(whole.shape, full, strict=True)):
         raise ValueError(f"{name} must be broadcastable to (B,H,M,N) = {full}, got {tuple(x.shape)}")
-    return x.reshape(shape)
+    return whole
 
 
 def _check_values(k: Tensor, v: Tensor, u: Tensor) -> None:

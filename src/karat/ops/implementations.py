@@ -9,44 +9,30 @@ import torch
 from torch import Tensor
 
 from karat.basis import Basis
+from karat.ops.call import Call, Gradients, Needs
 from karat.ops.softmax_part import SoftmaxPart
 
 
 class Implementation(Protocol):
-    """A module with these functions; shapes as in `karat.basis_attention`.
+    """A module with these functions; u and what they return as in `karat.basis_attention`.
 
     With a `SoftmaxPart` they do joint attention: its results go to the memory that it names.
     """
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        u: Tensor,
-        basis: Basis,
-        scale: float,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        softmax: SoftmaxPart | None = None,
-    ) -> Tensor: ...
+    def forward(self, call: Call, u: Tensor, basis: Basis, softmax: SoftmaxPart | None = None) -> Tensor:
+        """The sums (B,H,M,E), in q's dtype."""
+        ...
 
     def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        u: Tensor,
-        basis: Basis,
-        scale: float,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        needs: tuple[bool, bool, bool, bool],
-        softmax: SoftmaxPart | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+        self, grad: Tensor, call: Call, u: Tensor, basis: Basis, needs: Needs, softmax: SoftmaxPart | None = None
+    ) -> Gradients:
+        """Gradients, given that of the sums, `grad` (B,H,M,E)."""
+        ...
 
-    def unsupported(self, q: Tensor, u: Tensor, basis: Basis, v: Tensor | None = None) -> str | None:
+    def unsupported(self, call: Call, u: Tensor, basis: Basis, v: Tensor | None = None) -> str | None:
         """Why this implementation can't serve such a call, or None if it can; v is there in joint attention. Must not
         import or build anything heavy for a call that it would refuse."""
+        ...
 
 
 # name -> module, imported when first asked for. "reference" isn't here: it's ordinary PyTorch, outside the operator.
@@ -66,16 +52,16 @@ def load(name: str) -> Implementation:
     return cast(Implementation, importlib.import_module(IMPLEMENTATIONS[name]))
 
 
-def choose(impl: str, q: Tensor, u: Tensor, basis: Basis, v: Tensor | None = None) -> Implementation:
+def choose(impl: str, call: Call, u: Tensor, basis: Basis, v: Tensor | None = None) -> Implementation:
     """The implementation to use. Raises ValueError if a named one can't serve the call, saying which can."""
     if impl != "auto":
-        reason = load(impl).unsupported(q, u, basis, v)
+        reason = load(impl).unsupported(call, u, basis, v)
         if reason is not None:
-            able = [name for name in IMPLEMENTATIONS if load(name).unsupported(q, u, basis, v) is None]
+            able = [name for name in IMPLEMENTATIONS if load(name).unsupported(call, u, basis, v) is None]
             raise ValueError(
                 f"impl={impl!r} can't serve this call: {reason}; use impl='auto' or one of reference, {', '.join(able)}"
             )
         return load(impl)
-    device = "hip" if torch.version.hip and q.device.type == "cuda" else q.device.type
-    names = PREFERENCE.get(device, PREFERENCE_ELSEWHERE)
-    return next(module for module in map(load, names) if module.unsupported(q, u, basis, v) is None)
+    kind = call.q.device.type
+    names = PREFERENCE.get("hip" if torch.version.hip and kind == "cuda" else kind, PREFERENCE_ELSEWHERE)
+    return next(module for module in map(load, names) if module.unsupported(call, u, basis, v) is None)

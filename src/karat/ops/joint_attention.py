@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from karat.basis import Basis
-from karat.ops import joint_library, reference
-from karat.ops.checks import checked
+from karat.ops import library, reference
+from karat.ops.call import Call
+from karat.ops.checks import call_of, checked
 
 
 def joint_attention(
@@ -19,7 +20,6 @@ def joint_attention(
     scale: float | None = None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
-    score_gradient: float = 1.0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention and the sums of basis attention, from scores that are computed once (SPEC §10).
@@ -28,7 +28,7 @@ def joint_attention(
     softmax attention and `karat.basis_attention` give, tile by tile with the running maximum of the softmax beside the
     sums. The backward pass computes the scores again, once for both, and
 
-        dS = P ∘ (dO Vᵀ - δ) + score_gradient · Σ_f ψ_f'(S) ∘ (dΦ U_fᵀ)
+        dS = P ∘ (dO Vᵀ - δ) + Σ_f ψ_f'(S) ∘ (dΦ U_fᵀ)
 
     with the softmax's P, δ its rows' Σ_j P ∘ (dO Vᵀ), dO and dΦ the gradients of the two results.
 
@@ -39,7 +39,6 @@ def joint_attention(
         u, basis, scale, bias: as in `karat.basis_attention`.
         mask: boolean, broadcastable to (B,H,M,N); a pair that is False takes part in neither. Rows that see no key
             give zero.
-        score_gradient: factor of what the sums send to q, k and bias; it changes no value and no gradient of u.
         impl: as in `karat.basis_attention`.
 
     Returns:
@@ -55,12 +54,16 @@ def joint_attention(
     >>> attended.shape, sums.shape
     (torch.Size([2, 3, 5, 8]), torch.Size([2, 3, 5, 4]))
     """
-    inputs = checked(q, k, v, u, basis, scale, bias, mask, impl)
-    q, k, basis, factor, bias, mask = inputs.q, inputs.k, inputs.basis, inputs.scale, inputs.bias, inputs.mask
-    assert inputs.v is not None
+    return joint_sums(call_of(q, k, scale, bias, mask), v, u, basis, impl)
+
+
+def joint_sums(call: Call, v: Tensor, u: Tensor, basis: str | Basis, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """`joint_attention` of a call: attended (B,H,M,Dv) and the sums (B,H,M,E)."""
+    call, values, basis = checked(call, v, u, basis, impl)
+    assert values is not None
     if impl == "reference":
-        with reference.full_precision(q):
-            return reference.joint_attention(q, k, inputs.v, u, basis, factor, bias, mask, score_gradient)
-    return joint_library.joint_attention(
-        q, k, inputs.v, u, bias, mask, str(basis), factor, float(score_gradient), impl
-    )[:2]
+        with reference.full_precision(call.q):
+            return reference.joint_attention(call, values, u, basis)
+    q, k, scale, bias, mask = call
+    attended, sums, _ = library.joint_attention(q, k, values, u, bias, mask, str(basis), scale, impl)
+    return attended, sums

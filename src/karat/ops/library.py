@@ -1,145 +1,201 @@
-"""Basis attention as an operator of torch.library: autograd, fake tensors, autocast, FLOP counts.
+"""Basis and joint attention as operators of torch.library: autograd, fake tensors, autocast, FLOP counts.
 
-One opaque operator forward and one backward; inside, a table of implementations. It's what lets torch.compile,
-the FLOP counter and autocast see basis attention as one thing, on every device.
+One opaque operator forward and one backward each; inside, a table of implementations. They're what lets torch.compile,
+the FLOP counter and autocast see attention as one thing, on every device.
+
+The operators take tensors and plain settings alone, as their schemas say: those of a Call, u, and v in joint attention
+(`_Opened` reads them again).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from karat.basis import parse_basis
+from karat.basis import Basis, parse_basis
 from karat.ops import implementations, reference
+from karat.ops.call import Call
+from karat.ops.softmax_part import SoftmaxPart
+
+_SETTINGS = "str basis, float scale, str impl"
+_ALONE = "Tensor q, Tensor k, Tensor u, Tensor? bias, Tensor? mask"
+_JOINT = "Tensor q, Tensor k, Tensor v, Tensor u, Tensor? bias, Tensor? mask"
 
 
-@torch.library.custom_op("karat::basis_attention", mutates_args=())
-def basis_attention(
-    q: Tensor,
-    k: Tensor,
-    u: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    basis: str,
-    scale: float,
-    impl: str,
-) -> Tensor:
+def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
+    return torch.library.custom_op(f"karat::{name}", mutates_args=(), schema=schema)
+
+
+class _Opened(NamedTuple):
+    """What an operator was called with."""
+
+    call: Call
+    v: Tensor | None
+    u: Tensor
+    basis: Basis
+    impl: str
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], basis: str, scale: float, impl: str) -> _Opened:
+        """Of q, k, v if there is one, u, bias, mask."""
+        q, k, *v, u, bias, mask = tensors
+        return cls(Call(q, k, scale, bias, mask), v[0] if v else None, u, parse_basis(basis), impl)
+
+    def implementation(self) -> implementations.Implementation:
+        return implementations.choose(self.impl, self.call, self.u, self.basis, self.v)
+
+    def forward(self, softmax: SoftmaxPart | None = None) -> Tensor:
+        with reference.full_precision(self.call.q):
+            return self.implementation().forward(self.call, self.u, self.basis, softmax)
+
+    def backward(self, grad: Tensor, needs: Sequence[bool], softmax: SoftmaxPart | None = None) -> list[Tensor]:
+        """Gradients of q, k, u, bias; an empty tensor where none is wanted."""
+        wanted = (needs[0], needs[1], needs[-2], needs[-1])
+        with reference.full_precision(self.call.q):
+            gradients = self.implementation().backward(grad, self.call, self.u, self.basis, wanted, softmax)
+        return [self.call.q.new_empty(0) if gradient is None else gradient for gradient in gradients]
+
+
+@_operator("basis_attention", f"({_ALONE}, {_SETTINGS}) -> Tensor")
+def basis_attention(q: Tensor, k: Tensor, u: Tensor, *rest: Any) -> Tensor:
     """out (B,H,M,E); see `karat.basis_attention`."""
-    parsed = parse_basis(basis)
-    with reference.full_precision(q):
-        return implementations.choose(impl, q, u, parsed).forward(q, k, u, parsed, scale, bias, mask)
-
-
-@torch.library.custom_op("karat::basis_attention_backward", mutates_args=())
-def basis_attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    u: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    basis: str,
-    scale: float,
-    impl: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, u, bias; an empty tensor where `needs` says that none is wanted."""
-    parsed = parse_basis(basis)
-    chosen = implementations.choose(impl, q, u, parsed)
-    wanted = (needs[0], needs[1], needs[2], needs[3])
-    with reference.full_precision(q):
-        gradients = chosen.backward(grad, q, k, u, parsed, scale, bias, mask, wanted)
-    dq, dk, du, dbias = (q.new_empty(0) if gradient is None else gradient for gradient in gradients)
-    return dq, dk, du, dbias
+    bias, mask, *settings = rest
+    return _Opened.of((q, k, u, bias, mask), *settings).forward()
 
 
 @basis_attention.register_fake
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    u: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    basis: str,
-    scale: float,
-    impl: str,
-) -> Tensor:
+def _(q: Tensor, k: Tensor, u: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(*q.shape[:3], u.shape[-1])
 
 
+@_operator(
+    "basis_attention_backward",
+    f"(Tensor grad, {_ALONE}, {_SETTINGS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def basis_attention_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """Gradients of q, k, u, bias; an empty tensor where `needs` says that none is wanted."""
+    *tensors, basis, scale, impl, needs = inputs
+    return tuple(_Opened.of(tensors, basis, scale, impl).backward(grad, needs))
+
+
 @basis_attention_backward.register_fake
-def _fake_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    u: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    basis: str,
-    scale: float,
-    impl: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, du, dbias = empty_gradients(q, (q, k, u, bias), needs)
-    return dq, dk, du, dbias
+def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return _memory_of_gradients(inputs[:4], inputs[-1])
 
 
-def empty_gradients(q: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
-    """Memory in the shapes of gradients: like the inputs, contiguous; without numbers where none is wanted."""
-    return [
-        q.new_empty(0) if x is None or not need else torch.empty_like(x, memory_format=torch.contiguous_format)
+@_operator("joint_attention", f"({_JOINT}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)")
+def joint_attention(q: Tensor, k: Tensor, v: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """attended (B,H,M,Dv), sums (B,H,M,E), logsumexp (B,H,M); see `karat.ops.joint_attention`."""
+    bias, mask, *settings = rest
+    part = SoftmaxPart(v, *_memory_of_softmax(q, v))
+    sums = _Opened.of((q, k, v, u, bias, mask), *settings).forward(part)
+    return part.attended, sums, part.logsumexp
+
+
+@joint_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    attended, logsumexp = _memory_of_softmax(q, v)
+    return attended, q.new_empty(*q.shape[:3], u.shape[-1]), logsumexp
+
+
+@_operator(
+    "joint_attention_backward",
+    f"(Tensor grad_attended, Tensor grad_sums, {_JOINT}, Tensor attended, Tensor logsumexp, {_SETTINGS}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def joint_attention_backward(grad_attended: Tensor, grad_sums: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, u, bias; an empty tensor where `needs` says that none is wanted."""
+    *tensors, attended, logsumexp, basis, scale, impl, needs = inputs
+    v = tensors[2]
+    dv = torch.empty_like(v, memory_format=torch.contiguous_format) if needs[2] else None
+    part = SoftmaxPart(v, attended, logsumexp, grad_attended, dv)
+    dq, dk, du, dbias = _Opened.of(tensors, basis, scale, impl).backward(grad_sums, needs, part)
+    return dq, dk, v.new_empty(0) if dv is None else dv, du, dbias
+
+
+@joint_attention_backward.register_fake
+def _(grad_attended: Tensor, grad_sums: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return _memory_of_gradients(inputs[:5], inputs[-1])
+
+
+def _memory_of_softmax(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """For attended (B,H,M,Dv), laid out as (B,M,H,Dv), and logsumexp (B,H,M)."""
+    B, H, M, _ = q.shape
+    attended = q.new_empty(B, M, H, v.shape[-1]).transpose(1, 2)
+    return attended, q.new_empty(B, H, M, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _memory_of_gradients(inputs: Sequence[Any], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """In the shapes of the inputs, q first, contiguous; without numbers where none is wanted."""
+    empty = inputs[0].new_empty
+    return tuple(
+        empty(0) if x is None or not need else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x, need in zip(inputs, needs, strict=True)
-    ]
-
-
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, u, bias, mask, ctx.basis, ctx.scale, ctx.impl = inputs
-    ctx.save_for_backward(q, k, u, bias, mask)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, u, bias, mask = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:4])
-    gradients = basis_attention_backward(grad, q, k, u, bias, mask, ctx.basis, ctx.scale, ctx.impl, needs)
-    wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-    return *wanted, None, None, None, None
-
-
-def refuse_second_derivative(ctx: Any, *gradients: Tensor) -> NoReturn:
-    """Raise RuntimeError: there is none."""
-    raise RuntimeError(
-        "basis attention has second derivatives in its reference implementation only; use impl='reference'"
     )
 
 
-basis_attention.register_autograd(_backward, setup_context=_keep_inputs)
-basis_attention_backward.register_autograd(refuse_second_derivative)
+def _register_autograd(forward: Any, backward: Any) -> None:
+    """Differentiate `forward` by `backward`, once."""
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.basis, ctx.scale, ctx.impl = inputs
+        ctx.inputs, kept = len(tensors), []
+        if not isinstance(output, Tensor):
+            attended, _, logsumexp = output
+            ctx.mark_non_differentiable(logsumexp)
+            kept = [attended, logsumexp]
+        ctx.save_for_backward(*tensors, *kept)
+
+    def differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[: ctx.inputs - 1])  # a mask has no gradient, nor has logsumexp, the third
+        gradients = backward(*grads[:2], *ctx.saved_tensors, ctx.basis, ctx.scale, ctx.impl, needs)
+        wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+        return *wanted, None, None, None, None
+
+    def refuse(ctx: Any, *gradients: Tensor) -> NoReturn:
+        raise RuntimeError(
+            "basis attention has second derivatives in its reference implementation only; use impl='reference'"
+        )
+
+    forward.register_autograd(differentiate, setup_context=keep)
+    backward.register_autograd(refuse)
+
+
+_register_autograd(basis_attention, basis_attention_backward)
+_register_autograd(joint_attention, joint_attention_backward)
+
+Shape = Sequence[int]
+
+
+def _flops(q: Shape, u: Shape, v: Shape = (0,), *, again: bool = False) -> int:
+    """Multiply-adds, 2 each: of scores, D a pair; softmax's product with v, Dv; contraction, F·E.
+
+    Backward (`again`): scores again, dQ and dK; dV and the probabilities' gradient; dU and the features' gradients.
+    """
+    B, H, M, D = q
+    F, N, E = u[-3:]
+    return 2 * B * H * M * N * ((3 if again else 1) * D + (2 if again else 1) * (v[-1] + F * E))
 
 
 @register_flop_formula(torch.ops.karat.basis_attention)
-def forward_flops(
-    q: Sequence[int],
-    k: Sequence[int],
-    u: Sequence[int],
-    *args: object,
-    out_shape: object = None,
-    **kwargs: object,
-) -> int:
-    """Scores 2·B·H·M·N·D, contraction 2·B·H·M·N·F·E (a multiply-add is 2; shapes as in `karat.basis_attention`)."""
-    B, H, M, D = q
-    F, N, E = u[-3:]
-    return 2 * B * H * M * N * (D + F * E)
+def _(q: Shape, k: Shape, u: Shape, *args: object, **kwargs: object) -> int:
+    return _flops(q, u)
 
 
 @register_flop_formula(torch.ops.karat.basis_attention_backward)
-def backward_flops(
-    grad: Sequence[int], q: Sequence[int], k: Sequence[int], u: Sequence[int], *args: object, **kwargs: object
-) -> int:
-    """Scores again, dQ and dK: 3·2MND; dU and the features' gradients: 2·2MNFE."""
-    B, H, M, D = q
-    F, N, E = u[-3:]
-    return 2 * B * H * M * N * (3 * D + 2 * F * E)
+def _(grad: Shape, q: Shape, k: Shape, u: Shape, *args: object, **kwargs: object) -> int:
+    return _flops(q, u, again=True)
+
+
+@register_flop_formula(torch.ops.karat.joint_attention)
+def _(q: Shape, k: Shape, v: Shape, u: Shape, *args: object, **kwargs: object) -> int:
+    return _flops(q, u, v)
+
+
+@register_flop_formula(torch.ops.karat.joint_attention_backward)
+def _(grad: Shape, grad_sums: Shape, q: Shape, k: Shape, v: Shape, u: Shape, *args: object, **kwargs: object) -> int:
+    return _flops(q, u, v, again=True)

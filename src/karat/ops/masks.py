@@ -1,4 +1,4 @@
-"""Softmax and masks: rows without any key, and masks whose rows are of few kinds."""
+"""Softmax and masks: their four axes, rows without any key, and masks whose rows are of few kinds."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ SURELY_ZERO = 300.0  # so far below the others exp() is zero, in float32 from 10
 
 
 def as_mask(x: Tensor | None) -> Tensor | None:
-    """A mask or bias with its four axes (B,H,M,N), those in front of size one."""
-    return x if x is None or x.dim() == 4 else x.reshape((1,) * (4 - x.dim()) + x.shape)
+    """A mask or bias that broadcasts to (B,H,M,N), with leading axes of one up to four of them; None stays None.
+
+    >>> as_mask(torch.ones(5, 7, dtype=torch.bool)).shape
+    torch.Size([1, 1, 5, 7])
+    """
+    return x if x is None or x.dim() >= 4 else x[(None,) * (4 - x.dim())]
 
 
 def safe_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from karat.basis import Basis, LinearBasis
+from karat.ops.call import Call
 from karat.ops.masks import safe_softmax
 
 
@@ -41,38 +42,16 @@ def contract(scores: Tensor, u: Tensor, basis: Basis, mask: Tensor | None = None
     return edges.sum(-2)
 
 
-def scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """scale · q kᵀ + bias: (B,H,M,D), (B,H,N,D) -> (B,H,M,N)."""
-    product = q @ k.transpose(-2, -1) * scale
-    return product if bias is None else product + bias
-
-
-def basis_attention(
-    q: Tensor, k: Tensor, u: Tensor, basis: Basis, scale: float, bias: Tensor | None, mask: Tensor | None
-) -> Tensor:
+def basis_attention(call: Call, u: Tensor, basis: Basis) -> Tensor:
     """See `karat.basis_attention`. Half precision is computed in float32."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    values = scores(q.to(dtype), k.to(dtype), scale, None if bias is None else bias.to(dtype))
-    return contract(values, u.to(dtype), basis, mask).to(q.dtype)
+    scores = call.wide().scores()
+    return contract(scores, u.to(scores.dtype), basis, call.mask).to(call.q.dtype)
 
 
-def joint_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    u: Tensor,
-    basis: Basis,
-    scale: float,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    score_gradient: float,
-) -> tuple[Tensor, Tensor]:
+def joint_attention(call: Call, v: Tensor, u: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
     """See `karat.ops.joint_attention`. Half precision is computed in float32."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    values = scores(q.to(dtype), k.to(dtype), scale, None if bias is None else bias.to(dtype))
-    if mask is not None:  # softmax's backward pass would carry a NaN of a masked score along
-        values = torch.where(mask, values, 0)
-    attended = safe_softmax(values, mask) @ v.to(dtype)
-    if score_gradient != 1:
-        values = values.detach() + score_gradient * (values - values.detach())
-    return attended.to(q.dtype), contract(values, u.to(dtype), basis, mask).to(q.dtype)
+    scores = call.wide().scores()
+    if call.mask is not None:  # softmax's backward pass would carry a NaN of a masked score along
+        scores = torch.where(call.mask, scores, 0)
+    attended = safe_softmax(scores, call.mask) @ v.to(scores.dtype)
+    return attended.to(call.q.dtype), contract(scores, u.to(scores.dtype), basis, call.mask).to(call.q.dtype)

@@ -14,7 +14,7 @@ class SoftmaxPart:
     The forward pass reads v and writes `attended` and `logsumexp`; the backward pass reads all of them and `grad`, and
     writes `dv`: with P = exp(S - logsumexp) and δ = Σ_d (attended ∘ grad),
 
-        dV = Pᵀ grad,  dS = P ∘ (grad Vᵀ - δ) + score_gradient · (what basis attention itself sends to S).
+        dV = Pᵀ grad,  dS = P ∘ (grad Vᵀ - δ) + what basis attention itself sends to S.
     """
 
     v: Tensor  # (B,H,N,Dv)
@@ -22,7 +22,6 @@ class SoftmaxPart:
     logsumexp: Tensor  # (B,H,M): log Σ_j exp S_ij in float32 or better; +inf in rows that see no key
     grad: Tensor | None = None  # (B,H,M,Dv)
     dv: Tensor | None = None  # (B,H,N,Dv) contiguous; None where not wanted
-    score_gradient: float = 1.0
 
     def see_nothing(self) -> None:
         """Write the results where there is no query or no key."""

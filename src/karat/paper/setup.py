@@ -6,6 +6,7 @@ import re
 import shlex
 from dataclasses import dataclass, replace
 
+from karat.basis.specs import split_list
 from karat.operator.config import KArAtConfig
 from karat.runs.recipes import RECIPES
 
@@ -125,7 +126,7 @@ def attention_spec(variant: str) -> str:
     >>> attention_spec("g11b,order=PhiPhi,softmax_heads=2")
     'g11b,order=PhiPhi,edge_scales=published,softmax_heads=2'
     """
-    name, *options = re.split(r",(?![^(]*\))", variant)  # at the commas outside of parentheses
+    name, *options = split_list(variant)
     if name == "softmax":
         return "softmax"
     kept = []

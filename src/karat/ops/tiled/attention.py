@@ -1,4 +1,4 @@
-"""Basis attention tile by tile, in plain PyTorch on any device; with softmax over the same tiles: tiled_softmax.
+"""Basis attention tile by tile, in plain PyTorch on any device; with softmax over the same tiles: softmax.py.
 
 A tile is a range of (head, image) pairs, queries and keys. Scores and features of one tile are all that exists at a
 time, in buffers that the next tile overwrites; the backward pass recomputes them. Nothing of size N² is kept between
@@ -13,16 +13,17 @@ few rows and long columns runs at twice the speed of one with few columns.
 from __future__ import annotations
 
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from karat.basis import Basis, LinearBasis
 from karat.ops import reference
+from karat.ops.cache import cache_bytes
+from karat.ops.call import Call, Gradients, Needs
 from karat.ops.softmax_part import SoftmaxPart
 from karat.ops.tiled.softmax import RunningSoftmax, SoftmaxGradients
-from karat.ops.tiled.tiling import Tile, cache_bytes, tiles
+from karat.ops.tiled.tiling import Tile, tiles
 
 # Numbers of one tile's features: on a CPU, where a number has four bytes, eight second-level caches full (smaller ones
 # lose more to the calls than they gain from the cache); on other devices enough to fill them.
@@ -31,15 +32,6 @@ TILE_NUMBERS = {"cpu": 2 * cache_bytes()}
 TILE_NUMBERS_ELSEWHERE = 1 << 26
 TILE_KEYS = {"cpu": 256}
 TILE_KEYS_ELSEWHERE = 4096
-
-
-class Gradients(NamedTuple):
-    """Gradients of basis attention; None where not asked for."""
-
-    q: Tensor | None
-    k: Tensor | None
-    u: Tensor | None
-    bias: Tensor | None
 
 
 class _Buffers:
@@ -58,23 +50,14 @@ class _Buffers:
         return kept[:size].view(shape)
 
 
-class _Call:
-    """The inputs head by head, (H,B,·,·), in the precision of the computation; what every tile takes its part of."""
+class _Work:
+    """A call head by head, (H,B,·,·), in the precision of the computation; what every tile takes its part of."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        u: Tensor,
-        basis: Basis,
-        scale: float,
-        bias: Tensor | None,
-        mask: Tensor | None,
-    ) -> None:
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        self.q, self.k = (x.transpose(0, 1).to(dtype) for x in (q, k))
+    def __init__(self, call: Call, u: Tensor, basis: Basis) -> None:
+        dtype = torch.promote_types(call.q.dtype, torch.float32)
+        self.q, self.k = (x.transpose(0, 1).to(dtype) for x in (call.q, call.k))
         self.u = (u.unsqueeze(1) if u.dim() == 4 else u.transpose(0, 1)).to(dtype)  # (H,1|B,F,N,E)
-        self.basis, self.scale, self.bias, self.mask = basis, scale, bias, mask
+        self.basis, self.scale, self.bias, self.mask = basis, call.scale, call.bias, call.mask
         self.buffers = _Buffers(self.q)
 
     def tiles(self) -> list[Tile]:
@@ -104,58 +87,40 @@ def _add(total: Tensor, part: Tensor, first: bool, factor: float = 1.0) -> None:
         total.add_(part, alpha=factor)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    u: Tensor,
-    basis: Basis,
-    scale: float,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    softmax: SoftmaxPart | None = None,
-) -> Tensor:
+def forward(call: Call, u: Tensor, basis: Basis, softmax: SoftmaxPart | None = None) -> Tensor:
     """out (B,H,M,E) in q's precision; see `karat.basis_attention`."""
-    call = _Call(q, k, u, basis, scale, bias, mask)
+    work = _Work(call, u, basis)
     running = None if softmax is None else RunningSoftmax(softmax)
     evaluate = _linear if isinstance(basis, LinearBasis) else _nonlinear
-    out = call.sums(*q.shape[:3], u.shape[-1])
+    out = work.sums(*call.q.shape[:3], u.shape[-1])
     heads = out.transpose(0, 1)
-    for tile in call.tiles():
-        scores, part = evaluate(call, tile, tile.rows(call.q, tile.queries), tile.rows(call.k, tile.keys))
+    for tile in work.tiles():
+        scores, part = evaluate(work, tile, tile.rows(work.q, tile.queries), tile.rows(work.k, tile.keys))
         if running is not None:
-            running.add(tile, scores, call.drop(tile))
+            running.add(tile, scores, work.drop(tile))
         _add(heads[tile.heads, tile.images, tile.queries], part, tile.keys.start == 0)
-    return out.to(q.dtype)
+    return out.to(call.q.dtype)
 
 
 def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    u: Tensor,
-    basis: Basis,
-    scale: float,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
-    softmax: SoftmaxPart | None = None,
+    grad: Tensor, call: Call, u: Tensor, basis: Basis, needs: Needs, softmax: SoftmaxPart | None = None
 ) -> Gradients:
     """Gradients for q, k, u and bias (`needs` says which), given that of the output, `grad` (B,H,M,E)."""
-    call = _Call(q, k, u, basis, scale, bias, mask)
+    work, bias = _Work(call, u, basis), call.bias
     beside = None if softmax is None else SoftmaxGradients(softmax)
     step = _linear_step if isinstance(basis, LinearBasis) else _nonlinear_step
-    grad = grad.transpose(0, 1).to(call.q.dtype)
-    dq = call.sums(*q.shape) if needs[0] else None
-    dk = call.sums(*k.shape) if needs[1] else None
-    H, images, F, N, E = call.u.shape
-    du = call.q.new_zeros(H, images, E, F, N) if needs[2] else None
-    dbias = torch.zeros_like(bias, dtype=call.q.dtype) if bias is not None and needs[3] else None
-    for tile in call.tiles():
-        rows, keys = tile.rows(call.q, tile.queries), tile.rows(call.k, tile.keys)
+    grad = grad.transpose(0, 1).to(work.q.dtype)
+    dq = work.sums(*call.q.shape) if needs[0] else None
+    dk = work.sums(*call.k.shape) if needs[1] else None
+    H, images, F, N, E = work.u.shape
+    du = work.q.new_zeros(H, images, E, F, N) if needs[2] else None
+    dbias = torch.zeros_like(bias, dtype=work.q.dtype) if bias is not None and needs[3] else None
+    for tile in work.tiles():
+        rows, keys = tile.rows(work.q, tile.queries), tile.rows(work.k, tile.keys)
         dout = tile.rows(grad, tile.queries)
-        scores, dscores, du_part = step(call, tile, rows, keys, dout, needs[2])  # (batch,m,n) twice, (batch,E,F,n)
+        scores, dscores, du_part = step(work, tile, rows, keys, dout, needs[2])  # (batch,m,n) twice, (batch,E,F,n)
         if beside is not None:
-            dscores = beside.add(tile, scores, call.drop(tile), dscores)
+            dscores = beside.add(tile, scores, work.drop(tile), dscores)
         if du is not None and du_part is not None:
             parts = du_part.unflatten(0, tile.pairs)
             if images == 1 < tile.pairs[1]:
@@ -167,47 +132,47 @@ def backward(
         if dq is not None:
             part = torch.bmm(dscores, keys)
             target = dq.transpose(0, 1)[tile.heads, tile.images, tile.queries]
-            _add(target, part, tile.keys.start == 0, scale)
+            _add(target, part, tile.keys.start == 0, call.scale)
         if dk is not None:
             part = torch.bmm(dscores.transpose(1, 2), rows)
-            _add(dk.transpose(0, 1)[tile.heads, tile.images, tile.keys], part, tile.queries.start == 0, scale)
+            _add(dk.transpose(0, 1)[tile.heads, tile.images, tile.keys], part, tile.queries.start == 0, call.scale)
     if beside is not None:
         beside.finish()
     if du is not None:
         du = du.permute(1, 0, 3, 4, 2).to(u.dtype).contiguous().view(u.shape)
     return Gradients(
-        None if dq is None else dq.to(q.dtype),
-        None if dk is None else dk.to(k.dtype),
+        None if dq is None else dq.to(call.q.dtype),
+        None if dk is None else dk.to(call.k.dtype),
         du,
         None if dbias is None or bias is None else dbias.to(bias.dtype),
     )
 
 
-def _linear_features(call: _Call, tile: Tile, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+def _linear_features(work: _Work, tile: Tile, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Scores (batch, n·m), zero where masked, and ψ (batch, F, n·m), likewise."""
-    basis = call.basis
+    basis = work.basis
     assert isinstance(basis, LinearBasis)
     batch, m, n = len(rows), rows.shape[1], keys.shape[1]
-    scores = call.buffers.take("scores", batch, n, m)
-    torch.baddbmm(scores, keys, rows.transpose(1, 2), beta=0, alpha=call.scale, out=scores)
+    scores = work.buffers.take("scores", batch, n, m)
+    torch.baddbmm(scores, keys, rows.transpose(1, 2), beta=0, alpha=work.scale, out=scores)
     pairs = scores.view(*tile.pairs, n, m)
-    if call.bias is not None:
-        pairs.add_(tile.of_pairs(call.bias).transpose(-2, -1))
-    drop = call.drop(tile)
+    if work.bias is not None:
+        pairs.add_(tile.of_pairs(work.bias).transpose(-2, -1))
+    drop = work.drop(tile)
     if drop is not None:
         drop = drop.transpose(-2, -1)
         pairs.masked_fill_(drop, 0)
-    psi = call.buffers.take("features", batch, basis.num_parameters, n * m)
+    psi = work.buffers.take("features", batch, basis.num_parameters, n * m)
     basis.write_features(scores.view(batch, n * m), psi)
     if drop is not None:
         psi.view(*tile.pairs, -1, n, m).masked_fill_(drop.unsqueeze(-3), 0)
     return scores.view(batch, n * m), psi
 
 
-def _linear(call: _Call, tile: Tile, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+def _linear(work: _Work, tile: Tile, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """S (batch, m, n) and Σ_f ψ_f(S) U_f (batch, m, E) of one tile."""
-    weights = tile.parameters(call.u).flatten(1, 2)  # (batch, F·n, E)
-    scores, psi = _linear_features(call, tile, rows, keys)
+    weights = tile.parameters(work.u).flatten(1, 2)  # (batch, F·n, E)
+    scores, psi = _linear_features(work, tile, rows, keys)
     out = torch.bmm(weights.transpose(1, 2), psi.view(*weights.shape[:2], -1)).transpose(1, 2)
     return _queries_first(scores, rows), out
 
@@ -218,61 +183,61 @@ def _queries_first(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _linear_step(
-    call: _Call, tile: Tile, rows: Tensor, keys: Tensor, dout: Tensor, need_weights: bool
+    work: _Work, tile: Tile, rows: Tensor, keys: Tensor, dout: Tensor, need_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """S, dS = Σ_f ψ_f'(S) ∘ (dO U_fᵀ) and dU_f = ψ_f(S)ᵀ dO of one tile."""
-    basis, weights = call.basis, tile.parameters(call.u)  # (batch, F, n, E)
+    basis, weights = work.basis, tile.parameters(work.u)  # (batch, F, n, E)
     assert isinstance(basis, LinearBasis)
     F, n, m = *weights.shape[1:3], dout.shape[1]
-    scores, psi = _linear_features(call, tile, rows, keys)
+    scores, psi = _linear_features(work, tile, rows, keys)
     dout = dout.transpose(1, 2)  # (batch, E, m)
     dweights = None
     if need_weights:
         dweights = torch.bmm(dout, psi.view(-1, F * n, m).transpose(1, 2)).unflatten(2, (F, n))
-    dpsi = call.buffers.take("gradients", *psi.shape)
+    dpsi = work.buffers.take("gradients", *psi.shape)
     torch.bmm(weights.flatten(1, 2), dout, out=dpsi.view(-1, F * n, m))
     dscores = _queries_first(basis.pull_back(scores, psi, dpsi), rows)
-    if call.mask is not None:
-        dscores.unflatten(0, tile.pairs).masked_fill_(call.drop(tile), 0)
+    if work.mask is not None:
+        dscores.unflatten(0, tile.pairs).masked_fill_(work.drop(tile), 0)
     return _queries_first(scores, rows), dscores, dweights
 
 
-def _scores_of_queries(call: _Call, tile: Tile, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+def _scores_of_queries(work: _Work, tile: Tile, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
     """Scores (batch, m, n), zero where masked, and the mask in that shape."""
-    scores = torch.bmm(rows, keys.transpose(1, 2)).mul_(call.scale)
-    if call.bias is not None:
-        scores.unflatten(0, tile.pairs).add_(tile.of_pairs(call.bias))
-    if call.mask is None:
+    scores = torch.bmm(rows, keys.transpose(1, 2)).mul_(work.scale)
+    if work.bias is not None:
+        scores.unflatten(0, tile.pairs).add_(tile.of_pairs(work.bias))
+    if work.mask is None:
         return scores, None
-    keep = tile.of_pairs(call.mask).expand(*tile.pairs, *scores.shape[1:]).flatten(0, 1)
+    keep = tile.of_pairs(work.mask).expand(*tile.pairs, *scores.shape[1:]).flatten(0, 1)
     return scores.masked_fill_(~keep, 0), keep
 
 
-def _nonlinear(call: _Call, tile: Tile, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+def _nonlinear(work: _Work, tile: Tile, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """S (batch, m, n) and the definition (batch, m, E) on one tile."""
-    scores, keep = _scores_of_queries(call, tile, rows, keys)
-    weights = tile.parameters(call.u).unsqueeze(1)
+    scores, keep = _scores_of_queries(work, tile, rows, keys)
+    weights = tile.parameters(work.u).unsqueeze(1)
     out = reference.contract(
-        scores.unsqueeze(1), weights, call.basis, None if keep is None else keep.unsqueeze(1)
+        scores.unsqueeze(1), weights, work.basis, None if keep is None else keep.unsqueeze(1)
     ).squeeze(1)
     return scores, out
 
 
 def _nonlinear_step(
-    call: _Call, tile: Tile, rows: Tensor, keys: Tensor, dout: Tensor, need_weights: bool
+    work: _Work, tile: Tile, rows: Tensor, keys: Tensor, dout: Tensor, need_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """S, dS = Σ_e ∂φ/∂s ∘ dO_e and dU = Σ_i ∂φ/∂u ∘ dO of one tile, one evaluation per edge."""
-    scores, keep = _scores_of_queries(call, tile, rows, keys)
+    scores, keep = _scores_of_queries(work, tile, rows, keys)
     dphi = dout.unsqueeze(-2)  # (batch, m, 1, E)
     if keep is not None:
         dphi = dphi * keep.unsqueeze(-1)
-    packed = tile.parameters(call.u).transpose(0, 1).unsqueeze(2)  # (F, batch, 1, n, E)
-    dx, du = call.basis.edge_gradients(scores.unsqueeze(-1), packed, dphi)
+    packed = tile.parameters(work.u).transpose(0, 1).unsqueeze(2)  # (F, batch, 1, n, E)
+    dx, du = work.basis.edge_gradients(scores.unsqueeze(-1), packed, dphi)
     if not need_weights:
         return scores, dx.sum(-1), None
     return scores, dx.sum(-1), torch.stack([part.expand_as(dx).sum(1).transpose(1, 2) for part in du], dim=2)
 
 
-def unsupported(q: Tensor, u: Tensor, basis: Basis, v: Tensor | None = None) -> str | None:
+def unsupported(call: Call, u: Tensor, basis: Basis, v: Tensor | None = None) -> str | None:
     """Serves everything."""
     return None

@@ -53,7 +53,7 @@ class SoftmaxGradients:
         dtype = part.logsumexp.dtype
         self.v, self.grad = (x.transpose(0, 1).to(dtype) for x in (part.v, part.grad))
         self.delta, self.logsumexp = part.delta().transpose(0, 1), part.logsumexp.unsqueeze(-1).transpose(0, 1)
-        self.score_gradient, self.result = part.score_gradient, part.dv
+        self.result = part.dv
         self.dv = None if part.dv is None else torch.zeros_like(part.dv, dtype=dtype)
 
     def add(self, tile: Tile, scores: Tensor, drop: Tensor | None, dscores: Tensor) -> Tensor:
@@ -66,8 +66,6 @@ class SoftmaxGradients:
             part = torch.bmm(probabilities.transpose(1, 2), grad)
             self.dv.transpose(0, 1)[tile.heads, tile.images, tile.keys] += part.unflatten(0, tile.pairs)
         own = torch.bmm(grad, v.transpose(1, 2)).sub_(tile.rows(self.delta, tile.queries))
-        if self.score_gradient != 1:
-            dscores.mul_(self.score_gradient)
         return dscores.addcmul_(probabilities, own)
 
     def finish(self) -> None:

@@ -1,21 +1,13 @@
-"""How streaming cuts its work: the size of a core's cache, and tiles of heads, images, queries and keys."""
+"""How streaming cuts its work: tiles of heads, images, queries and keys."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from math import ceil
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-USUAL_CACHE_BYTES = 1 << 20
-
-
-def cache_bytes() -> int:
-    """Size of one core's second-level cache; 1 MiB where PyTorch doesn't tell."""
-    tell: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
-    return int(tell().get("l2_cache_size") or USUAL_CACHE_BYTES)
 
 
 class Tile(NamedTuple):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from karat.basis import Basis
-from karat.basis.activations import BasisWithBase, LinearBasisWithBase
 from karat.basis.bspline import BSpline
+from karat.ops.call import Call, Gradients, Needs
 from karat.ops.softmax_part import SoftmaxPart
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,19 +23,13 @@ LARGEST_HEAD = 128
 LARGEST_ORDER = 7
 
 
-def split_base(basis: Basis) -> tuple[str, Basis]:
-    """The base activation ("zero" where there is none) and the family beside it."""
-    if isinstance(basis, BasisWithBase | LinearBasisWithBase):
-        return basis.activation, basis.inner
-    return "zero", basis
-
-
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def unsupported(q: Tensor, u: Tensor, basis: Basis, v: Tensor | None = None) -> str | None:
+def unsupported(call: Call, u: Tensor, basis: Basis, v: Tensor | None = None) -> str | None:
     """Why the kernels can't serve such a call, or None if they can."""
+    q = call.q
     if q.device.type != "cuda" and not (q.device.type == "cpu" and _interpreted()):
         return f"Triton kernels need a CUDA device, the inputs are on {q.device}"
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
@@ -47,7 +41,7 @@ def unsupported(q: Tensor, u: Tensor, basis: Basis, v: Tensor | None = None) -> 
     widest = max(q.shape[-1], 0 if v is None else v.shape[-1])
     if widest > LARGEST_HEAD:
         return f"Triton kernels take head dimensions up to {LARGEST_HEAD}, got {widest}"
-    family = split_base(basis)[1]
+    family = basis.parts[1]
     if family.name not in FAMILIES:
         return f"Triton kernels know {', '.join(FAMILIES)}, not {family.name}"
     if isinstance(family, BSpline) and family.order > LARGEST_ORDER:
@@ -57,38 +51,19 @@ def unsupported(q: Tensor, u: Tensor, basis: Basis, v: Tensor | None = None) -> 
     return None
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    u: Tensor,
-    basis: Basis,
-    scale: float,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    softmax: SoftmaxPart | None = None,
-) -> Tensor:
+def forward(call: Call, u: Tensor, basis: Basis, softmax: SoftmaxPart | None = None) -> Tensor:
     """out (B,H,M,E) in q's dtype; see `karat.basis_attention`."""
-    from karat.ops.triton import call as triton_call
-    from karat.ops.triton import launch as triton_launch
+    from karat.ops.triton import launch
+    from karat.ops.triton.arguments import Arguments
 
-    return triton_launch.forward(triton_call.Call(q, k, u, *split_base(basis), scale, bias, mask, softmax))
+    return launch.forward(Arguments(call, u, basis, softmax))
 
 
 def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    u: Tensor,
-    basis: Basis,
-    scale: float,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
-    softmax: SoftmaxPart | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    grad: Tensor, call: Call, u: Tensor, basis: Basis, needs: Needs, softmax: SoftmaxPart | None = None
+) -> Gradients:
     """Gradients for q, k, u and bias (`needs` says which), given that of the output, `grad` (B,H,M,E)."""
-    from karat.ops.triton import call as triton_call
-    from karat.ops.triton import launch as triton_launch
+    from karat.ops.triton import launch
+    from karat.ops.triton.arguments import Arguments
 
-    call = triton_call.Call(q, k, u, *split_base(basis), scale, bias, mask, softmax)
-    return triton_launch.backward(call, grad, needs)
+    return launch.backward(Arguments(call, u, basis, softmax, grad.to(call.q.dtype)), needs)

@@ -4,7 +4,7 @@ Every edge (key j, output e) has a function of its own, so the scores' tile is l
 each e, with the parameters of its keys as vectors. One function gives the value, the slope in x and the slopes in
 the parameters; what a kernel doesn't use is never computed.
 
-Tiles as in triton_features: b_x (BM,BN), or (BN,BM) where TRANSPOSED; parameters of output e at
+Tiles as in features.py: b_x (BM,BN), or (BN,BM) where TRANSPOSED; parameters of output e at
 p_u (BN,) + f · s_f + e.
 """
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TWO_PI = tl.constexpr(6.283185307179586)
 INVERSE_TWO_PI = tl.constexpr(0.15915494309189535)
 # 2π = A + B + C, where A has 8 and B 11 significant bits: the product with a whole number below 2^13 is exact.
 TWO_PI_A = tl.constexpr(6.28125)

@@ -1,4 +1,4 @@
-"""Basis attention in a kernel: the output and dQ. (dK, dU and the bias are in triton_kernels_sums.)
+"""Basis attention in a kernel: the output and dQ. (dK, dU and the bias are in kernels_sums.py.)
 
 SOFTMAX: with softmax attention to v over the same scores, as `karat.ops.joint_attention` has it.
 
@@ -254,7 +254,7 @@ def basis_attention_fwd_kernel(
 
 @triton.jit
 def basis_attention_bwd_dq_kernel(
-    q, k, u, v, bias, mask, do, da, logsumexp, delta, dq, scale, score_gradient, H, M, N,
+    q, k, u, v, bias, mask, do, da, logsumexp, delta, dq, scale, H, M, N,
     s_q, s_k, s_u, s_v, s_bias, s_mask, s_do, s_da, s_dq,
     D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOFTMAX: tl.constexpr,
@@ -294,7 +294,7 @@ def basis_attention_bwd_dq_kernel(
         if SOFTMAX:
             b_v = load_rows(p_v, s_v[2], o_n, m_n, DV, BV, s_v[3])
             b_ds, _ = softmax_backward(
-                b_ds, b_ds, b_x, b_keep, b_v, b_da, b_logsumexp, b_delta, score_gradient, True, False, False, PRECISION
+                b_ds, b_ds, b_x, b_keep, b_v, b_da, b_logsumexp, b_delta, True, False, False, PRECISION
             )
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     o_d = tl.arange(0, BD)

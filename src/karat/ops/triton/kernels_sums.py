@@ -1,6 +1,6 @@
 """Kernels of the backward pass that sum over images: dK with dU, and the gradient of an additive bias.
 
-See triton_kernels for the letters and for why sums are cut as they are. The batch is cut into S ranges of images;
+See kernels.py for the letters and for why sums are cut as they are. The batch is cut into S ranges of images;
 each program walks through one of them and writes its own partial result.
 """
 
@@ -15,7 +15,7 @@ from karat.ops.triton.softmax import softmax_backward
 
 @triton.jit
 def basis_attention_bwd_dkdu_kernel(
-    q, k, u, v, bias, mask, do, da, logsumexp, delta, dk, du, dv, scale, score_gradient, B, H, M, N, IMAGES,
+    q, k, u, v, bias, mask, do, da, logsumexp, delta, dk, du, dv, scale, B, H, M, N, IMAGES,
     s_q, s_k, s_u, s_v, s_bias, s_mask, s_do, s_da, s_dk, s_dv,
     D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOFTMAX: tl.constexpr,
@@ -70,9 +70,8 @@ def basis_attention_bwd_dkdu_kernel(
                 b_logsumexp = tl.load(logsumexp + (i_b * H + i_h) * M + o_m, mask=m_m, other=0.0)
                 b_delta = tl.load(delta + (i_b * H + i_h) * M + o_m, mask=m_m, other=0.0)
                 b_ds, b_dv = softmax_backward(
-                    b_dv, b_ds, b_x, b_keep, b_v, b_da, b_logsumexp, b_delta, score_gradient,
-                    WITH_DK, WITH_DV, True, PRECISION,
-                )  # fmt: skip
+                    b_dv, b_ds, b_x, b_keep, b_v, b_da, b_logsumexp, b_delta, WITH_DK, WITH_DV, True, PRECISION
+                )
             if WITH_DK:
                 b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
         if WITH_DK:
@@ -90,11 +89,12 @@ def basis_attention_bwd_dkdu_kernel(
 
 @triton.jit
 def basis_attention_bwd_dbias_kernel(
-    q, k, u, v, bias, mask, do, da, logsumexp, delta, dbias, scale, score_gradient, B, H, M, N, IMAGES,
+    q, k, u, v, bias, mask, do, da, logsumexp, delta, dbias, scale, B, H, M, N, IMAGES,
     s_q, s_k, s_u, s_v, s_bias, s_mask, s_do, s_da, s_dbias,
     D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOFTMAX: tl.constexpr,
-    FAMILY: tl.constexpr, BASE: tl.constexpr, SETTINGS: tl.constexpr, HAS_MASK: tl.constexpr,
+    FAMILY: tl.constexpr, BASE: tl.constexpr, SETTINGS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     SUM_M: tl.constexpr, SUM_N: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """dS of one pair of blocks of one head, summed over IMAGES images: dbias (S,H,M,N).
@@ -118,7 +118,7 @@ def basis_attention_bwd_dbias_kernel(
         p_mask = mask + i_b * s_mask[0] + i_h * s_mask[1]
         b_x, b_keep = score(
             b_q, b_k, p_bias, p_mask, s_bias, s_mask, i_m * BM, i_n * BN, m_m, m_n, scale,
-            True, HAS_MASK, False, PRECISION,
+            HAS_BIAS, HAS_MASK, False, PRECISION,
         )  # fmt: skip
         b_ds, _ = differentiate(
             (), b_x, b_keep, b_do, p_u, s_u[2], m_n,
@@ -130,7 +130,7 @@ def basis_attention_bwd_dbias_kernel(
             b_logsumexp = tl.load(logsumexp + (i_b * H + i_h) * M + o_m, mask=m_m, other=0.0)
             b_delta = tl.load(delta + (i_b * H + i_h) * M + o_m, mask=m_m, other=0.0)
             b_ds, _ = softmax_backward(
-                b_ds, b_ds, b_x, b_keep, b_v, b_da, b_logsumexp, b_delta, score_gradient, True, False, False, PRECISION
+                b_ds, b_ds, b_x, b_keep, b_v, b_da, b_logsumexp, b_delta, True, False, False, PRECISION
             )
         b_sum += b_ds
     p_dbias = dbias + i_s * s_dbias[0] + i_h * s_dbias[1]

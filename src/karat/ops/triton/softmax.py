@@ -1,6 +1,6 @@
 """Softmax over the scores of a tile, inside the kernels of basis attention: joint attention.
 
-Tiles as in triton_features; values b_v (BN,BV), gradients b_da (BM,BV). `b_keep` is False beyond the ends too, and
+Tiles as in features.py; values b_v (BN,BV), gradients b_da (BM,BV). `b_keep` is False beyond the ends too, and
 scores are zero wherever it is; a row that sees no key has +inf in `logsumexp`, so its probabilities are zero.
 """
 
@@ -40,7 +40,6 @@ def softmax_backward(
     b_da,
     b_logsumexp,
     b_delta,
-    score_gradient,
     WITH_DS: tl.constexpr,
     WITH_DV: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -51,11 +50,11 @@ def softmax_backward(
         b_p = tl.where(b_keep, tl.exp(b_x - b_logsumexp[None, :]), 0.0)
         if WITH_DS:
             b_dp = tl.dot(b_v, tl.trans(b_da), input_precision=PRECISION) - b_delta[None, :]
-            b_ds = b_ds * score_gradient + b_p * b_dp
+            b_ds = b_ds + b_p * b_dp
         if WITH_DV:
             b_dv = tl.dot(b_p.to(b_da.dtype), b_da, b_dv, input_precision=PRECISION)
     else:
         b_p = tl.where(b_keep, tl.exp(b_x - b_logsumexp[:, None]), 0.0)
         b_dp = tl.dot(b_da, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None]
-        b_ds = b_ds * score_gradient + b_p * b_dp
+        b_ds = b_ds + b_p * b_dp
     return b_ds, b_dv

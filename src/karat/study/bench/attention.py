@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from karat.operator.config import KArAtConfig
 from karat.operator.operator import KArAtOperator
+from karat.ops.call import Call
 from karat.ops.implementations import IMPLEMENTATIONS, load
 from karat.study.bench import paper_way
 from karat.study.bench.timing import Timing, alternate
@@ -53,6 +54,7 @@ def ways(
         op = KArAtOperator(shape.H, shape.N, config).to(device, dtype)
         candidates["paper's way"] = partial(paper_way.attend, op)
     probe = torch.empty(shape.B, shape.H, 1, shape.D, device=device, dtype=dtype)
+    call = Call(probe, probe, 1.0)
     for impl in IMPLEMENTATIONS:
         if impl == "triton" and device == "cpu":  # it may be served there, by an interpreter
             continue
@@ -61,7 +63,7 @@ def ways(
             candidates["karat"] = op.attend
             break
         u = op.edge_layers[0].packed()
-        if load(impl).unsupported(probe, u, config.edge_basis) is None:
+        if load(impl).unsupported(call, u, config.edge_basis) is None:
             candidates[f"karat {impl}"] = op.attend
     return candidates
 

@@ -157,7 +157,7 @@ static void backward_range(const Call& c, int64_t first_task, int64_t last_task,
             pull_back(c.basis, scores, tile.psi + r * c.F * tile.ld, dpsi + (r - i) * c.F * tile.ld, tile.ld, vectors);
             for (int64_t j = 0; c.mask && j < vectors * LANES; j += LANES)
               store(scores + j, keep(load(tile.keep + r * tile.ld + j), load(scores + j)));
-            if (c.v) add_softmax(tile, r, vectors, dweights + (r - i) * tile.ld, delta[r], c.score_gradient);
+            if (c.v) add_softmax(tile, r, vectors, dweights + (r - i) * tile.ld, delta[r]);
           }
         }
         if (c.dbias)

@@ -87,12 +87,11 @@ inline void restore_weights(const Tile& tile, int64_t row, int64_t n, float logs
 }
 
 // A row of dS: that of the features, already in the place of the scores, and softmax's own.
-inline void add_softmax(const Tile& tile, int64_t row, int64_t vectors, const float* dweights, float delta,
-                        float score_gradient) {
+inline void add_softmax(const Tile& tile, int64_t row, int64_t vectors, const float* dweights, float delta) {
   float* scores = tile.scores + row * tile.ld;
   const float* weights = tile.weights + row * tile.ld;
   for (int64_t j = 0; j < vectors * LANES; j += LANES)
-    store(scores + j, load(scores + j) * score_gradient + load(weights + j) * (load(dweights + j) - delta));
+    store(scores + j, load(scores + j) + load(weights + j) * (load(dweights + j) - delta));
 }
 
 // delta of a row: the product of its output and that output's gradient.

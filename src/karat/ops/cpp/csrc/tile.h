@@ -6,12 +6,12 @@
 
 namespace karat {
 
-// Mirrored by cpp_attention.py; strides count elements. What is void is float, or bfloat16 where `half` says so.
+// Mirrored by cpp/attention.py; strides count elements. What is void is float, or bfloat16 where `half` says so.
 struct Call {
   int64_t B, H, M, N, D, F, E;
   int64_t threads, parts, tile_queries, tile_keys, shared_u, half;
   Basis basis;
-  float scale, score_gradient;
+  float scale;
   const void *q, *k;
   const float *u, *bias;
   const void* grad;

@@ -1,9 +1,10 @@
-"""A call of the Triton kernels: its tensors and settings, as they take them, and the size of their tiles."""
+"""What the Triton kernels are given: tensors and settings, as they take them, and the size of their tiles."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ import triton
 from torch import Tensor
 
 from karat.basis import Basis
+from karat.ops.call import Call
 from karat.ops.softmax_part import SoftmaxPart
 
 LINEAR = ("fourier", "bspline")
@@ -52,18 +54,25 @@ WIDEST = {"half": 128, "float": 64, "edges": 16}  # outputs of one launch; wider
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
-    """One basis attention: letters and shapes as in `karat.basis_attention`, the basis split in base and family."""
+class Arguments:
+    """One pass of basis attention, with softmax beside it or without, and of the backward pass the gradient coming in.
 
-    q: Tensor
-    k: Tensor
+    Letters and shapes as in `karat.basis_attention`; grad (B,H,M,E) in q's dtype.
+    """
+
+    call: Call
     u: Tensor
-    base: str
-    family: Basis
-    scale: float
-    bias: Tensor | None
-    mask: Tensor | None
+    basis: Basis
     softmax: SoftmaxPart | None = None
+    grad: Tensor | None = None
+
+    @property
+    def base(self) -> str:
+        return self.basis.parts[0]
+
+    @property
+    def family(self) -> Basis:
+        return self.basis.parts[1]
 
     @property
     def linear(self) -> bool:
@@ -81,85 +90,101 @@ class Call:
         return int(self.base != "zero")
 
     @property
-    def num_parameters(self) -> int:
-        return self.leading + self.family.num_parameters
-
-    @property
     def kind(self) -> str:
         """Key of TILES and WIDEST."""
-        return "edges" if not self.linear else "half" if self.q.element_size() == 2 else "float"
+        return "edges" if not self.linear else "half" if self.call.q.element_size() == 2 else "float"
 
     def tiles(self, kernel: str) -> Tiles:
         tiles = TILES[self.kind][kernel]
         # The axis along which a tile may get smaller: the other one carries the accumulators' rows.
         axis = "queries" if kernel == "dkdu" else "keys"
         half = {axis: max(16, getattr(tiles, axis) // 2)}
-        if self.bias is not None or self.mask is not None:  # their tiles and pointers take registers too
+        if self.call.bias is not None or self.call.mask is not None:  # their tiles and pointers take registers too
             tiles = tiles._replace(**half)
         values = 0 if self.softmax is None else self.softmax.v.shape[-1]
-        if max(self.q.shape[-1], values, min(self.u.shape[-1], WIDEST[self.kind])) > 64:
+        if max(self.call.q.shape[-1], values, min(self.u.shape[-1], WIDEST[self.kind])) > 64:
             tiles = tiles._replace(warps=2 * tiles.warps, stages=max(1, tiles.stages - 1))
             if self.kind == "float":
                 tiles = tiles._replace(keys=16)
         return tiles
 
-    def slices(self) -> Iterator[tuple[slice, Call]]:
-        """The call cut along E into widths that a kernel takes."""
+    def slices(self) -> Iterator[tuple[slice, Arguments]]:
+        """The same cut along E into widths that a kernel takes."""
         E, widest = self.u.shape[-1], WIDEST[self.kind]
         for start in range(0, E, widest):
-            part = slice(start, min(start + widest, E))
-            # Softmax has no E: it goes with the first of them.
-            yield part, dataclasses.replace(self, u=self.u[..., part], softmax=None if start else self.softmax)
+            columns = slice(start, min(start + widest, E))
+            yield (
+                columns,
+                dataclasses.replace(
+                    self,
+                    u=self.u[..., columns],
+                    softmax=None if start else self.softmax,  # it has no E: it goes with the first of them
+                    grad=None if self.grad is None else self.grad[..., columns],
+                ),
+            )
 
+    @property
     def packed(self) -> Tensor:
         """u as the kernels read it: (…,F,N,BE) contiguous, zeros beyond E, in the precision of the products."""
         u, width = self.u, padded(self.u.shape[-1])
-        dtype = self.q.dtype if self.linear else torch.float32
+        dtype = self.call.q.dtype if self.linear else torch.float32
         if u.shape[-1] == width and u.dtype == dtype and u.is_contiguous():
             return u
         packed = torch.zeros(*u.shape[:-1], width, dtype=dtype, device=u.device)
         packed[..., : u.shape[-1]] = u
         return packed
 
-    def arguments(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What all kernels take: run-time arguments and compile-time ones."""
-        u, v = self.packed(), self.q if self.softmax is None else self.softmax.v
-        mask = None if self.mask is None else self.mask.view(torch.uint8)
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """What all kernels take by name, and what those of the backward pass do where there is a `grad`."""
+        (q, k, scale, bias, mask), u, v = self.call, self.packed, self.call.q
+        if self.softmax is not None:
+            v = self.softmax.v
+        mask = None if mask is None else mask.view(torch.uint8)
         run_time = {
-            "q": self.q,
-            "k": self.k,
+            "q": q,
+            "k": k,
             "u": u,
             "v": v,
-            "bias": self.q if self.bias is None else self.bias,
-            "mask": self.q if mask is None else mask,
-            "scale": self.scale,
-            "H": self.q.shape[1],
-            "M": self.q.shape[2],
-            "N": self.k.shape[2],
-            "s_q": self.q.stride(),
-            "s_k": self.k.stride(),
+            "bias": q if bias is None else bias,
+            "mask": q if mask is None else mask,
+            "scale": scale,
+            "H": q.shape[1],
+            "M": q.shape[2],
+            "N": k.shape[2],
+            "s_q": q.stride(),
+            "s_k": k.stride(),
             "s_u": (0 if u.dim() == 4 else u.stride(0), *u.stride()[-4:-1]),
             "s_v": v.stride(),
-            "s_bias": _strides(self.bias),
+            "s_bias": _strides(bias),
             "s_mask": _strides(mask),
         }
         compile_time = {
-            "D": self.q.shape[-1],
+            "D": q.shape[-1],
             "E": self.u.shape[-1],
-            "F": self.num_parameters,
+            "F": self.basis.num_parameters,
             "DV": v.shape[-1],
-            "BD": padded(self.q.shape[-1]),
+            "BD": padded(q.shape[-1]),
             "BE": u.shape[-1],
             "BV": padded(v.shape[-1]),
             "SOFTMAX": self.softmax is not None,
             "FAMILY": self.family.name,
             "BASE": self.base,
             "SETTINGS": self.settings,
-            "HAS_MASK": self.mask is not None,
-            "PRECISION": "tf32x3" if self.q.is_cuda and self.q.dtype == torch.float32 else "ieee",
-            "EXACT": self.q.dtype == torch.float32,
+            "HAS_BIAS": bias is not None,
+            "HAS_MASK": mask is not None,
+            "PRECISION": "tf32x3" if q.is_cuda and q.dtype == torch.float32 else "ieee",
+            "EXACT": q.dtype == torch.float32,
         }
-        return run_time, compile_time
+        return run_time | compile_time | ({} if self.grad is None else self._backward(self.grad))
+
+    def _backward(self, grad: Tensor) -> dict[str, Any]:
+        da, rows = grad, {"logsumexp": grad, "delta": grad}  # anything where there is no softmax
+        if self.softmax is not None:
+            assert self.softmax.grad is not None
+            da = self.softmax.grad.to(self.call.q.dtype)
+            rows = {"logsumexp": self.softmax.logsumexp, "delta": self.softmax.delta().contiguous()}
+        return {"do": grad, "s_do": grad.stride(), "da": da, "s_da": da.stride(), **rows}
 
 
 def padded(width: int) -> int:
