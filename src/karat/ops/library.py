@@ -67,9 +67,11 @@ def basis_attention(q: Tensor, k: Tensor, u: Tensor, *rest: Any) -> Tensor:
     return _Opened.of((q, k, u, bias, mask), *settings).forward()
 
 
-@basis_attention.register_fake
-def _(q: Tensor, k: Tensor, u: Tensor, *rest: Any) -> Tensor:
+def _fake_basis_attention(q: Tensor, k: Tensor, u: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(*q.shape[:3], u.shape[-1])
+
+
+basis_attention.register_fake(_fake_basis_attention)
 
 
 @_operator(
@@ -82,9 +84,11 @@ def basis_attention_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(_Opened.of(tensors, basis, scale, impl).backward(grad, needs))
 
 
-@basis_attention_backward.register_fake
-def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def _fake_basis_attention_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return _memory_of_gradients(inputs[:4], inputs[-1])
+
+
+basis_attention_backward.register_fake(_fake_basis_attention_backward)
 
 
 @_operator("joint_attention", f"({_JOINT}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)")
@@ -96,10 +100,12 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, u: Tensor, *rest: Any) -> t
     return part.attended, sums, part.logsumexp
 
 
-@joint_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_joint_attention(q: Tensor, k: Tensor, v: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     attended, logsumexp = _memory_of_softmax(q, v)
     return attended, q.new_empty(*q.shape[:3], u.shape[-1]), logsumexp
+
+
+joint_attention.register_fake(_fake_joint_attention)
 
 
 @_operator(
@@ -117,9 +123,11 @@ def joint_attention_backward(grad_attended: Tensor, grad_sums: Tensor, *inputs: 
     return dq, dk, v.new_empty(0) if dv is None else dv, du, dbias
 
 
-@joint_attention_backward.register_fake
-def _(grad_attended: Tensor, grad_sums: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def _fake_joint_attention_backward(grad_attended: Tensor, grad_sums: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return _memory_of_gradients(inputs[:5], inputs[-1])
+
+
+joint_attention_backward.register_fake(_fake_joint_attention_backward)
 
 
 def _memory_of_softmax(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
