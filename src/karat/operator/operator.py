@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from karat.basis import Basis
 from karat.operator.config import KArAtConfig
-from karat.operator.edges import EdgeLayer, add_factors
+from karat.operator.edges import EdgeLayer
 from karat.operator.initialise import initialise
 from karat.operator.orders import ORDERS
 from karat.operator.parameters import OperatorParameters
@@ -228,31 +228,30 @@ def karat_operators(model: nn.Module) -> dict[str, KArAtOperator]:
     return {name: module for name, module in model.named_modules() if isinstance(module, KArAtOperator)}
 
 
+def factors_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The name of every factor in a model's state, with those of the parameters that it multiplies."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, EdgeLayer | KArAtOperator):
+            prefix = f"{name}." if name else ""
+            for buffer, parameters in module.factored().items():
+                found[prefix + buffer] = tuple(prefix + parameter for parameter in parameters)
+    return found
+
+
 def with_factors(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A model's weights by name, completed by factors of one where they were saved before there were any."""
     found = dict(weights)
-    for prefix, module in _with_factors(model):
-        add_factors(module, found, prefix)
+    for factor, parameters in factors_of(model).items():
+        if any(name in weights for name in parameters):
+            found.setdefault(factor, torch.ones_like(model.get_buffer(factor), device="cpu"))
     return found
 
 
 def without_loose_factors(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those of some weights for a model without the factors whose parameters aren't among them."""
-    found = dict(weights)
-    for prefix, module in _with_factors(model):
-        for buffer, parameters in module.factored().items():
-            if not all(prefix + name in weights for name in parameters):
-                found.pop(prefix + buffer, None)
-    return found
-
-
-def _with_factors(model: nn.Module) -> list[tuple[str, EdgeLayer | KArAtOperator]]:
-    """Every module that has factors, by the prefix of its names in the model's state."""
-    return [
-        (f"{name}." if name else "", module)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, EdgeLayer | KArAtOperator)
-    ]
+    loose = {name for name, parameters in factors_of(model).items() if not all(p in weights for p in parameters)}
+    return {name: tensor for name, tensor in weights.items() if name not in loose}
 
 
 def _places(heads: tuple[int, ...]) -> slice | tuple[int, ...]:

@@ -23,7 +23,7 @@ from karat import runs
 from karat.errors import first_line
 from karat.models.resample import resample_tokens
 from karat.operator.config import KArAtConfig
-from karat.operator.operator import with_factors, without_loose_factors
+from karat.operator.operator import factors_of, with_factors, without_loose_factors
 from karat.runs import files
 from karat.runs.model import load_run
 from karat.runs.settings import RunSettings
@@ -138,10 +138,12 @@ def transplant(
     `resized` names weights that were carried to the model's size before.
     """
     own, weights = model.state_dict(), with_factors(model, weights)
-    operators = set(operator_parameters(model))
+    operators, factors = set(operator_parameters(model)), factors_of(model)
     counts: dict[tuple[str, str], list[int]] = {}
 
     def note(name: str, fate: str, tensor: Tensor) -> None:
+        if name in factors:  # they go with their parameters
+            return
         entry = counts.setdefault((_part(name, model, operators), fate), [0, 0])
         entry[0] += 1
         entry[1] += tensor.numel()
