@@ -11,7 +11,8 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 
 from karat.models.attention import KArAtAttention, KArAtWindowAttention, split_mask
-from karat.models.backbones import attention_kinds, refusal
+from karat.models.backbones import BACKBONES as records
+from karat.models.backbones import backbone_of, refusal
 from karat.operator.operator import KArAtOperator
 from support.small_models import BACKBONES, SMALL, images, small_model
 
@@ -208,6 +209,9 @@ def test_what_is_no_attention_is_not_refused() -> None:
         assert refusal(module) is None
 
 
-def test_every_adapter_has_a_backbone_in_these_tests() -> None:
-    kinds = {type(module) for name in SMALL for module in small_model(name).modules()}
-    assert {attention for attention, kind in attention_kinds().items() if kind.adapter is not None} <= kinds
+def test_every_record_has_a_model_in_these_tests() -> None:
+    models = [small_model(name) for name in SMALL]
+    found = [backbone_of(model) for model in models]
+    assert all(any(known is backbone for known in found) for backbone in records.values())
+    kinds = {type(module) for model in models for module in model.modules()}
+    assert {attention for backbone in records.values() for attention in backbone.attentions} <= kinds
