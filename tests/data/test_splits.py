@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from karat.data.sources import ArraySource, hold_out
 from karat.data.splits import open_splits
@@ -62,6 +63,20 @@ def test_folder_with_train_and_val(tmp_path):
     assert data.train.num_samples == 12
     images, _ = next(iter(data.train))
     assert images.shape == (4, 3, 16, 16)
+
+
+def test_images_have_the_order_and_the_classes_of_timms_reader(tmp_path):
+    names = ("b/10.png", "b/9.PNG", "b/x.txt", "A/deep/x2.jpg", "A/deep/x10.jpeg", "A/x1.jpg", "c10/é.jpg", "c9/1.jpg")
+    for part in ("train", "val"):
+        for name in names:
+            (tmp_path / part / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / part / name).touch()
+        (tmp_path / part / "linked").symlink_to(tmp_path / part / "b", target_is_directory=True)
+    splits = open_splits(str(tmp_path))
+    for part, source in (("train", splits.train), ("val", splits.eval)):
+        found, classes = find_images_and_targets(str(tmp_path / part))
+        assert [(record.name, record.label) for record in (source[i] for i in range(len(source)))] == found
+        assert splits.class_names == tuple(classes)
 
 
 def test_one_folder_is_split_alike_everywhere(tmp_path):

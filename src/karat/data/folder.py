@@ -48,15 +48,15 @@ class Tree:
         below = [self.names(os.path.join(folder, name)) for name in sorted(here.folders)]
         return any(name.endswith(".parquet") for found in (here, *below) for names in found for name in names)
 
-    def images(self, folder: str) -> Iterator[tuple[str, str]]:
-        """The paths of all images below a folder, each with its class: the name of the folder around it."""
+    def images(self, folder: str, name: str = "") -> Iterator[tuple[str, str]]:
+        """The paths of all images below a folder, each with its class: the folder around it, `name` for this one."""
         types = get_img_extensions(as_set=True)
-        found = self.names(folder)
-        for name in found.folders:
-            yield from self.images(os.path.join(folder, name))
-        for name in found.files:
-            if os.path.splitext(name)[1].lower() in types:
-                yield os.path.join(folder, name), os.path.basename(folder)
+        here = self.names(folder)
+        for below in here.folders:
+            yield from self.images(os.path.join(folder, below), below)
+        for file in here.files:
+            if os.path.splitext(file)[1].lower() in types:
+                yield os.path.join(folder, file), name
 
 
 def open_folder(root: Path, tree: Tree | None = None) -> Splits:
@@ -98,7 +98,7 @@ def _images(root: Path, tree: Tree) -> list[tuple[str, str]]:
             f"{root}: no images found; put them into one subfolder per class "
             f"({', '.join(get_img_extensions())}), or give a folder with train.parquet and test.parquet"
         )
-    loose = next((path for path, _ in found if os.path.dirname(path) == str(root)), None)
+    loose = next((path for path, name in found if not name), None)
     if loose is not None:
         raise ValueError(f"{loose} lies in no class subfolder; move it into {root}/CLASS/")
     return found

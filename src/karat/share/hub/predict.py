@@ -44,8 +44,9 @@ def read(source: str | Path | Image.Image, config: ModelConfig) -> Tensor:
     that takes neither grey nor colour."""
     if config.in_chans not in (1, 3):
         raise ValueError(f"images have 1 or 3 channels, this model takes {config.in_chans}: call it with tensors")
-    picture = source if isinstance(source, Image.Image) else read_file(Path(source), config.in_chans)
-    return view(config)(read_image(picture, config.in_chans))
+    chans = config.in_chans
+    picture = read_image(source, chans) if isinstance(source, Image.Image) else read_file(Path(source), chans)
+    return view(config)(picture)
 
 
 @torch.no_grad()
