@@ -206,7 +206,7 @@ BAD = {
     "detect eval nowhere": "is no run's folder",
     "detect eval RUN --batch-size 0": "batch_size=0 must be at least 1",
     "detect predict RUN nowhere.jpg": "nowhere.jpg is not there",
-    "detect predict RUN DATA": "can't be read as an image",
+    "detect predict RUN DATA": "is not an image of a known format",
     "detect predict RUN DATA --score 2": "score=2.0",
     "detect compare nowhere": "is no run's folder",
     "eval RUN": "a run of `karat train` is needed here",

@@ -68,7 +68,7 @@ class Run:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
         s = self.settings
-        splits = self.opened(s.data, s.data_dir, s.num_samples)
+        splits = self.opened.splits(s.data, s.data_dir, s.num_samples)
         splits = splits if split == "eval" else replace(splits, eval=splits.train)
         total = size_of(splits.eval)
         fraction = 1.0 if count is None or count >= total else count / total

@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -289,23 +289,16 @@ def _encoded(value: Any, label: int, name: str) -> tuple[Any, int, str]:
 
 def _kind(path: Path) -> str:
     """ "train", an evaluation name or "" by how the file's name, or a folder above it, begins."""
-    for part in (path.name, *reversed(path.parts[:-1])):
-        word = re.split(r"[-_.]", part.lower(), maxsplit=1)[0]
-        if word in TRAIN_NAMES:
-            return "train"
-        if word in EVAL_NAMES:
-            return word
-    return ""
+    return _first_split(re.split(r"[-_.]", part.lower(), maxsplit=1)[0] for part in reversed(path.parts))
 
 
 def _kind_anywhere(path: Path) -> str:
     """The same with the split's name anywhere in the path, as shards have it (imagenet1k-train-0000.tar)."""
-    for word in re.split(r"[-_./]", str(path).lower()):
-        if word in TRAIN_NAMES:
-            return "train"
-        if word in EVAL_NAMES:
-            return word
-    return ""
+    return _first_split(re.split(r"[-_./]", str(path).lower()))
+
+
+def _first_split(words: Iterable[str]) -> str:
+    return next(("train" if word in TRAIN_NAMES else word for word in words if word in TRAIN_NAMES + EVAL_NAMES), "")
 
 
 def _eval_kind(kinds: set[str]) -> str | None:

@@ -152,25 +152,34 @@ class Data:
 
 
 class Opener:
-    """Opens a `--data` when something of it is first asked for; asked again, it hands out the same Splits.
+    """Opens a `--data` when something of it is first asked for; asked again, it hands out what it has.
 
-    One goes from the command line to settings, model and trainer, so that no folder is read twice.
+    One goes from the command line to settings, model and trainer, so that no folder is read twice, and from run to run
+    of a comparison, so that those that read the same share what is in memory.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[tuple[str | int | None, ...], Splits] | None = None
+        self._splits: tuple[tuple[str | int | None, ...], Splits] | None = None
+        self._data: Data | None = None
 
-    def __call__(self, spec: str, data_dir: str | Path | None = None, num_samples: int | None = None) -> Splits:
+    def splits(self, spec: str, data_dir: str | Path | None = None, num_samples: int | None = None) -> Splits:
         """As `open_splits`."""
         key = (spec,) if is_path(spec) else (spec, str(data_dir), num_samples)
-        if self._last is None or self._last[0] != key:
-            self._last = None  # let it go before the next is opened
-            self._last = key, open_splits(spec, data_dir=Path(data_dir) if data_dir else None, num_samples=num_samples)
-        return self._last[1]
+        if self._splits is None or self._splits[0] != key:
+            self._splits = self._data = None  # they go before the next are opened
+            self._splits = key, open_splits(spec, Path(data_dir) if data_dir else None, num_samples)
+        return self._splits[1]
+
+    def data(self, options: DataOptions) -> Data:
+        """As `load_data`."""
+        if self._data is None or self._data.options != options:
+            self._data = None
+            self._data = Data(options, self.splits(options.spec, options.data_dir, options.num_samples))
+        return self._data
 
 
-def load_data(options: DataOptions, opened: Opener | None = None) -> Data:
-    """The batches that the options ask for; `opened` may have opened the data before.
+def load_data(options: DataOptions) -> Data:
+    """The batches that the options ask for.
 
     Raises ValueError for data that is missing, empty, unreadable or unlabelled (naming the file or folder
     and what to do), and from the loaders for the first image that can't be decoded, unless
@@ -181,7 +190,7 @@ def load_data(options: DataOptions, opened: Opener | None = None) -> Data:
     >>> images.shape, data.num_classes
     (torch.Size([100, 1, 8, 8]), 10)
     """
-    return Data(options, (opened or Opener())(options.spec, options.data_dir, options.num_samples))
+    return Opener().data(options)
 
 
 def is_path(spec: str) -> bool:
@@ -189,7 +198,7 @@ def is_path(spec: str) -> bool:
     return spec != "digits" and spec.partition("/")[0] not in PREFIXES
 
 
-def open_splits(spec: str, *, data_dir: Path | None = None, num_samples: int | None = None) -> Splits:
+def open_splits(spec: str, data_dir: Path | None = None, num_samples: int | None = None) -> Splits:
     """What a spec is, without decoding an image. Raises ValueError as load_data does."""
     prefix, _, name = spec.partition("/")
     root = data_dir or Path(os.environ.get("KARAT_DATA", "~/.cache/karat")).expanduser()

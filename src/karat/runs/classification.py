@@ -130,7 +130,7 @@ def is_small(data: str, opened: Opener | None = None) -> bool:
     """Whether a data spec means small images: by its name, or by the first image of a folder that is there."""
     if not is_path(data) or not Path(data).expanduser().is_dir():
         return data.rstrip("/") in SMALL_DATA
-    part: Any = (opened or Opener())(data).train
+    part: Any = (opened or Opener()).splits(data).train
     try:
         return max(read_image(part[0].image).size) <= SMALL_SIDE
     except Exception:  # an unreadable first image is reported, or skipped, when the data is loaded

@@ -75,16 +75,14 @@ def compare(
     summaries: dict[str, list[dict[str, Any]]] = {name: [] for name in attentions}
     operations = {}
     for seed in range(settings.seed, settings.seed + seeds):
-        data = None
         for attention in attentions:
             output = folder / f"{slug(attention)}-s{seed}"
             own = replace(chosen[attention], seed=seed, output=output)
-            trainer = Trainer(Classification(opened), own, data, console)
-            data = trainer.data
+            trainer = Trainer(Classification(opened), own, console=console)
             summaries[attention].append(trainer.fit())
             main = trainer.main
             if main and attention not in operations:
-                operations[attention] = count_operations(chosen[attention], data.num_classes, data.in_chans)
+                operations[attention] = count_operations(own, trainer.data.num_classes, trainer.data.in_chans)
     rows = [summarise(name, found, operations.get(name, 0)) for name, found in summaries.items()]
     if main:
         files.write_json(

@@ -10,9 +10,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from karat.data.splits import Data, Opener
+from karat.data.splits import Opener
 from karat.errors import TrainingDiverged
-from karat.runs.model import build_model, data_options
+from karat.runs.model import build_model
 from karat.study.measures import Numbers, measure_run, read_measures
 from karat.study.plan import Job, Plan, summary_of
 from karat.train import randomness
@@ -68,7 +68,7 @@ def train_all(
     check_models([job for job in jobs if summary_of(job) is None])
     if before is not None:
         before()
-    shared = _Shared(opened or Opener())
+    opened = opened or Opener()
     failed: dict[str, str] = {}
     measured: set[Path] = set()
     busy = True
@@ -84,7 +84,7 @@ def train_all(
                 console.print(f"run {number} of {len(jobs)}: {job.folder.name}", highlight=False, soft_wrap=True)
                 try:
                     if summary_of(job) is None:
-                        _train(job, shared, console)
+                        _train(job, opened, console)
                     if measure:
                         measure_run(job.folder)
                         measured.add(job.folder)
@@ -119,23 +119,7 @@ def check_models(jobs: Sequence[Job]) -> None:
             raise ValueError(f"variant {name!r}: {error}") from None
 
 
-def _train(job: Job, shared: _Shared, console: Console) -> None:
-    trainer = Trainer(Classification(shared.opened), job.settings, shared.get(job), console)
-    shared.data = trainer.data
-    trainer.fit()
+def _train(job: Job, opened: Opener, console: Console) -> None:
+    Trainer(Classification(opened), job.settings, console=console).fit()
     if summary_of(job) is None:
         raise OSError(f"{job.folder} was trained, but its summary can't be found")
-
-
-class _Shared:
-    """The data of the last run, for the next one if it reads the same."""
-
-    def __init__(self, opened: Opener) -> None:
-        self.opened = opened
-        self.data: Data | None = None
-
-    def get(self, job: Job) -> Data | None:
-        """The data, or None where this run needs other."""
-        if self.data is not None and self.data.options != data_options(job.settings):
-            self.data = None  # let it go before the next is loaded
-        return self.data

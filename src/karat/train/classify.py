@@ -14,7 +14,7 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from karat.data.splits import Data, Opener, load_data
+from karat.data.splits import Data, Opener
 from karat.runs.classification import Settings, resolve
 from karat.runs.model import data_options, plain_model, with_teacher
 from karat.runs.recipes import Recipe
@@ -80,7 +80,7 @@ class _MixedLoss:
 class Classification(Task[Settings, Data]):
     """Images to classes: batches (B,C,S,S) and labels (B,); measured by top-1.
 
-    opened: what may have opened the data before.
+    opened: opens the data, or has done so before.
     """
 
     metric = "top1"
@@ -95,7 +95,7 @@ class Classification(Task[Settings, Data]):
     def load_data(self, settings: Settings, accelerator: Accelerator) -> Data:
         """As Task.load_data."""
         share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-        return load_data(data_options(settings, **share), self.opened)
+        return self.opened.data(data_options(settings, **share))
 
     def facts(self, data: Data) -> dict[str, Any]:
         """As Task.facts."""

@@ -19,7 +19,7 @@ from torch import nn
 from karat import runs
 from karat.data.batches import Images
 from karat.data.sources import size_of
-from karat.data.splits import Data, Opener, load_data
+from karat.data.splits import Data, Opener
 from karat.errors import parse
 from karat.models.distill import DistillOptions, FitOptions, distill, fit_operators, measure_blocks
 from karat.models.distill.closed_form import check_fits
@@ -205,7 +205,7 @@ def _teacher(options: Convert) -> tuple[Settings, nn.Module | None, dict[str, An
 def _data(settings: Settings, options: Convert) -> tuple[Data, Data]:
     """The training images that are needed, a fixed subset, and the evaluation images."""
     opened = Opener()
-    source = opened(settings.data, settings.data_dir, settings.num_samples).train
+    source = opened.splits(settings.data, settings.data_dir, settings.num_samples).train
     needed = max(options.images, options.distill_images if options.distill_epochs else 0) + options.batch_size
     fractions = min(settings.data_fraction, needed / max(1, size_of(source))), settings.data_fraction
     found = data_options(
@@ -215,7 +215,7 @@ def _data(settings: Settings, options: Convert) -> tuple[Data, Data]:
         seed=options.seed,
         num_classes=options.num_classes or settings.num_classes,
     )
-    few, whole = (load_data(replace(found, fraction=fraction), opened) for fraction in fractions)
+    few, whole = (opened.data(replace(found, fraction=fraction)) for fraction in fractions)
     return few, whole
 
 
