@@ -115,7 +115,6 @@ def test_a_run_of_detection() -> None:
         assert torch.allclose(values[: len(wanted)].float(), wanted.float(), rtol=1e-5, atol=1e-5), name
 
 
-@pytest.mark.filterwarnings("ignore:<class 'list'> does not match any type")  # tyro, of global_blocks from JSON
 def test_a_run_of_detection_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(BEFORE)  # its data is the folder coco
     check_resumed(["detect", "train"], "detect-run", tmp_path / "run", {"model"})

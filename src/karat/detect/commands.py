@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from karat.detect.recipes import get_recipe
 from karat.detect.settings import DetectSettings
 from karat.errors import parse
 from karat.runs.settings import AUTO, Device
-from karat.train.commands import read_settings
+from karat.train.commands import first_options, read_settings, resumed
 
 
 @dataclass(frozen=True)
@@ -72,16 +71,9 @@ class Compare:
 
 def _defaults(arguments: Sequence[str]) -> DetectSettings:
     """The defaults that the command line's own --recipe and --resume imply; all else is left to the full parser."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default=AUTO)
-    for name in ("resume", "output"):
-        first.add_argument(f"--{name}", default=None)
-    known, _ = first.parse_known_args(list(arguments))
-    asked = None if known.resume is None else known.output if known.resume == AUTO else known.resume
-    if asked is not None and runs.is_run(Path(asked)):
-        saved, _ = runs.read_config(Path(asked), DetectSettings)
-        return replace(saved, resume=known.resume, output=Path(asked), overwrite=False)
-    return DetectSettings(recipe=get_recipe("published" if known.recipe == AUTO else known.recipe))
+    name = first_options(arguments, "recipe")["recipe"] or AUTO
+    saved = resumed(DetectSettings, arguments)
+    return saved or DetectSettings(recipe=get_recipe("published" if name == AUTO else name))
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -89,19 +81,9 @@ def train(arguments: Sequence[str]) -> None:
     prog = "karat detect train"
     settings = parse(lambda: read_settings(DetectSettings, arguments, prog, _defaults(arguments)), prog)
     from karat.detect.task import Detection
-    from karat.train.engine import Trainer
+    from karat.train.engine import train_and_say
 
-    console = Console()
-    trainer = Trainer(Detection(), settings, console=console)
-    summary = trainer.fit()
-    if trainer.main:
-        console.print(
-            f"finished: box AP {summary['box_AP']:.2f} (best {summary['best']['box_AP']:.2f} in epoch "
-            f"{summary['best']['epoch']}), mask AP {summary['mask_AP']:.2f}, {summary['parameters']:,} parameters\n"
-            f"run: {summary['folder']}",
-            highlight=False,
-            soft_wrap=True,
-        )
+    train_and_say(Detection(), settings)
 
 
 def evaluate(arguments: Sequence[str]) -> None:
@@ -109,16 +91,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     parsed = parse(lambda: tyro.cli(Evaluate, args=arguments, prog="karat detect eval"), "karat detect eval")
     from karat.detect.measure import evaluate_run
 
-    result = evaluate_run(
-        parsed.run,
-        weights=parsed.weights,
-        part=parsed.part,
-        data=parsed.data,
-        images=parsed.images,
-        batch_size=parsed.batch_size,
-        workers=parsed.workers,
-        device=parsed.device,
-    )
+    result = evaluate_run(**vars(parsed))
     console = Console()
     console.print(precision_table(result))
     console.print(f"{result['images']} images\nsaved: {parsed.run / runs.EVAL}", highlight=False, soft_wrap=True)

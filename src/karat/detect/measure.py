@@ -32,7 +32,7 @@ def load_run(folder: Path, weights: str = "last") -> tuple[Detector, DetectSetti
 
 
 def evaluate_run(
-    folder: Path,
+    run: Path,
     *,
     weights: str = "last",
     part: str = "eval",
@@ -50,7 +50,7 @@ def evaluate_run(
     Also saved as eval.json, the detections as detections.json (COCO's results format).
     Raises ValueError for data with other categories than the run's, a batch_size below 1, and as `load_run` does.
     """
-    detector, settings, categories = load_run(folder, weights)
+    detector, settings, categories = load_run(run, weights)
     changes: dict[str, Any] = {"workers": workers, "device": device, "images": images}
     settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
     accelerator = create_accelerator(settings)
@@ -67,10 +67,10 @@ def evaluate_run(
         detector.to(accelerator.device), loaded.measuring(chosen, batch_size), chosen, accelerator
     )
     name = data if data is not None else part
-    result = {"run": str(folder), "weights": weights, "data": name, "img_size": settings.recipe.img_size, **figures}
+    result = {"run": str(run), "weights": weights, "data": name, "img_size": settings.recipe.img_size, **figures}
     if accelerator.is_main_process:
-        write_json(folder / runs.EVAL, result)
-        write_json(folder / runs.DETECTIONS, results)
+        write_json(run / runs.EVAL, result)
+        write_json(run / runs.DETECTIONS, results)
     return result
 
 

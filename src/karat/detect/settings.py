@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from karat.detect.recipes import RECIPES, DetectRecipe, get_recipe
-from karat.runs.settings import AUTO, RunSettings, data_slug, slug
+from karat.runs.settings import AUTO, RunSettings, check_counts, data_slug, slug
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,9 @@ class DetectSettings(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("eval_images", "window", "patch_size", "embed_dim", "depth", "num_heads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        check_counts(self, 1, "eval_images", "window", "patch_size", "embed_dim", "depth", "num_heads")
+        if self.global_blocks is not None:  # a list arrives from JSON
+            object.__setattr__(self, "global_blocks", tuple(self.global_blocks))
 
     @classmethod
     def make(cls, **values: Any) -> DetectSettings:
@@ -84,8 +83,7 @@ class DetectSettings(RunSettings):
         preset = "published" if self.preset == AUTO else self.preset
         get_recipe(preset)  # an unknown name is refused here
         model = "vit_tiny_patch16_224" if self.model == AUTO else self.model
-        whole = None if self.global_blocks is None else tuple(self.global_blocks)
-        return replace(self, preset=preset, model=model, global_blocks=whole)
+        return replace(self, preset=preset, model=model)
 
     def folder_name(self) -> str:
         """DATA-detect-MODEL-ATTENTION-sSEED."""

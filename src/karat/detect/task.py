@@ -93,6 +93,11 @@ class Detection(Task[DetectSettings, DetectData]):
             said += f"  on training images AP50 {line.get('train_box_AP50', 0.0):.2f}"
         return said
 
+    def result(self, summary: Mapping[str, Any]) -> str:
+        """As Task.result."""
+        best = f"best {summary['best']['box_AP']:.2f} in epoch {summary['best']['epoch']}"
+        return f"box AP {summary['box_AP']:.2f} ({best}), mask AP {summary['mask_AP']:.2f}"
+
     def summary(self, history: list[dict[str, Any]]) -> dict[str, Any]:
         """As Task.summary."""
         return {name: history[-1].get(name) if history else None for name in FIGURES}

@@ -12,7 +12,7 @@ from karat.data.images import read_image
 from karat.data.splits import Opener, is_path
 from karat.models.kan.peers import DEEP_KAN
 from karat.runs.recipes import RECIPES, Recipe, get_recipe
-from karat.runs.settings import AUTO, RunSettings, data_slug, first_change, slug
+from karat.runs.settings import AUTO, RunSettings, check_counts, data_slug, first_change, slug
 
 __all__ = ["AUTO", "Settings", "first_change", "is_small", "preset_for", "resolve"]
 
@@ -68,10 +68,7 @@ class Settings(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        check_counts(self, 1, "img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
         if self.img_size is not None and self.patch_size is not None and self.patch_size > self.img_size:
             raise ValueError(f"patch_size={self.patch_size} is larger than the images, img_size={self.img_size}")
         if self.teacher is not None and self.attention != "softmax":

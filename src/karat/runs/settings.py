@@ -82,10 +82,8 @@ class RunSettings:
     recipe: Annotated[Optimisation, tyro.conf.arg(name="")] = field(default_factory=Optimisation)
 
     def __post_init__(self) -> None:
-        counts = {"grad_accum_steps": 1, "checkpoint_hist": 1, "max_bad_steps": 0, "workers": 0, "recovery_interval": 0}
-        for name, least in counts.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        check_counts(self, 1, "grad_accum_steps", "checkpoint_hist")
+        check_counts(self, 0, "max_bad_steps", "workers", "recovery_interval")
         # A run says what it is, whatever is recommended when it's read again.
         object.__setattr__(self, "attention", KArAtConfig.explicit(self.attention))
 
@@ -121,6 +119,14 @@ class RunSettings:
         values["track"] = tuple(values.get("track", ()))
         values["recipe"] = cls.recipe_type(**renamed(values["recipe"], values["recipe"].get("lr", cls.recipe_type.lr)))
         return cls(**values)
+
+
+def check_counts(options: object, least: int, *names: str) -> None:
+    """ValueError for the first of these options that is less than `least`; None is no count."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
 
 
 def slug(text: str) -> str:

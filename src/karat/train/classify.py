@@ -131,6 +131,11 @@ class Classification(Task[Settings, Data]):
         ema = f"  EMA {line['ema_top1']:.2f} %" if "ema_top1" in line else ""
         return f"eval {line['eval_loss']:.4f}  top-1 {line['top1']:.2f} %{ema}"
 
+    def result(self, summary: Mapping[str, Any]) -> str:
+        """As Task.result."""
+        best = summary["best"]
+        return f"top-1 {summary['top1']:.2f} % (best {best['top1']:.2f} % in epoch {best['epoch']})"
+
     def summary(self, history: list[dict[str, Any]]) -> dict[str, Any]:
         """As Task.summary."""
         return {name: history[-1][name] if history else None for name in ("top1", "top5")}

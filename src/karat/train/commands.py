@@ -48,11 +48,9 @@ def defaults(arguments: Sequence[str], opened: Opener | None = None) -> Settings
     They decide what the other options' defaults are, so they are read first; all else is left to the full parser.
     opened: what opens the data, whose images may decide.
     """
-    known = _first_options(arguments)
-    asked = None if known.resume is None else known.output if known.resume == AUTO else known.resume
-    if asked is not None and runs.is_run(Path(asked)):
-        saved, _ = runs.read_config(Path(asked))
-        return replace(saved, resume=known.resume, output=Path(asked), overwrite=False)
+    known, saved = _first_options(arguments), resumed(Settings, arguments)
+    if saved is not None:
+        return saved
     init = None if known.init == "None" else known.init
     name = preset_for(known.recipe, known.data or "digits", known.model or AUTO, init, opened)
     return Settings(recipe=get_recipe(name))
@@ -60,7 +58,7 @@ def defaults(arguments: Sequence[str], opened: Opener | None = None) -> Settings
 
 def _first_options(arguments: Sequence[str]) -> argparse.Namespace:
     """The options on which other options' defaults depend; None for one that is not given."""
-    found = first_options(arguments, "recipe", "data", "model", "init", "resume", "output")
+    found = first_options(arguments, "recipe", "data", "model", "init")
     return argparse.Namespace(**{**found, "recipe": found["recipe"] or AUTO})
 
 
@@ -73,6 +71,16 @@ def first_options(arguments: Sequence[str], *names: str) -> dict[str, str | None
     return {name: getattr(known, name) for name in names}
 
 
+def resumed(kind: type[S], arguments: Sequence[str]) -> S | None:
+    """The settings of the run that --resume goes on with, of --output's where it is auto; None for a new run."""
+    given = first_options(arguments, "resume", "output")
+    resume = given["resume"]
+    asked = given["output"] if resume == AUTO else resume
+    if resume is None or asked is None or not runs.is_run(Path(asked)):
+        return None
+    return replace(runs.read_config(Path(asked), kind)[0], resume=resume, output=Path(asked), overwrite=False)
+
+
 def read_settings(kind: type[S], arguments: Sequence[str], command: str, default: S) -> S:
     """A run's settings: `default` changed by the arguments, under old names too."""
     return tyro.cli(kind, args=renamed_options(arguments, default.recipe.lr), prog=command, default=default)
@@ -81,24 +89,14 @@ def read_settings(kind: type[S], arguments: Sequence[str], command: str, default
 def train(arguments: Sequence[str]) -> None:
     """karat train."""
     prog, opened = "karat train", Opener()
-    _run(parse(lambda: read_settings(Settings, arguments, prog, defaults(arguments, opened)), prog), opened)
+    _train(parse(lambda: read_settings(Settings, arguments, prog, defaults(arguments, opened)), prog), opened)
 
 
-def _run(settings: Settings, opened: Opener) -> None:
-    """Train, and say how it ended."""
+def _train(settings: Settings, opened: Opener) -> None:
     from karat.train.classify import Classification
-    from karat.train.engine import Trainer
+    from karat.train.engine import train_and_say
 
-    console = Console()
-    trainer = Trainer(Classification(opened), settings, console=console)
-    summary = trainer.fit()
-    if trainer.main:
-        console.print(
-            f"finished: top-1 {summary['top1']:.2f} % (best {summary['best']['top1']:.2f} % in epoch "
-            f"{summary['best']['epoch']}), {summary['parameters']:,} parameters\nrun: {summary['folder']}",
-            highlight=False,
-            soft_wrap=True,
-        )
+    train_and_say(Classification(opened), settings)
 
 
 def transfer(arguments: Sequence[str]) -> None:
@@ -109,7 +107,7 @@ def transfer(arguments: Sequence[str]) -> None:
         raise ValueError("name the teacher's run first: karat transfer TEACHER_RUN [options of karat train]")
     prog, opened = "karat transfer TEACHER_RUN", Opener()
     default = Settings() if name is None else _student_defaults(Path(name), rest, opened)
-    _run(parse(lambda: read_settings(Settings, rest, prog, default), prog), opened)
+    _train(parse(lambda: read_settings(Settings, rest, prog, default), prog), opened)
 
 
 def _student_defaults(teacher: Path, arguments: Sequence[str], opened: Opener) -> Settings:
@@ -143,15 +141,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     parsed = parse(lambda: tyro.cli(Evaluate, args=arguments, prog="karat eval"), "karat eval")
     from karat.train.measure import evaluate_run
 
-    result = evaluate_run(
-        parsed.run,
-        weights=parsed.weights,
-        data=parsed.data,
-        img_size=parsed.img_size,
-        batch_size=parsed.batch_size,
-        workers=parsed.workers,
-        device=parsed.device,
-    )
+    result = evaluate_run(**vars(parsed))
     Console().print(
         f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  loss {result['eval_loss']:.4f}  "
         f"({result['images']} images)\nsaved: {parsed.run / runs.EVAL}",

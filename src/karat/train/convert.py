@@ -30,7 +30,7 @@ from karat.runs import files
 from karat.runs.classification import AUTO, Settings, preset_for, resolve
 from karat.runs.model import data_options, input_size
 from karat.runs.recipes import get_recipe
-from karat.runs.settings import Device
+from karat.runs.settings import Device, check_counts
 from karat.train import reports
 from karat.train.build import create_accelerator
 from karat.train.classify import Classification
@@ -91,11 +91,8 @@ class Convert:
     """auto: the accelerator when there is one."""
 
     def __post_init__(self) -> None:
-        for name, least in (("images", 1), ("batch_size", 1), ("distill_images", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        if self.eval_images is not None and self.eval_images < 1:
-            raise ValueError(f"eval_images={self.eval_images} must be at least 1")
+        check_counts(self, 1, "images", "batch_size", "distill_images", "eval_images")
+        check_counts(self, 0, "workers")
         if KArAtConfig.parse(self.attention).is_softmax:
             raise ValueError(
                 f"attention={self.attention!r} has softmax like the teacher: name a learnable one, e.g. g3b"

@@ -20,7 +20,6 @@ from accelerate.utils import send_to_device
 from rich.console import Console
 
 from karat import runs
-from karat.errors import TrainingDiverged
 from karat.runs import checkpoint, files
 from karat.runs.settings import RunSettings
 from karat.train import faults, init, memory, randomness, reports, state, step, track, watch
@@ -40,7 +39,7 @@ class Trainer:
         task: what kind of training it is.
         settings: what to train; `auto` values are resolved here.
         data: the task's data, where it is there already (`karat compare` shares it).
-        console: where progress is printed; none prints nothing.
+        console: where the main process prints progress; none prints nothing.
 
     Raises ValueError for settings that contradict each other, the data or the run's folder.
     """
@@ -57,8 +56,8 @@ class Trainer:
             runs.spare(self.folder, *settings.starts_from)
         self.task, self.settings, self.recipe = task, settings, settings.recipe
         self.accelerator = create_accelerator(settings)
-        self.console = console or Console(quiet=True)
         self.main = self.accelerator.is_main_process
+        self.console = console if console is not None and self.main else Console(quiet=True)
         self.data = data or task.load_data(settings, self.accelerator)
         self.batches_per_epoch = len(self.data.train)
         updates = -(-self.batches_per_epoch // settings.grad_accum_steps)
@@ -137,18 +136,15 @@ class Trainer:
         if p.epoch >= epochs:
             self._complete()
             return self._summary()
-        label = self.settings.label
-        config = self.settings.as_dict()
         names = self.settings.track if self.main else ()
         memory.reset_peak()
         with contextlib.ExitStack() as stack:
             self.stop = stack.enter_context(faults.StopRequest())
-            self.trackers = track.trackers(names, self.folder, config, p.epoch)
+            self.trackers = track.trackers(names, self.folder, self.settings.as_dict(), p.epoch)
             for tracker in self.trackers:
                 stack.callback(tracker.close)
-            self.bar = stack.enter_context(
-                track.Bar(self.console, label, total=self.total_steps, done=p.step, epochs=epochs, visible=self.main)
-            )
+            bar = track.Bar(self.console, self.settings.label, total=self.total_steps, done=p.step, epochs=epochs)
+            self.bar = stack.enter_context(bar)
             try:
                 while p.epoch < epochs:
                     self._train_epoch()
@@ -169,8 +165,12 @@ class Trainer:
         files.write_json(path, self._summary())
 
     def _warn(self, note: str | None) -> None:
-        if note is not None and self.main:
-            self.console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        if note is not None:
+            self.say(f"note: {note}")
+
+    def say(self, text: str) -> None:
+        """Print a text as it stands."""
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def _open_loader(self) -> Iterator[Batch]:
         """This epoch's batches from where the run stands, without touching the training's random states."""
@@ -252,12 +252,8 @@ class Trainer:
         images = send_to_device(group[-1][0], self.accelerator.device)
         why = faults.diagnose(self.parts.bare, images, step.bad_gradients(self.parts))
         self.save()
-        raise TrainingDiverged(
-            f"stopped at step {p.step}: {p.bad_steps + 1} updates had a non-finite loss or gradient (now loss "
-            f"{outcome.loss:.4g}, gradient norm {outcome.norm:.4g}); {why}. The last good state is saved in "
-            f"{self.folder}: begin again with a lower --lr, --operator-lr-scale or --clip-grad, or go on with --resume "
-            "and a higher --max-bad-steps"
-        )
+        found = f"now loss {outcome.loss:.4g}, gradient norm {outcome.norm:.4g}; {why}"
+        raise faults.diverged(p.step, p.bad_steps + 1, found, self.folder)
 
     def _asked_to_stop(self) -> bool:
         """Whether a signal came, to any of the processes."""
@@ -270,11 +266,7 @@ class Trainer:
     def _leave(self) -> NoReturn:
         """Save and end as the signal asks: KeyboardInterrupt, or exit status 143 for SIGTERM."""
         self.save()
-        self.console.print(
-            f"stopped at step {self.progress.step}; go on with: {self.settings.command} --resume {self.folder}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        self.say(f"stopped at step {self.progress.step}; go on with: {self.settings.command} --resume {self.folder}")
         if self.stop.received == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)
@@ -345,3 +337,10 @@ class Trainer:
         p, figures = self.progress, self.task.summary(self.progress.history)
         finished = p.epoch >= self.recipe.epochs
         return reports.summary(self.folder, self.settings, figures, self.parts.parameters, p, finished=finished)
+
+
+def train_and_say(task: Task[Any, Any], settings: RunSettings) -> None:
+    """Train to the end on the terminal, and say how it ended."""
+    trainer = Trainer(task, settings, console=Console())
+    summary = trainer.fit()
+    trainer.say(f"finished: {task.result(summary)}, {summary['parameters']:,} parameters\nrun: {summary['folder']}")

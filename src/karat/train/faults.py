@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from karat.errors import TrainingDiverged as TrainingDiverged  # where it was before
+from karat.errors import TrainingDiverged as TrainingDiverged
 from karat.errors import first_line
 from karat.models.evaluating import evaluating
 
@@ -27,6 +28,15 @@ def worker_death(error: Exception) -> str | None:
     if "DataLoader worker" not in said:
         return None
     return said if "worker died" in said else f"a data worker died ({said})"
+
+
+def diverged(step: int, bad_steps: int, found: str, folder: Path) -> TrainingDiverged:
+    """The error that ends a run at `step` with too many bad updates, with what was found of the last one."""
+    return TrainingDiverged(
+        f"stopped at step {step}: {bad_steps} updates had a non-finite loss or gradient ({found}). "
+        f"The last good state is saved in {folder}: begin again with a lower --lr, --operator-lr-scale or --clip-grad, "
+        "or go on with --resume and a higher --max-bad-steps"
+    )
 
 
 class StopRequest:

@@ -18,7 +18,7 @@ from karat.train.evaluate import evaluate
 
 
 def evaluate_run(
-    folder: Path,
+    run: Path,
     *,
     weights: str = "last",
     data: str | None = None,
@@ -32,11 +32,11 @@ def evaluate_run(
     Another `img_size` resamples position embeddings and operators to the new token grid (SPEC §9).
     Raises ValueError for data whose labels the model does not have, and as `load_run` does.
     """
-    settings, facts = runs.read_config(folder)
+    settings, facts = runs.read_config(run)
     if device is not None:
         settings = replace(settings, device=device)
     accelerator = create_accelerator(settings)
-    model = load_run(folder, weights)
+    model = load_run(run, weights)
     side = settings.img_size or input_size(settings.model)
     if img_size is not None and img_size != side:
         model, side = resample_tokens(model, img_size=img_size), img_size
@@ -53,7 +53,7 @@ def evaluate_run(
     if loaded.in_chans != facts["in_chans"]:
         raise ValueError(f"{data} has {loaded.in_chans} channels, the model takes {facts['in_chans']}")
     measured = evaluate(model.to(accelerator.device), loaded.eval, accelerator)
-    result = {"run": str(folder), "weights": weights, "data": data or settings.data, "img_size": side, **measured}
+    result = {"run": str(run), "weights": weights, "data": data or settings.data, "img_size": side, **measured}
     if accelerator.is_main_process:
-        write_json(folder / runs.EVAL, result)
+        write_json(run / runs.EVAL, result)
     return result

@@ -78,6 +78,10 @@ class Task(ABC, Generic[S, D]):
     def epoch_line(self, line: Mapping[str, Any]) -> str:
         """An epoch's figures for the terminal."""
 
+    @abstractmethod
+    def result(self, summary: Mapping[str, Any]) -> str:
+        """A finished run's figures for the terminal."""
+
     def summary(self, history: list[dict[str, Any]]) -> dict[str, Any]:
         """The figures of the last epoch that summary.json holds, None before the first."""
         return {self.metric: history[-1][self.metric] if history else None}

@@ -69,8 +69,8 @@ def trackers(names: tuple[str, ...], run: Path, config: Mapping[str, Any], first
 class Bar:
     """The progress of one run: a bar on a terminal, and one line an epoch everywhere."""
 
-    def __init__(self, console: Console, label: str, *, total: int, done: int, epochs: int, visible: bool) -> None:
-        self.console, self.label, self.epochs, self.visible = console, label, epochs, visible
+    def __init__(self, console: Console, label: str, *, total: int, done: int, epochs: int) -> None:
+        self.console, self.label, self.epochs = console, label, epochs
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -81,7 +81,7 @@ class Bar:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not (visible and console.is_terminal),
+            disable=not console.is_terminal,
         )
         self.task = self.progress.add_task(label, total=total, completed=done, loss=float("nan"), speed=0.0)
 
@@ -99,8 +99,6 @@ class Bar:
 
     def epoch(self, line: Mapping[str, Any], measured: str, seconds_left: float) -> None:
         """After one epoch: a line that stays, with what the evaluation measured in words."""
-        if not self.visible:
-            return
         minutes, seconds = divmod(round(seconds_left), 60)
         self.console.print(
             f"{self.label}  epoch {line['epoch']}/{self.epochs}  loss {line['train_loss']:.4f}  "
