@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,20 @@ def open_digits() -> Splits:
     return Splits(train, evaluation, tuple("0123456789"), in_chans=1, native_size=8, mirror=False)
 
 
-def open_torch(name: str, root: Path) -> Splits:
-    """`torch/NAME` below `root`, downloaded there when it is missing and there is a network.
+def data_folder(given: str | Path | None) -> Path:
+    """Where named data lies: the folder that was given, else $KARAT_DATA, else ~/.cache/karat."""
+    return Path(given or os.environ.get("KARAT_DATA", "~/.cache/karat")).expanduser()
+
+
+def open_torch(name: str, root: Path | None) -> Splits:
+    """`torch/NAME` below `root` (None: as `data_folder` says), downloaded when missing if there is a network.
 
     cifar10, cifar100, mnist, fashion_mnist and kmnist come through timm's create_dataset; svhn,
     flowers102 and stl10 through torchvision, which checks every file's digest before it is read; imagenet
     is an image folder with train/ and val/. Raises ValueError saying what to place where when the data is
     neither there nor to be had.
     """
-    name = name.lower()
+    name, root = name.lower(), data_folder(root)
     if name == "imagenet":
         return _imagenet(root)
     if name not in FILES:

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,14 +23,23 @@ import numpy as np
 import torch
 
 from karat.data.augmentation import Augmentation, eval_transform, train_transform
+from karat.data.folder import Tree, open_folder
+from karat.data.hub import open_hub, open_parquet, open_shards
 from karat.data.images import Fit, Normalise, statistics
 from karat.data.loader import Loader, ResidentLoader, Views, WorkerLoader, decode_all
+from karat.data.named import open_digits, open_torch
 from karat.data.order import BadImages, Order
 from karat.data.sources import ArraySource, Source, Splits, Stream, check_labels, is_stream, size_of, take_fraction
 
 RESIDENT_LIMIT = 512 * 2**20  # bytes of decoded pixels a split may take in memory; CIFAR-10 takes 150 MB
 DEFAULT_SIZE = 224
-PREFIXES = ("torch", "hfds", "hfids", "wds")
+# What a prefix opens, given the name behind it, the folder that it lies in or is downloaded to, and a stream's length.
+OPENERS: dict[str, Callable[[str, Path | None, int | None], Splits]] = {
+    "torch": lambda name, root, _: open_torch(name, root),
+    "hfds": lambda name, root, count: open_hub(name, streaming=False, data_dir=root, num_samples=count),
+    "hfids": lambda name, root, count: open_hub(name, streaming=True, data_dir=root, num_samples=count),
+    "wds": lambda name, _, count: open_shards(name, num_samples=count),
+}
 
 
 @dataclass(frozen=True)
@@ -195,32 +205,19 @@ def load_data(options: DataOptions) -> Data:
 
 def is_path(spec: str) -> bool:
     """Whether a spec is the path of a folder, and no name."""
-    return spec != "digits" and spec.partition("/")[0] not in PREFIXES
+    return spec != "digits" and spec.partition("/")[0] not in OPENERS
 
 
 def open_splits(spec: str, data_dir: Path | None = None, num_samples: int | None = None) -> Splits:
     """What a spec is, without decoding an image. Raises ValueError as load_data does."""
     prefix, _, name = spec.partition("/")
-    root = data_dir or Path(os.environ.get("KARAT_DATA", "~/.cache/karat")).expanduser()
     if spec == "digits":
-        from karat.data.named import open_digits
-
         return open_digits()
-    if prefix in PREFIXES and not name:
+    if prefix not in OPENERS:
+        return _open_path(spec)
+    if not name:
         raise ValueError(f"data {spec!r}: name the data set after the stroke, as in torch/cifar10")
-    if prefix == "torch":
-        from karat.data.named import open_torch
-
-        return open_torch(name, root)
-    if prefix in ("hfds", "hfids"):
-        from karat.data.hub import open_hub
-
-        return open_hub(name, streaming=prefix == "hfids", data_dir=data_dir, num_samples=num_samples)
-    if prefix == "wds":
-        from karat.data.hub import open_shards
-
-        return open_shards(name, num_samples=num_samples)
-    return _open_path(spec)
+    return OPENERS[prefix](name, data_dir, num_samples)
 
 
 def _open_path(spec: str) -> Splits:
@@ -232,11 +229,5 @@ def _open_path(spec: str) -> Splits:
         )
     if not path.is_dir():
         raise ValueError(f"data {spec!r} is a file; give the folder that it lies in")
-    from karat.data.folder import Tree, open_folder
-
     tree = Tree()
-    if tree.has_parquet(str(path)):
-        from karat.data.hub import open_parquet
-
-        return open_parquet(path)
-    return open_folder(path, tree)
+    return open_parquet(path) if tree.has_parquet(str(path)) else open_folder(path, tree)

@@ -12,10 +12,10 @@ name ends with (train2017). The images of an --eval-data that lies in another fo
 
 from __future__ import annotations
 
-import os
 from functools import cached_property
 from pathlib import Path
 
+from karat.data.named import data_folder
 from karat.data.order import BadImages, Order
 from karat.data.sources import fixed_part
 from karat.detect.coco import CocoPart, read_coco
@@ -123,7 +123,7 @@ def find_files(settings: DetectSettings) -> tuple[Path, Path | None]:
     """The JSON files of training and evaluation; None where one file serves both."""
     path = Path(settings.data).expanduser()
     if settings.data == "coco" and not path.exists():
-        path = Path(settings.data_dir or os.environ.get("KARAT_DATA", "~/.cache/karat")).expanduser() / "coco"
+        path = data_folder(settings.data_dir) / "coco"
     if not path.exists():
         raise ValueError(f"data {str(path)!r}: no such file or folder; give a COCO JSON or a folder that holds one")
     given = None if settings.eval_data is None else Path(settings.eval_data).expanduser()
