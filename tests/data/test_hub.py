@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from karat.data.hub import RowStream, find_columns
+from karat.data.splits import DataOptions, Opener
 from karat.runs.recipes import RECIPES
 from support import data as support
 
@@ -171,6 +173,13 @@ def test_stream_is_shuffled_complete_and_repeatable(sharded):
     assert sorted(names(0)) == sorted(png(i) for i in range(24))
     assert names(0) == names(0)
     assert names(0) != names(1)
+
+
+def test_what_is_opened_once_stays_whole(sharded):
+    opened, half = Opener(), DataOptions(sharded, VIT.augmentation, img_size=12, fraction=0.5)
+    assert [opened.data(half).eval.num_samples for _ in range(2)] == [5, 5]
+    assert opened.data(replace(half, seed=1)).eval.num_samples == 5
+    assert opened.data(replace(half, fraction=1.0)).eval.num_samples == 10
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
