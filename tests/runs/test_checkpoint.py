@@ -83,6 +83,28 @@ def test_full_disk_loses_nothing_that_was_saved(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
+def test_what_fails_leaves_the_old_file_and_no_draft(tmp_path: Path) -> None:
+    def cut_off() -> None:
+        with files.draft_of(tmp_path / "x") as draft:
+            draft.write_text("ne")
+            raise KeyboardInterrupt
+
+    files.write_text(tmp_path / "x", "old")
+    with pytest.raises(KeyboardInterrupt):
+        cut_off()
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "old")]
+
+
+def test_the_draft_of_a_killed_process_is_no_way_into_the_file_that_it_links(tmp_path: Path) -> None:
+    for name in ("kept", "new"):
+        files.write_text(tmp_path / name, name)
+    with files.draft_of(tmp_path / "target") as draft:
+        draft.write_text("old")
+    draft.hardlink_to(tmp_path / "kept")  # a process of the same number had got so far
+    files.write_text(tmp_path / "target", "new")
+    assert [(tmp_path / name).read_text() for name in ("kept", "target")] == ["kept", "new"]
+
+
 def test_weights_that_do_not_fit_are_refused_by_the_first_difference() -> None:
     model = nn.Sequential(nn.Linear(3, 2))
     good = model.state_dict()

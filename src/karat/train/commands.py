@@ -113,10 +113,10 @@ def transfer(arguments: Sequence[str]) -> None:
 def _student_defaults(teacher: Path, arguments: Sequence[str], opened: Opener) -> Settings:
     from karat.train.transfer import student_defaults
 
-    resumed = defaults(arguments, opened)
-    if resumed.resume is not None:
-        _check_teacher(teacher, resumed)
-        return resumed
+    saved = defaults(arguments, opened)
+    if saved.resume is not None:
+        _check_teacher(teacher, saved)
+        return saved
     given = [word[2:].partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")]
     student = student_defaults(teacher, given, _first_options(arguments).model)
     if student.preset != AUTO:
@@ -126,14 +126,14 @@ def _student_defaults(teacher: Path, arguments: Sequence[str], opened: Opener) -
     return replace(student, recipe=get_recipe(name))
 
 
-def _check_teacher(teacher: Path, resumed: Settings) -> None:
+def _check_teacher(teacher: Path, saved: Settings) -> None:
     """Raise ValueError where a run goes on with another teacher than its own, or has none."""
-    folder = Path(str(resumed.output))
-    if resumed.teacher is None:
+    folder = Path(str(saved.output))
+    if saved.teacher is None:
         raise ValueError(f"{folder} has no teacher: go on with karat train --resume {folder}")
     kept = folder / runs.TEACHER
-    if teacher.resolve() not in (Path(resumed.teacher).resolve(), kept.resolve()):
-        raise ValueError(f"{folder} learns from {resumed.teacher}, not {teacher}: name that, or its copy {kept}")
+    if teacher.resolve() not in (Path(saved.teacher).resolve(), kept.resolve()):
+        raise ValueError(f"{folder} learns from {saved.teacher}, not {teacher}: name that, or its copy {kept}")
 
 
 def evaluate(arguments: Sequence[str]) -> None:
