@@ -26,8 +26,44 @@ _ALONE = "Tensor q, Tensor k, Tensor u, Tensor? bias, Tensor? mask"
 _JOINT = "Tensor q, Tensor k, Tensor v, Tensor u, Tensor? bias, Tensor? mask"
 
 
-def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
-    return torch.library.custom_op(f"karat::{name}", mutates_args=(), schema=schema)
+def _operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function an operator; `fake` gives memory in the shapes of its results."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        operator = torch.library.custom_op(f"karat::{name}", function, mutates_args=(), schema=schema)
+        operator.register_fake(fake)
+        return operator
+
+    return register
+
+
+def _memory_of_sums(q: Tensor, k: Tensor, u: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty(*q.shape[:3], u.shape[-1])
+
+
+def _memory_of_softmax(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """For attended (B,H,M,Dv), laid out as (B,M,H,Dv), and logsumexp (B,H,M)."""
+    B, H, M, _ = q.shape
+    attended = q.new_empty(B, M, H, v.shape[-1]).transpose(1, 2)
+    return attended, q.new_empty(B, H, M, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _memory_of_both(q: Tensor, k: Tensor, v: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    attended, logsumexp = _memory_of_softmax(q, v)
+    return attended, _memory_of_sums(q, k, u), logsumexp
+
+
+def _memory_of_gradients(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """In the shapes of the inputs that may need them, contiguous; without numbers where none is wanted."""
+    *tensors, needs = inputs
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and need else grad.new_empty(0)
+        for x, need in zip(tensors, needs, strict=False)
+    )
+
+
+def _memory_of_joint_gradients(grad_attended: Tensor, grad_sums: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return _memory_of_gradients(grad_attended, *inputs)
 
 
 class _Opened(NamedTuple):
@@ -60,23 +96,17 @@ class _Opened(NamedTuple):
         return [self.call.q.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
-@_operator("basis_attention", f"({_ALONE}, {_SETTINGS}) -> Tensor")
+@_operator("basis_attention", f"({_ALONE}, {_SETTINGS}) -> Tensor", _memory_of_sums)
 def basis_attention(q: Tensor, k: Tensor, u: Tensor, *rest: Any) -> Tensor:
     """out (B,H,M,E); see `karat.basis_attention`."""
     bias, mask, *settings = rest
     return _Opened.of((q, k, u, bias, mask), *settings).forward()
 
 
-def _fake_basis_attention(q: Tensor, k: Tensor, u: Tensor, *rest: Any) -> Tensor:
-    return q.new_empty(*q.shape[:3], u.shape[-1])
-
-
-basis_attention.register_fake(_fake_basis_attention)
-
-
 @_operator(
     "basis_attention_backward",
     f"(Tensor grad, {_ALONE}, {_SETTINGS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    _memory_of_gradients,
 )
 def basis_attention_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k, u, bias; an empty tensor where `needs` says that none is wanted."""
@@ -84,14 +114,7 @@ def basis_attention_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(_Opened.of(tensors, basis, scale, impl).backward(grad, needs))
 
 
-def _fake_basis_attention_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return _memory_of_gradients(inputs[:4], inputs[-1])
-
-
-basis_attention_backward.register_fake(_fake_basis_attention_backward)
-
-
-@_operator("joint_attention", f"({_JOINT}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)")
+@_operator("joint_attention", f"({_JOINT}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)", _memory_of_both)
 def joint_attention(q: Tensor, k: Tensor, v: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """attended (B,H,M,Dv), sums (B,H,M,E), logsumexp (B,H,M); see `karat.ops.joint_attention`."""
     bias, mask, *settings = rest
@@ -100,18 +123,11 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, u: Tensor, *rest: Any) -> t
     return part.attended, sums, part.logsumexp
 
 
-def _fake_joint_attention(q: Tensor, k: Tensor, v: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    attended, logsumexp = _memory_of_softmax(q, v)
-    return attended, q.new_empty(*q.shape[:3], u.shape[-1]), logsumexp
-
-
-joint_attention.register_fake(_fake_joint_attention)
-
-
 @_operator(
     "joint_attention_backward",
     f"(Tensor grad_attended, Tensor grad_sums, {_JOINT}, Tensor attended, Tensor logsumexp, {_SETTINGS}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _memory_of_joint_gradients,
 )
 def joint_attention_backward(grad_attended: Tensor, grad_sums: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, u, bias; an empty tensor where `needs` says that none is wanted."""
@@ -121,29 +137,6 @@ def joint_attention_backward(grad_attended: Tensor, grad_sums: Tensor, *inputs: 
     part = SoftmaxPart(v, attended, logsumexp, grad_attended, dv)
     dq, dk, du, dbias = _Opened.of(tensors, basis, scale, impl).backward(grad_sums, needs, part)
     return dq, dk, v.new_empty(0) if dv is None else dv, du, dbias
-
-
-def _fake_joint_attention_backward(grad_attended: Tensor, grad_sums: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return _memory_of_gradients(inputs[:5], inputs[-1])
-
-
-joint_attention_backward.register_fake(_fake_joint_attention_backward)
-
-
-def _memory_of_softmax(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """For attended (B,H,M,Dv), laid out as (B,M,H,Dv), and logsumexp (B,H,M)."""
-    B, H, M, _ = q.shape
-    attended = q.new_empty(B, M, H, v.shape[-1]).transpose(1, 2)
-    return attended, q.new_empty(B, H, M, dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-def _memory_of_gradients(inputs: Sequence[Any], needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """In the shapes of the inputs, q first, contiguous; without numbers where none is wanted."""
-    empty = inputs[0].new_empty
-    return tuple(
-        empty(0) if x is None or not need else torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x, need in zip(inputs, needs, strict=True)
-    )
 
 
 def _register_autograd(forward: Any, backward: Any) -> None:
