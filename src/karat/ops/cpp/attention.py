@@ -108,10 +108,10 @@ class _Prepared(NamedTuple):
         """Tell the task where x lies."""
         self.alive.append(x)
         setattr(self.task, name, x.data_ptr())
-        strides = _strides(x)
-        if name == "u":
-            strides = (0,) * (5 - len(strides)) + strides
-        setattr(self.task, f"{name}_strides", (ctypes.c_int64 * len(strides))(*strides))
+        kind, strides = (_Five if name == "u" else _Four), _strides(x)
+        if kind is _Five and len(strides) == 4:  # shared by the images
+            strides = (0, *strides)
+        setattr(self.task, f"{name}_strides", kind(*strides))
 
 
 def _prepare(call: Call, u: Tensor, basis: Basis, softmax: SoftmaxPart | None, grad: Tensor | None = None) -> _Prepared:
