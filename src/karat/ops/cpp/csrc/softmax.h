@@ -86,12 +86,14 @@ inline void restore_weights(const Tile& tile, int64_t row, int64_t n, float logs
   }
 }
 
-// A row of dS: that of the features, already in the place of the scores, and softmax's own.
-inline void add_softmax(const Tile& tile, int64_t row, int64_t vectors, const float* dweights, float delta) {
+// A row of dS: that of the features, already in the place of the scores, and softmax's own, made in that of dweights.
+// Two loops: its product is rounded before it is added, whatever multiply-adds a compiler would make of one.
+inline void add_softmax(const Tile& tile, int64_t row, int64_t vectors, float* dweights, float delta) {
   float* scores = tile.scores + row * tile.ld;
   const float* weights = tile.weights + row * tile.ld;
   for (int64_t j = 0; j < vectors * LANES; j += LANES)
-    store(scores + j, load(scores + j) + load(weights + j) * (load(dweights + j) - delta));
+    store(dweights + j, load(weights + j) * (load(dweights + j) - delta));
+  for (int64_t j = 0; j < vectors * LANES; j += LANES) store(scores + j, load(scores + j) + load(dweights + j));
 }
 
 // delta of a row: the product of its output and that output's gradient.
