@@ -98,6 +98,12 @@ class Convert:
                 f"attention={self.attention!r} has softmax like the teacher: name a learnable one, e.g. g3b"
             )
         check_fits(KArAtConfig.parse(self.attention))
+        self.how()  # a value that can't be used is refused before a teacher is looked for
+
+    def how(self) -> tuple[FitOptions, DistillOptions]:
+        """How operators are fitted, and how they are distilled."""
+        fit = FitOptions(self.ridge, self.fold, self.refit_projection)
+        return fit, DistillOptions(self.distill_epochs, self.distill_lr, self.distill_scope, self.distill_inputs)
 
 
 def convert_run(options: Convert, console: Console | None = None) -> dict[str, Any]:
@@ -137,8 +143,7 @@ def _fit(
     student: nn.Module, teacher: nn.Module, images: Images, options: Convert, accelerator: Accelerator, console: Console
 ) -> dict[str, Any]:
     """Fit the student's operators, then distil where epochs are asked for; what the report says of it."""
-    fit = FitOptions(options.ridge, options.fold, options.refit_projection)
-    tune = DistillOptions(options.distill_epochs, options.distill_lr, options.distill_scope, options.distill_inputs)
+    fit, tune = options.how()
     held_out = [batch for _, batch in zip(range(-(-512 // options.batch_size)), images.evaluation(), strict=False)]
 
     def blocks() -> list[dict[str, Any]]:
