@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/stability.py --data-root ../shared/data --output runs/stability
     python benchmarks/stability.py --output runs/stability --collect docs/results/stability.json --table
 
-The first trains what docs/studies/stability.toml asks for, run by run, and may be started in several terminals at
+The first trains what benchmarks/stability.toml asks for, run by run, and may be started in several terminals at
 once, stopped and started again: a run is an ordinary folder TASK--ATTENTION-lrX-sS (without its checkpoints once it is
 finished), claimed by a lock, skipped when it is finished and gone on with when it was cut off. One that diverges has
 the reason in diverged.txt and counts as a quality of 0. The second trains nothing and writes what is finished.
@@ -46,7 +46,7 @@ Run = dict[str, Any]  # one run as the JSON has it
 class Options:
     """Train the study, or with --collect, --table or --figure show what is finished of it."""
 
-    study: Path = Path("docs/studies/stability.toml")
+    study: Path = Path("benchmarks/stability.toml")
     """Tasks and attentions."""
     data_root: Path = Path("../shared/data")
     """Where the folders of the tasks' data lie."""

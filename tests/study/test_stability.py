@@ -63,7 +63,7 @@ def verdicts(text: str) -> dict[str, str]:
 
 
 def test_the_studys_file_asks_for_what_the_issue_asks(stability: ModuleType) -> None:
-    tasks, rows = stability.read_study(ROOT / "docs" / "studies" / "stability.toml")
+    tasks, rows = stability.read_study(ROOT / "benchmarks" / "stability.toml")
     jobs = stability.make_jobs(tasks, rows)
     assert len({job.name for job in jobs}) == len(jobs)
     assert (jobs[0].row.name, jobs[0].task.name, jobs[0].seed) == ("softmax", "bccd-long", 0)
