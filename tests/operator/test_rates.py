@@ -7,11 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from karat import KArAtOperator, resample_operator
 from karat.basis import BASES
-from karat.operator.operator import with_factors, without_loose_factors
+from karat.operator.grids import on_grid
+from karat.operator.operator import with_factors, without_torn_layers
 from karat.operator.rates import RATE, moments, rounded
+from karat.operator.token_grid import TokenGrid
 
 LINEAR = 28e-3  # of a linear layer of width 192, by one Adam step of 1e-3 (docs/method.md)
 
@@ -139,8 +142,39 @@ def test_factors_go_with_their_parameters_alone() -> None:
     assert set(completed) == set(model.state_dict())
     assert completed["a.W_factor"] == 1
     del completed["a.W"]
-    assert "a.W_factor" not in without_loose_factors(model, completed)
-    assert "a.layers.0.factor" in without_loose_factors(model, completed)
+    left = without_torn_layers(model, completed, weights)
+    assert "a.W_factor" not in left
+    assert "a.layers.0.factor" in left
+    half = with_factors(model, {name: x.bfloat16() for name, x in weights.items()})
+    assert {x.dtype for x in half.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("theirs", "mine"), [("", ",edge_scales=True"), (",edge_scales=True", "")])
+def test_a_layer_that_fits_in_part_is_left_as_it_is(theirs: str, mine: str) -> None:
+    source = nn.ModuleDict({"a": KArAtOperator(2, 9, f"g3b,base=silu{theirs}")}).state_dict()
+    model = nn.ModuleDict({"a": KArAtOperator(2, 9, f"g3b,base=silu{mine}")})
+    before = model["a"].edges(torch.linspace(-1, 1, 5))
+    own = model.state_dict()
+    fitting = {name: x for name, x in source.items() if name in own and x.shape == own[name].shape}
+    taken = without_torn_layers(model, fitting, source)
+    assert set(taken) == {"a.W", "a.W_factor"}
+    model.load_state_dict(own | taken)
+    assert torch.equal(model["a"].edges(torch.linspace(-1, 1, 5)), before)
+
+
+def test_an_operator_is_built_where_tensors_are_no_numbers() -> None:
+    moments.cache_clear()
+    with FakeTensorMode():
+        assert KArAtOperator(2, 9, "g3b,base=silu").W.shape == (2, 9, 12)
+    assert KArAtOperator(2, 9, "g3b").layers[0].factor.flatten()[0] > 0
+
+
+def test_another_grid_follows_a_change_of_factors_alone() -> None:
+    op = KArAtOperator(2, 9, "g3b").requires_grad_(False)
+    old, new = TokenGrid(0, 3, 3), TokenGrid(0, 4, 4)
+    before = on_grid(op, old, new).projector
+    op.W_factor.mul_(2)
+    assert torch.equal(on_grid(op, old, new).projector, 2 * before)
 
 
 @pytest.mark.parametrize("rank", [4, None])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from karat import KArAtOperator, karat_operators
@@ -132,3 +133,19 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "torn")
     with pytest.raises(ValueError, match=r"missing keys .*operator"):
         from_pretrained(ViTForImageClassification, tmp_path / "torn")
+
+
+def test_what_was_saved_before_there_were_factors_has_factors_of_one(tmp_path: Path) -> None:
+    model = vit("g3b")
+    for operator in karat_operators(model).values():
+        for name, buffer in operator.named_buffers():
+            if name.endswith("factor"):
+                buffer.fill_(1.0)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: x for name, x in weights.items() if not name.endswith("factor")}
+    assert len(kept) < len(weights)
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = from_pretrained(ViTForImageClassification, tmp_path).eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    assert torch.equal(loaded(pixels).logits, model(pixels).logits)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from karat.runs.files import read_tensors
 
+# Buffers of an operator: what isn't learned is no weight.
+FIXED = ("factor", "base_gain")
 # Which kind of weight a parameter is, by a piece of its name; the first that fits.
 KINDS = {
     "operator W": ("operator.W",),
@@ -84,7 +86,7 @@ def histograms(checkpoints: Sequence[tuple[int, Path]], *, bins: int = 80) -> li
 def _by_kind(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     groups: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and not name.endswith(FIXED):
             groups.setdefault(kind_of(name), []).append(tensor.flatten().float())
     return {kind: torch.cat(parts) for kind, parts in groups.items()}
 

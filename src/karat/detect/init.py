@@ -19,7 +19,7 @@ from karat.detect.trunk import Trunk, resize_embeddings, to_grid
 from karat.models.backbones import AttentionKind, backbone_of, kind_of
 from karat.models.create import create_model
 from karat.models.resample import resample_tokens
-from karat.operator.operator import with_factors, without_loose_factors
+from karat.operator.operator import with_factors, without_torn_layers
 from karat.operator.token_grid import resample_operator
 from karat.runs import files
 from karat.train.init import FRESH, Transplanted, adapt, read_model, same_operators, transplant
@@ -140,7 +140,7 @@ def _source(name: str, settings: DetectSettings) -> tuple[nn.Module, dict[str, T
     fitting = {key: tensor for key, tensor in adapted.items() if tensor is not None}
     if not fitting:
         raise ValueError(f"--init {name}: it shares no weight with {settings.model}")
-    source.load_state_dict(own | without_loose_factors(source, fitting))
+    source.load_state_dict(own | without_torn_layers(source, fitting, weights))
     return source, {key: weights[key] for key in fitting}, True
 
 

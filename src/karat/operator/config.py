@@ -63,7 +63,7 @@ class KArAtConfig:
         position_bias: None, or "relative": a learnable bias for each head and offset of two tokens, added to the
             scores by `karat.karatize`; also with "softmax", where it and `blocks` are all that can be set. Something
             must see the scores and teach it: softmax, or an operator with edge functions.
-        init: "default" (the output starts with the variance of V) or "paper".
+        init: "default" (the output starts as large as softmax's mean of V, beside softmax as V) or "paper".
         init_scale: factor of the operator's initial output; with 0.0 its last map starts at zero (not beside a gate
             that is learned and starts there too: neither would learn).
         impl: the implementation of basis attention, see `karat.basis_attention`. Where scores are given or σ is formed

@@ -99,8 +99,6 @@ class EdgeLayer(nn.Module):
                 getattr(self, group.name).mul_(mine)
             elif self.base_scale is not None:
                 self.base_scale.mul_(mine[0])
-            else:
-                assert bool((mine == 1).all()), "b(x) enters as it is"
         self.factor.copy_(factor)
 
     def factored(self) -> dict[str, tuple[str, ...]]:
@@ -131,7 +129,9 @@ def add_factors(module: Any, weights: dict[str, Any], prefix: str = "") -> None:
     """Complete weights that were saved before there were factors: such a module was trained with factors of one."""
     for buffer, parameters in module.factored().items():
         if any(prefix + name in weights for name in parameters):
-            weights.setdefault(prefix + buffer, torch.ones_like(getattr(module, buffer), device="cpu"))
+            like = next(weights[prefix + name] for name in parameters if prefix + name in weights)
+            ones = torch.ones_like(getattr(module, buffer), device="cpu", dtype=like.dtype)
+            weights.setdefault(prefix + buffer, ones)
 
 
 def starts(basis: Basis) -> list[tuple[int, EdgeParameter]]:

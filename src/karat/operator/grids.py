@@ -32,7 +32,7 @@ def on_grid(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> KArAtOperator:
     if trained or any(parameter.is_inference() for parameter in op.parameters()):  # those don't tell of changes
         return _view(op, old, new)
     kept = _views.setdefault(op, {})
-    key = (old, new, *_state(op.parameters()))
+    key = (old, new, *_state((*op.parameters(), *op.buffers())))
     view = kept.pop(key, None)
     if view is None:
         for other in [other for other in kept if other[2:] != key[2:]]:
@@ -46,7 +46,7 @@ def on_grid(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> KArAtOperator:
 
 
 def _state(parameters: Iterable[Tensor]) -> _Key:
-    """Changes with every change of the parameters: other objects, another place, precision, or numbers written."""
+    """Changes with every change of these tensors: other objects, another place, precision, or numbers written."""
     return tuple((id(p), p.data_ptr(), p.dtype, p.device, p._version) for p in parameters)
 
 

@@ -27,7 +27,7 @@ def initialise(parameters: OperatorParameters, order: Order, config: KArAtConfig
     if parameters.gate is not None:
         nn.init.zeros_(parameters.gate)
     for name, buffer in parameters.named_buffers():
-        if name.endswith("factor"):
+        if name.endswith(("factor", "base_gain")):
             buffer.fill_(1.0)
     for layer in parameters.edge_layers:
         _draw(layer, config.init)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -244,14 +244,28 @@ def with_factors(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, T
     found = dict(weights)
     for factor, parameters in factors_of(model).items():
         if any(name in weights for name in parameters):
-            found.setdefault(factor, torch.ones_like(model.get_buffer(factor), device="cpu"))
+            like = next(weights[name] for name in parameters if name in weights)  # a model is of one precision
+            found.setdefault(factor, torch.ones_like(model.get_buffer(factor), device="cpu", dtype=like.dtype))
     return found
 
 
-def without_loose_factors(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of some weights for a model without the factors whose parameters aren't among them."""
-    loose = {name for name, parameters in factors_of(model).items() if not all(p in weights for p in parameters)}
-    return {name: tensor for name, tensor in weights.items() if name not in loose}
+def without_torn_layers(model: nn.Module, taken: Mapping[str, Tensor], given: Collection[str]) -> dict[str, Tensor]:
+    """Some weights for a model without the layers of operators that they would change the meaning of.
+
+    A factor and what it multiplies go together: a layer of which the given names have a part only, or more than the
+    model's has (other edge scales, another base activation), is left as it is.
+    """
+    own, factors = model.state_dict(), factors_of(model)
+    torn: set[str] = set()
+    for factor, parameters in factors.items():
+        mine = {factor, *parameters}
+        if factor.endswith(".factor"):
+            layer = factor.removesuffix("factor")
+            mine = {name for name in own if name.startswith(layer)}
+            mine |= {name for name in given if name.startswith(layer)}
+        if not mine <= set(taken):
+            torn |= mine
+    return {name: tensor for name, tensor in taken.items() if name not in torn}
 
 
 def _places(heads: tuple[int, ...]) -> slice | tuple[int, ...]:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from karat.basis import Basis, EdgeParameter
 from karat.operator.edges import EdgeLayer, starts
@@ -80,6 +81,11 @@ def weights_of(group: EdgeParameter) -> tuple[float, ...]:
 @lru_cache(maxsize=64)
 def moments(basis: Basis) -> Moments:
     """The moments of a basis's amplitudes, by quadrature over the scores; shapes as they are drawn at the start."""
+    with torch.device("cpu"), unset_fake_temporarily():  # numbers, whatever is being built and where
+        return _moments(basis)
+
+
+def _moments(basis: Basis) -> Moments:
     generator = torch.Generator().manual_seed(0)
     z = torch.linspace(-REACH, REACH, NODES, dtype=torch.float64)
     weights = torch.exp(-0.5 * z.square())
@@ -158,6 +164,11 @@ def hidden_size(layer: EdgeLayer, keys: int) -> float:
 
 def base_moments(basis: Basis) -> tuple[float, float]:
     """E b and E b² of a base activation for scores of unit variance."""
+    with torch.device("cpu"), unset_fake_temporarily():
+        return _base_moments(basis)
+
+
+def _base_moments(basis: Basis) -> tuple[float, float]:
     z = torch.linspace(-REACH, REACH, NODES, dtype=torch.float64)
     weights = torch.exp(-0.5 * z.square())
     weights = weights / weights.sum()

@@ -22,7 +22,7 @@ from transformers.models.vit.modeling_vit import ViTAttention
 from karat.models.attention import split_mask
 from karat.models.karatize import SHARED_NAME, NoWeightDecay, chosen_blocks
 from karat.operator.config import KArAtConfig
-from karat.operator.operator import KArAtOperator
+from karat.operator.operator import KArAtOperator, factors_of
 from karat.ops.masks import safe_softmax, softmax_attention
 
 NAME = "karat"
@@ -149,8 +149,12 @@ def from_pretrained(kind: type[Model], name_or_folder: str | Path, **options: An
 
     Converted.__name__ = kind.__name__
     loaded, report = Converted.from_pretrained(name_or_folder, config=config, output_loading_info=True, **options)
+    factors = factors_of(loaded)  # what was saved before there were any was trained with factors of one
+    ones = {name for name in report.get("missing_keys") or () if name in factors}
+    for name in ones:
+        loaded.get_buffer(name).fill_(1.0)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(map(str, report.get(what) or ()))
+        names = sorted(set(map(str, report.get(what) or ())) - ones)
         if names:
             raise ValueError(f"{name_or_folder}: {what.replace('_', ' ')} {', '.join(names[:3])}")
     loaded.__class__ = kind

@@ -23,7 +23,7 @@ from karat import runs
 from karat.errors import first_line
 from karat.models.resample import resample_tokens
 from karat.operator.config import KArAtConfig
-from karat.operator.operator import factors_of, with_factors, without_loose_factors
+from karat.operator.operator import factors_of, with_factors, without_torn_layers
 from karat.runs import files
 from karat.runs.model import load_run
 from karat.runs.settings import RunSettings
@@ -148,25 +148,27 @@ def transplant(
         entry[0] += 1
         entry[1] += tensor.numel()
 
-    taken: dict[str, Tensor] = {}
+    fitting: dict[str, Tensor] = {}
     for name, target in own.items():
         found = weights.get(name)
-        if found is not None and name in operators and not same_operator:
-            found = None
-        adapted = None if found is None else adapt(name, found, target, model)
-        if adapted is None:
+        if found is not None and not (name in operators and not same_operator):
+            adapted = adapt(name, found, target, model)
+            if adapted is not None:
+                fitting[name] = adapted
+    taken = without_torn_layers(model, fitting, weights)
+    for name, target in own.items():
+        if name not in taken:
             note(name, FRESH, target)
         else:
-            assert found is not None
-            taken[name] = adapted
-            note(name, RESIZED if name in resized or adapted.shape != found.shape else LOADED, target)
+            changed = name in resized or taken[name].shape != weights[name].shape
+            note(name, RESIZED if changed else LOADED, target)
     for name, tensor in weights.items():
         if name not in taken:
             note(name, DROPPED, tensor)
     if not taken:
         first = next(iter(weights), "nothing")
         raise ValueError(f"--init {source}: it shares no weight with the model (it has {first!r}, …)")
-    model.load_state_dict({**own, **without_loose_factors(model, taken)})
+    model.load_state_dict({**own, **taken})
     return [Transplanted(part, fate, *numbers) for (part, fate), numbers in sorted(counts.items())]
 
 
