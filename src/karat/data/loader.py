@@ -6,6 +6,7 @@ have given.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -59,7 +60,7 @@ def _collate(
     return torch.stack(images), torch.tensor(labels, dtype=torch.int64), bad
 
 
-class Loader:
+class Loader(ABC):
     """Batches of one split. Iterable; `len` is the number of batches an epoch of this process."""
 
     def __init__(self, order: Order, bad: BadImages, num_classes: int, title: str) -> None:
@@ -92,9 +93,9 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         return self.iter_from(0)
 
+    @abstractmethod
     def iter_from(self, batch_index: int) -> Iterator[Batch]:
         """The batches of this epoch from `batch_index` on, the same as if those before had been taken."""
-        raise NotImplementedError
 
 
 class ResidentLoader(Loader):
