@@ -155,9 +155,9 @@ def test_pages_are_easy_to_read(page: Path) -> None:
 
 
 def rooms() -> dict[str, str]:
-    """The rooms and root files of docs/house.md, each with its number or "below all", "above all"."""
-    rows = re.findall(r"^\| (\d+|below all|above all) \| `?([\w.]+)`? \|", HOUSE, re.MULTILINE)
-    return {name: number for number, name in rows}
+    """The rooms and root files of docs/house.md, each with its number or "below all", "above all", "old paths"."""
+    rows = re.findall(r"^\| (\d+|below all|above all|old paths) \| ([\w.`, ]+) \|", HOUSE, re.MULTILINE)
+    return {name: number for number, names in rows for name in re.findall(r"[\w.]+", names)}
 
 
 def test_the_house_shows_everything_that_is_there(script: Callable[[str], types.ModuleType]) -> None:

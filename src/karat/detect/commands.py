@@ -16,7 +16,7 @@ from karat.detect.recipes import get_recipe
 from karat.detect.settings import DetectSettings
 from karat.errors import parse
 from karat.runs.settings import AUTO, Device
-from karat.train.commands import first_options, read_settings, resumed
+from karat.train.commands import first_options, read_settings, resumed, train_and_say
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,6 @@ def train(arguments: Sequence[str]) -> None:
     prog = "karat detect train"
     settings = parse(lambda: read_settings(DetectSettings, arguments, prog, _defaults(arguments)), prog)
     from karat.detect.task import Detection
-    from karat.train.engine import train_and_say
 
     train_and_say(Detection(), settings)
 

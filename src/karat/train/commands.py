@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -18,6 +18,9 @@ from karat.runs.classification import AUTO, Settings, preset_for
 from karat.runs.recipes import get_recipe
 from karat.runs.renamed import renamed_options
 from karat.runs.settings import Device, RunSettings
+
+if TYPE_CHECKING:
+    from karat.train.task import Task
 
 S = TypeVar("S", bound=RunSettings)
 
@@ -94,9 +97,17 @@ def train(arguments: Sequence[str]) -> None:
 
 def _train(settings: Settings, opened: Opener) -> None:
     from karat.train.classify import Classification
-    from karat.train.engine import train_and_say
 
     train_and_say(Classification(opened), settings)
+
+
+def train_and_say(task: Task[Any, Any], settings: RunSettings) -> None:
+    """Train to the end on the terminal, and say how it ended."""
+    from karat.train.engine import Trainer
+
+    trainer = Trainer(task, settings, console=Console())
+    summary = trainer.fit()
+    trainer.say(f"finished: {task.result(summary)}, {summary['parameters']:,} parameters\nrun: {summary['folder']}")
 
 
 def transfer(arguments: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ happens aside of those states.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import signal
 import statistics
 import time
@@ -339,8 +340,7 @@ class Trainer:
         return reports.summary(self.folder, self.settings, figures, self.parts.parameters, p, finished=finished)
 
 
-def train_and_say(task: Task[Any, Any], settings: RunSettings) -> None:
-    """Train to the end on the terminal, and say how it ended."""
-    trainer = Trainer(task, settings, console=Console())
-    summary = trainer.fit()
-    trainer.say(f"finished: {task.result(summary)}, {summary['parameters']:,} parameters\nrun: {summary['folder']}")
+def __getattr__(name: str) -> Any:  # the old path of karat.train.classify.train, which imports this file
+    if name == "train":
+        return importlib.import_module("karat.train.classify").train
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
