@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pycocotools import mask as pycoco_mask
 from pycocotools.coco import COCO
 
 from karat.detect import coco
 from karat.detect.data import load_data, open_parts
+from support.data import BACK, store_turned
 from support.detection import annotation, tiny, write_coco
 
 # pycocotools itself, under NumPy 2
@@ -223,6 +225,30 @@ def test_views_keep_boxes_masks_and_pixels_together(tmp_path: Path, view: str) -
                 assert float(inner.median()) > 0.9
                 seen += 1
     assert seen > 10
+
+
+@pytest.mark.parametrize("orientation", BACK)
+def test_boxes_lie_on_the_picture_as_it_is_shown(tmp_path: Path, orientation: int) -> None:
+    part = coco.read_coco(write_coco(tmp_path), [tmp_path])
+    seen = {}
+    for turned in (False, True):
+        if turned:
+            for picture in part.pictures:
+                store_turned(picture.path, orientation)
+        batches = load_data(tiny(tmp_path)).measuring(part)
+        seen[turned] = torch.stack([image for images, _ in batches for image in images])
+    assert torch.equal(seen[True], seen[False])
+
+
+def test_a_json_in_the_stored_frame_is_refused(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    store_turned(tmp_path / "1.png", 6)
+    change(tmp_path / "instances.json", lambda p: p["images"][1].update(width=40, height=60))
+    change(tmp_path / "instances.json", lambda p: p["annotations"].clear())
+    part = coco.read_coco(tmp_path / "instances.json", [tmp_path])
+    write_coco(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"1\.png.*40x60 pixels, its JSON says 60x40.*EXIF"):
+        list(load_data(tiny(tmp_path / "other")).measuring(part))
 
 
 def test_crowds_are_not_trained_on_and_empty_images_are(tmp_path: Path) -> None:

@@ -1,4 +1,18 @@
-"""One image, from its file or bytes to the pixels that a model takes, without randomness."""
+"""One image, from its file or bytes to the pixels that a model takes, without randomness.
+
+Every image of the package comes through `read_image`, which makes of each of Pillow's modes what a person sees:
+
+| what is in the file | what comes out |
+|---|---|
+| an EXIF orientation | turned as it says, then everything else; sizes are those of the picture as shown |
+| 1 bit, 8-bit grey, RGB, RGBX | as it stands |
+| a palette, CMYK, YCbCr, HSV, CIELAB | its colours, by Pillow; ICC profiles are not applied |
+| transparency of any kind | laid over white |
+| 16-bit grey | scaled to 8 by the file's bit depth |
+| 16-bit colour | its upper 8 bits, by Pillow |
+| 32-bit whole or real numbers | refused: the file doesn't say which is white |
+| several frames or pages | the first |
+"""
 
 from __future__ import annotations
 
@@ -10,7 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
@@ -19,35 +34,98 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 MODES = {1: "L", 3: "RGB"}
 JPEG = b"\xff\xd8"  # how a JPEG file begins
+TURNS = {  # EXIF orientation -> what shows the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+DEEP_FORMATS = (
+    "PNG",
+    "PPM",
+    "TIFF",
+    "JPEG2000",
+    None,
+)  # whose numbers beyond 8 bits have a known white; None: an array
 
 
-def read_image(source: Any, in_chans: int = 3) -> Image.Image:
+def read_image(source: Any, in_chans: int = 3, *, ground: str = "white") -> Image.Image:
     """A PIL image in colour (in_chans 3) or grey (1), from a path, bytes, an array (H,W[,3]) or an image.
 
-    Raises whatever PIL does where there is no whole image; `read_file` says it in one line.
+    ground: what lies under transparent parts. Raises ValueError for numbers whose white isn't known, and whatever PIL
+    does where there is no whole image; `read_file` says it in one line.
     """
     if isinstance(source, np.ndarray):
         image = Image.fromarray(source)
     elif isinstance(source, Image.Image):
         image = source
+        image.load()  # a TIFF is turned by this
     else:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
             opened.load()  # pixels are read here, so that a torn file is noticed here
             image = opened
+    turn = TURNS.get(_orientation(image))
+    seen = _colours(image, ground)
+    seen = seen if turn is None else seen.transpose(turn)
     mode = MODES[in_chans]
-    return image if image.mode == mode else image.convert(mode)
+    return seen if seen.mode == mode else seen.convert(mode)
 
 
-def read_file(path: Path, in_chans: int = 3) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
+    """EXIF's; 1, upright, where there is none or the block is broken."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # whatever a broken block makes Pillow raise; the pixels are whole
+        return 1
+
+
+def _colours(image: Image.Image, ground: str) -> Image.Image:
+    """The image in mode L or RGB."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _eight_bits(image)
+    if image.mode == "LAB":
+        return _from_lab(image)
+    if image.has_transparency_data:
+        seen = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, ground), seen).convert("RGB")
+    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey beyond 8 bits as 8: TIFF says how many there are, and whether 0 is white; the others have 16."""
+    tags = getattr(image, "tag_v2", {})
+    known = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if not known or image.format not in DEEP_FORMATS:
+        numbers = "real numbers" if image.mode == "F" else "whole numbers of more than 16 bits"
+        raise ValueError(f"its pixels are {numbers}, which don't say what is white; save it with 8 or 16 bits")
+    white = 2 ** int(tags.get(BITSPERSAMPLE, (16,))[0]) - 1
+    values = np.rint(np.asarray(image).astype(np.float64) * (255 / white)).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(255 - values if tags.get(PHOTOMETRIC_INTERPRETATION) == 0 else values)
+
+
+def _from_lab(image: Image.Image) -> Image.Image:
+    """CIELAB (D50) to sRGB."""
+    from PIL import ImageCms
+
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    seen = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    assert seen is not None, "not in place"
+    return seen
+
+
+def read_file(path: Path, in_chans: int = 3, *, ground: str = "white") -> Image.Image:
     """`read_image` of a file that a person named. Raises ValueError for one that isn't there, no image or torn."""
     try:
-        return read_image(path, in_chans)
+        return read_image(path, in_chans, ground=ground)
     except FileNotFoundError:
         raise ValueError(f"{path} is not there: give the path of an image") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image of a known format; give a PNG, JPEG or the like") from None
     except Exception as error:  # a broken file can raise anything from within PIL's codecs
-        raise ValueError(f"{path} can't be read as an image ({reason_of(error)}); give a whole one") from None
+        raise ValueError(f"{path} can't be read as an image: {reason_of(error)}") from None
 
 
 def reason_of(error: BaseException) -> str:
@@ -57,12 +135,14 @@ def reason_of(error: BaseException) -> str:
 
 
 def to_pixels(encoded: Any, in_chans: int, side: int) -> Tensor | None:
-    """(C,S,S) uint8 of a JPEG's bytes whose sides are `side` already, else None; takes half as long as PIL."""
+    """(C,S,S) uint8 of an upright JPEG's bytes whose sides are `side` already, else None; sooner than PIL's."""
     if not isinstance(encoded, bytes) or encoded[:2] != JPEG:
         return None
+    with Image.open(io.BytesIO(encoded)) as header:  # no pixels are read
+        if header.size != (side, side) or header.mode not in MODES.values() or _orientation(header) in TURNS:
+            return None
     mode = ImageReadMode.RGB if in_chans == 3 else ImageReadMode.GRAY
-    image = decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), mode)
-    return image if image.shape[1:] == (side, side) else None
+    return decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), mode)
 
 
 def to_uint8(image: Image.Image) -> Tensor:

@@ -29,7 +29,8 @@ class View:
         side, recipe = self.recipe.img_size, self.recipe
         height, width = picture.size
         if image.size != (width, height):
-            raise ValueError(f"it has {image.size[1]}x{image.size[0]} pixels, its JSON says {height}x{width}")
+            turned = "; annotate it as its EXIF orientation shows it" if image.size == (height, width) else ""
+            raise ValueError(f"it has {image.height}x{image.width} pixels, its JSON says {height}x{width}{turned}")
         new = self._new_size(height, width)
         scaled = image.resize((new[1], new[0]), Image.Resampling.BILINEAR)
         top, left = (random.randint(0, max(length - side, 0)) for length in new) if self.train else (0, 0)

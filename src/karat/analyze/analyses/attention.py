@@ -118,7 +118,7 @@ def _overlap(s: Subject, maps: Tensor) -> dict[str, list[float]]:
         raise ValueError("--mask and --box belong to one image: name it with --image")
     size = read_file(options.image).size
     if options.mask is not None:
-        drawn = read_file(options.mask, 1)
+        drawn = read_file(options.mask, 1, ground="black")
         if drawn.size != size:
             raise ValueError(f"{options.mask} is {drawn.size} and its image {size}: they must be of one size")
     else:
