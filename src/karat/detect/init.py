@@ -18,6 +18,7 @@ from karat.detect.settings import DetectSettings
 from karat.detect.trunk import Trunk, resize_embeddings, to_grid
 from karat.models.backbones import AttentionKind, backbone_of, kind_of
 from karat.models.create import create_model
+from karat.models.kan.mlp import refuse_other_form
 from karat.models.resample import resample_tokens
 from karat.operator.operator import with_factors, without_torn_layers
 from karat.operator.token_grid import resample_operator
@@ -127,6 +128,7 @@ def _source(name: str, settings: DetectSettings) -> tuple[nn.Module, dict[str, T
         return whole[0], {key: tensor.clone() for key, tensor in whole[0].state_dict().items()}, whole[1]
     weights = files.read_tensors(Path(name).expanduser())
     source: Any = create_model(settings.model, settings.attention, **settings.model_kwargs())
+    refuse_other_form(source, weights)
     grid = _grid_of(weights)
     if grid is not None:  # on its own grid, from where position embeddings and operators are carried together
         side, prefix = grid

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from karat import runs
 from karat.errors import first_line
+from karat.models.kan.mlp import refuse_other_form
 from karat.models.resample import resample_tokens
 from karat.operator.config import KArAtConfig
 from karat.operator.operator import factors_of, with_factors, without_torn_layers
@@ -137,6 +138,10 @@ def transplant(
 
     `resized` names weights that were carried to the model's size before.
     """
+    try:
+        refuse_other_form(model, weights)
+    except ValueError as error:
+        raise ValueError(f"--init {source}: {error}") from None
     own, weights = model.state_dict(), with_factors(model, weights)
     operators, factors = set(operator_parameters(model)), factors_of(model)
     counts: dict[tuple[str, str], list[int]] = {}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.layers import Mlp
 from torch import nn
 
@@ -14,7 +17,7 @@ from karat.models.kan import MLPS, PEERS, KANClassifier, SplineLinear, create_de
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 
 
-@pytest.mark.parametrize("mlp", [*MLPS, "kan(grid=3,ratio=2)", "grkan(groups=4,init=silu)"])
+@pytest.mark.parametrize("mlp", [*MLPS, "kan(grid=3,ratio=2)", "grkan(groups=4,init=silu)", "grkan(form=code)"])
 @pytest.mark.parametrize("attention", ["softmax", "g1b"])
 def test_both_may_learn(mlp: str, attention: str) -> None:
     model = karat.create_model("vit_tiny_patch16_224", attention=attention, mlp=mlp, **SMALL)
@@ -60,6 +63,80 @@ def test_a_run_of_kat_starts_from_a_softmax_vit() -> None:
     assert not any(fate.fate == "dropped" for fate in fates)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(kat(images), vit(images), atol=0.02, rtol=0.02)
+
+
+def published_kat(dim: int = 48, depth: int = 2, classes: int = 5) -> dict[str, torch.Tensor]:
+    """Weights by the names and shapes of KAT's own model (github.com/Adamdad/kat) on 32² in patches of 8."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, dim), "pos_embed": (1, 17, dim), "patch_embed.proj.weight": (dim, 3, 8, 8),
+        "patch_embed.proj.bias": (dim,), "norm.weight": (dim,), "norm.bias": (dim,), "head.weight": (classes, dim),
+        "head.bias": (classes,),
+    }  # fmt: skip
+    for block in (f"blocks.{i}" for i in range(depth)):
+        for norm in ("norm1", "norm2"):
+            shapes |= {f"{block}.{norm}.weight": (dim,), f"{block}.{norm}.bias": (dim,)}
+        for name, (p, q) in {
+            "attn.qkv": (3 * dim, dim), "attn.proj": (dim, dim), "mlp.fc1": (4 * dim, dim), "mlp.fc2": (dim, 4 * dim)
+        }.items():  # fmt: skip
+            shapes |= {f"{block}.{name}.weight": (p, q), f"{block}.{name}.bias": (p,)}
+        for act in ("act1", "act2"):
+            shapes |= {f"{block}.mlp.{act}.weight_numerator": (1, 6), f"{block}.mlp.{act}.weight_denominator": (8, 4)}
+    return {name: torch.randn(shape) * 0.1 for name, shape in shapes.items()}
+
+
+def kat_mlp(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """A block's MLP as KAT's code computes it, x (T,C)."""
+
+    def act(z: torch.Tensor, name: str) -> torch.Tensor:
+        a, b = weights[f"{name}.weight_numerator"][0], weights[f"{name}.weight_denominator"].abs()
+        b = b.repeat_interleave(z.shape[1] // 8, 0)
+        return sum(a[i] * z**i for i in range(6)) / (1 + sum(b[:, j] * z.abs() ** (j + 1) for j in range(4)))
+
+    hidden = torch.nn.functional.linear(act(x, "act1"), weights["fc1.weight"], weights["fc1.bias"])
+    return torch.nn.functional.linear(act(hidden, "act2"), weights["fc2.weight"], weights["fc2.bias"])
+
+
+@pytest.mark.parametrize("door", ["--init", "load_state_dict", "pretrained"])
+def test_kats_published_weights_load_and_compute_what_its_code_does(door: str, tmp_path: Path) -> None:
+    from karat.train.init import transplant
+
+    weights = published_kat()
+    if door == "pretrained":  # timm's own way: a configuration that names a file or the Hub's
+        save_file(weights, tmp_path / "kat.safetensors")
+        overlay = {"file": str(tmp_path / "kat.safetensors"), "num_classes": 5}
+        name = "kat_tiny_patch16_224"
+        model = karat.create_model(name, "softmax", pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
+    else:
+        model = karat.create_model("vit_tiny_patch16_224", "softmax", mlp="grkan(form=code)", **SMALL)
+        if door == "--init":
+            assert {fate.fate for fate in transplant(model, weights, "kat")} == {"loaded"}
+        else:
+            model.load_state_dict(weights)
+    x = torch.randn(7, 48)
+    mlp = model.get_submodule("blocks.1.mlp")
+    expected = kat_mlp({name.removeprefix("blocks.1.mlp."): tensor for name, tensor in weights.items()}, x)
+    torch.testing.assert_close(mlp(x), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mlp", ["mlp", "grkan", "grkan(share_denominator=False)"])
+def test_kats_published_weights_are_refused_by_other_mlps(mlp: str) -> None:
+    from karat.train.init import transplant
+
+    model = karat.create_model("vit_tiny_patch16_224", "softmax", mlp=mlp, **SMALL)
+    with pytest.raises(ValueError, match=r'--init kat: .*--mlp "grkan\(form=code\)"'):
+        transplant(model, published_kat(), "kat")
+
+
+@pytest.mark.parametrize(("form", "count"), [("paper", 5_718_664), ("code", 5_718_328)])
+def test_kats_two_forms_have_their_numbers_of_parameters(form: str, count: int) -> None:
+    model = karat.create_model("vit_tiny_patch16_224", "softmax", mlp=f"grkan(form={form})")
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_forms_that_there_are_not_are_refused() -> None:
+    for spec, words in (("grkan(form=x)", "paper, code"), ("grkan(form=code,share_denominator=False)", "form=paper")):
+        with pytest.raises(ValueError, match=words):
+            parse_mlp(spec)
 
 
 def test_taking_over_needs_the_same_width() -> None:

@@ -7,39 +7,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from karat.models.kan import GroupRational, group_rational
+from karat.models.kan import GroupRational, PublishedRational, group_rational
 from karat.models.kan import rational as module
-from karat.models.kan.rational import rational_formula
+from karat.models.kan.rational import Rational, rational_formula
 from karat.models.kan.rational_fit import fit_rational, gain
 
 ROWS = [(4, 1), (1, 4), (4, 4), (1, 1)]
 
 
-def by_hand(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Equation 12 of arXiv 2409.10594, channel by channel."""
+def by_hand(x: Tensor, a: Tensor, b: Tensor, terms: bool = False) -> Tensor:
+    """Equation 12 of arXiv 2409.10594, channel by channel; with `terms` what its published code computes."""
     groups = max(len(a), len(b))
     width = x.shape[-1] // groups
     columns = []
     for channel in range(x.shape[-1]):
         z = x[..., channel]
         top = sum(c * z**i for i, c in enumerate(a[channel // width if len(a) > 1 else 0]))
-        inner = sum(c * z**j for j, c in enumerate(b[channel // width if len(b) > 1 else 0], start=1))
+        inner = sum(
+            (c * z**j).abs() if terms else c * z**j
+            for j, c in enumerate(b[channel // width if len(b) > 1 else 0], start=1)
+        )
         columns.append(top / (1 + torch.as_tensor(inner).abs()))
     return torch.stack(columns, -1)
 
 
+@pytest.mark.parametrize("terms", [False, True], ids=["paper", "code"])
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 @pytest.mark.parametrize("degrees", [(5, 4), (2, 3), (1, 1)], ids=str)
 def test_equals_its_formula_and_differentiates(
-    rows: tuple[int, int], degrees: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    rows: tuple[int, int], degrees: tuple[int, int], terms: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(module._CHUNK, "cpu", 16)  # two rows of eight channels at a time
     x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     a = torch.randn(rows[0], degrees[0] + 1, dtype=torch.float64, requires_grad=True)
     b = torch.randn(rows[1], degrees[1], dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(group_rational(x, a, b), by_hand(x, a, b))
-    torch.testing.assert_close(rational_formula(x, a, b), by_hand(x, a, b))
-    assert torch.autograd.gradcheck(group_rational, (x, a, b))
+    torch.testing.assert_close(group_rational(x, a, b, terms), by_hand(x, a, b, terms))
+    torch.testing.assert_close(rational_formula(x, a, b, terms), by_hand(x, a, b, terms))
+    assert torch.autograd.gradcheck(lambda *given: group_rational(*given, terms), (x, a, b))
 
 
 def test_any_leading_shape_and_layout() -> None:
@@ -48,23 +52,29 @@ def test_any_leading_shape_and_layout() -> None:
     torch.testing.assert_close(group_rational(x, a, b), rational_formula(x, a, b))
 
 
+FORMS = pytest.mark.parametrize("form", [GroupRational, PublishedRational])
+
+
+@FORMS
 @pytest.mark.parametrize(("name", "function"), [("gelu", F.gelu), ("silu", F.silu)])
-def test_starts_as_the_activation(name: str, function: object) -> None:
+def test_starts_as_the_activation(name: str, function: object, form: type[Rational]) -> None:
     x = torch.linspace(-3, 3, 8 * 1001, dtype=torch.float64).view(-1, 8)
-    layer = GroupRational(groups=4, init=name).double()
+    layer = form(groups=4, init=name).double()
     assert (layer(x) - function(x)).abs().max() <= 1e-2  # type: ignore[operator]
     far = torch.linspace(-10, 10, 8 * 1001, dtype=torch.float64).view(-1, 8)
     assert (layer(far) - function(far)).abs().max() <= 5e-2  # type: ignore[operator]
 
 
-def test_identity_is_exact_and_its_denominator_can_learn() -> None:
-    layer = GroupRational(groups=2, init="identity")
+@FORMS
+def test_identity_is_exact_and_its_denominator_can_learn(form: type[Rational]) -> None:
+    layer = form(groups=2, init="identity")
     x = torch.randn(7, 6)
     out = layer(x)
     torch.testing.assert_close(out, x)
     out.square().sum().backward()
-    assert layer.denominator.grad is not None
-    assert layer.denominator.grad.abs().min() > 0
+    denominator = layer.get_parameter("denominator" if form is GroupRational else "weight_denominator")
+    assert denominator.grad is not None
+    assert denominator.grad.abs().min() > 0
 
 
 @pytest.mark.parametrize(("name", "published"), [("identity", 1.0), ("gelu", 2.3568), ("silu", 2.8178)])

@@ -3,7 +3,7 @@
 from karat.models.kan.classifier import KANClassifier
 from karat.models.kan.mlp import MLPS, parse_mlp, replace_mlp
 from karat.models.kan.peers import PEERS, create_deep_kan
-from karat.models.kan.rational import GroupRational, group_rational
+from karat.models.kan.rational import GroupRational, PublishedRational, group_rational
 from karat.models.kan.spline import SplineLinear
 from karat.models.kan.waves import RBF, FourierLinear, RBFLinear
 
@@ -14,6 +14,7 @@ __all__ = [
     "FourierLinear",
     "GroupRational",
     "KANClassifier",
+    "PublishedRational",
     "RBFLinear",
     "SplineLinear",
     "create_deep_kan",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from karat.basis.base import check_positive
 from karat.basis.specs import parse_call
-from karat.models.kan.rational import GroupRational
-from karat.models.kan.rational_fit import gain
+from karat.models.kan.rational import GroupRational, PublishedRational, Rational
+from karat.models.kan.rational_fit import IDENTITY
 from karat.models.kan.spline import SplineLinear
 from karat.models.kan.waves import FourierLinear, RBFLinear
 
@@ -50,28 +50,26 @@ class EdgeMlp(nn.Module):
 class GroupRationalMlp(nn.Module):
     """Two GR-KAN layers, y = W₂ F₂(W₁ F₁(x)) with group-rational F (KAT, arXiv 2409.10594, eq. 17).
 
-    F₁ begins as the identity, F₂ as `init`; the weights' variances are α/Q, which keeps that of the signal (§4.4).
-    `fc1` and `fc2` are named and shaped as in timm's Mlp, so that a ViT's weights load into them (§4.4, Figure 4).
+    `function` makes an F of what it begins as: F₁ of the identity, F₂ of `init`. The weights' variances are α/Q, which
+    keeps that of the signal (§4.4). `fc1` and `fc2` are named and shaped as in timm's Mlp, so that a ViT's weights load
+    into them (§4.4, Figure 4).
     """
 
     def __init__(
         self,
         sizes: tuple[int, int, int],
         drop: tuple[float, float],
-        groups: int,
-        m: int,
-        n: int,
-        init: str,
-        share_denominator: bool,
+        function: Callable[[str], Rational],
+        init: str = "gelu",
     ) -> None:
         super().__init__()
+        self.act1 = function(IDENTITY)
         for size in sizes[:2]:
-            if size % groups:
-                raise ValueError(f"grkan: groups={groups} doesn't divide {size} channels; choose a divisor")
-        self.act1 = GroupRational(groups, m, n, "identity", share_denominator)
+            if size % self.act1.groups:
+                raise ValueError(f"grkan: groups={self.act1.groups} doesn't divide {size} channels; choose a divisor")
         self.drop1 = nn.Dropout(drop[0])
         self.fc1 = nn.Linear(sizes[0], sizes[1])
-        self.act2 = GroupRational(groups, m, n, init, share_denominator)
+        self.act2 = function(init)
         self.drop2 = nn.Dropout(drop[1])
         self.fc2 = nn.Linear(sizes[1], sizes[2])
         self.reset_parameters()
@@ -80,8 +78,7 @@ class GroupRationalMlp(nn.Module):
         """Draw the weights anew and set the functions to their starts."""
         for function, linear in ((self.act1, self.fc1), (self.act2, self.fc2)):
             function.reset_parameters()
-            variance = gain(function.init, function.m, function.n) / linear.in_features
-            nn.init.normal_(linear.weight, std=math.sqrt(variance))
+            nn.init.normal_(linear.weight, std=math.sqrt(function.gain() / linear.in_features))
             nn.init.zeros_(linear.bias)
 
     @torch.no_grad()
@@ -150,9 +147,16 @@ class SplineMLP(MLPKind):
     layer = SplineLinear
 
 
+FORMS = ("paper", "code")
+
+
 @dataclass(frozen=True)
 class GroupRationalMLP(MLPKind):
-    """Two GR-KAN layers of the MLP's own hidden width (see `GroupRationalMlp`)."""
+    """Two GR-KAN layers of the MLP's own hidden width (see `GroupRationalMlp`).
+
+    form: "paper" shares one denominator 1 + |Σ b_j x^j| among the groups (`GroupRational`), "code" is KAT's published
+    code, whose weights it takes: one numerator, a denominator 1 + Σ |b_j x^j| a group (`PublishedRational`).
+    """
 
     ratio: float | None = None
     groups: int = 8
@@ -160,11 +164,24 @@ class GroupRationalMLP(MLPKind):
     n: int = 4
     init: str = "gelu"
     share_denominator: bool = True
+    form: str = "paper"
 
     name: ClassVar[str] = "grkan"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.form not in FORMS:
+            raise ValueError(f"grkan: form={self.form!r}; give one of {', '.join(FORMS)}")
+        if self.form == "code" and not self.share_denominator:
+            raise ValueError("grkan: share_denominator is form=paper's; form=code has a denominator for each group")
+
     def build(self, sizes: tuple[int, int, int], drop: tuple[float, float]) -> GroupRationalMlp:
-        return GroupRationalMlp(sizes, drop, **self.settings())
+        def function(init: str) -> Rational:
+            if self.form == "code":
+                return PublishedRational(self.groups, self.m, self.n, init)
+            return GroupRational(self.groups, self.m, self.n, init, self.share_denominator)
+
+        return GroupRationalMlp(sizes, drop, function, self.init)
 
 
 @dataclass(frozen=True)
@@ -190,6 +207,19 @@ class FastMLP(MLPKind):
 
 MLPS: dict[str, type[MLPKind]] = {kind.name: kind for kind in (SplineMLP, GroupRationalMLP, FourierMLP, FastMLP)}
 PLAIN = "mlp"
+
+
+def refuse_other_form(model: nn.Module, names: Collection[str]) -> None:
+    """ValueError where weights by these names are those of KAT's published code and the model has other MLPs.
+
+    The rest of a ViT would fit, and be a half of another model.
+    """
+    theirs = ".mlp.act2.weight_denominator"
+    if any(name.endswith(theirs) for name in names) and not any(name.endswith(theirs) for name in model.state_dict()):
+        raise ValueError(
+            "these are weights of KAT's published code, which this model's MLPs can't take; give the plain model "
+            '(--model vit_tiny_patch16_224, ...) and --mlp "grkan(form=code)"'
+        )
 
 
 def parse_mlp(spec: str | MLPKind) -> MLPKind | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import timm
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, load_pretrained, register_model
 from torch import nn
 
 from karat.basis.base import check_count
@@ -41,6 +41,7 @@ def _table() -> dict[str, Peer]:
 
 PEERS: dict[str, Peer] = _table()
 DEEP_KAN = "deep_kan"
+_PLACES = ("pretrained_cfg", "pretrained_cfg_overlay")  # where timm says which weights are meant
 
 # timm reads a model's input size here; the classifier has no size of its own, CIFAR's is what the paper used most.
 default_cfgs = generate_default_cfgs(
@@ -76,7 +77,9 @@ def create_deep_kan(
 
 def _peer_entry(name: str, peer: Peer) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        if pretrained and peer.mlp.startswith("grkan") and any(kwargs.get(key) for key in _PLACES):
+            return _published(peer, **kwargs)
+        for key in (*_PLACES, "cache_dir"):
             kwargs.pop(key, None)
         # A softmax ViT to start from has GELU: KAT then fits its functions to that (arXiv 2409.10594, §4.4).
         mlp = peer.mlp.replace("init=silu", "init=gelu") if pretrained else peer.mlp
@@ -87,10 +90,21 @@ def _peer_entry(name: str, peer: Peer) -> Callable[..., nn.Module]:
     return build
 
 
+def _published(peer: Peer, **kwargs: Any) -> nn.Module:
+    """The peer with the weights of KAT's own that timm's configuration names, a file's or the Hub's."""
+    model = timm.create_model(peer.backbone, **kwargs)
+    replace_mlp(model, peer.mlp.replace("(", "(form=code,"))
+    cfg: Any = model.pretrained_cfg
+    load_pretrained(
+        model, cfg, num_classes=kwargs.get("num_classes", cfg["num_classes"]), in_chans=kwargs.get("in_chans", 3)
+    )
+    return model
+
+
 def _deep_kan_entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     if pretrained:
         raise ValueError("deep_kan has no pretrained weights")
-    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+    for key in (*_PLACES, "cache_dir"):
         kwargs.pop(key, None)
     return create_deep_kan(**kwargs)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from karat.basis.base import check_count
 from karat.models.kan.plain import plain_formulas
-from karat.models.kan.rational_fit import fit_rational
+from karat.models.kan.rational_fit import fit_rational, gain
 
 # Values of x that are worked on at a time, with the powers and polynomials of each beside them: a few times that
 # must fit a CPU's cache, while a GPU wants few launches.
@@ -17,8 +17,10 @@ _CHUNK = {"cpu": 1 << 16}
 _CHUNK_ELSEWHERE = 1 << 22
 
 
-def group_rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+def group_rational(x: Tensor, numerator: Tensor, denominator: Tensor, terms: bool = False) -> Tensor:
     """F(x) = (a_0 + a_1 x + … + a_m x^m) / (1 + |b_1 x + … + b_n x^n|), elementwise: safe Padé.
+
+    With `terms` the denominator is 1 + |b_1 x| + … + |b_n x^n|, which KAT's published code computes.
 
     x (...,C) has its channels in g equal groups; numerator (g,m+1) or (1,m+1), denominator (g,n) or (1,n), one row
     for each group or one for all. The derivative of |P| where P = 0 is taken to be that from above, so that
@@ -36,12 +38,12 @@ def group_rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
             "number of groups must divide the channels, and each has one row or as many as there are groups"
         )
     if plain_formulas():
-        return rational_formula(x, numerator, denominator)
-    out: Tensor = _GroupRational.apply(x, numerator, denominator)
+        return rational_formula(x, numerator, denominator, terms)
+    out: Tensor = _GroupRational.apply(x, numerator, denominator, terms)
     return out
 
 
-def rational_formula(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+def rational_formula(x: Tensor, numerator: Tensor, denominator: Tensor, terms: bool = False) -> Tensor:
     """`group_rational` as it is written down: the definition, differentiable any number of times."""
     groups = max(len(numerator), len(denominator))
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -50,10 +52,22 @@ def rational_formula(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tenso
     top = a[:, -1:]
     for i in range(a.shape[1] - 2, -1, -1):
         top = top * z + a[:, i : i + 1]
+    if terms:
+        z, b = _absolute(z), _absolute(b)
     bottom = b[:, -1:] * z
     for j in range(b.shape[1] - 2, -1, -1):
         bottom = (bottom + b[:, j : j + 1]) * z
-    return (top / (1 + torch.where(bottom >= 0, bottom, -bottom))).flatten(-2).to(x.dtype)
+    return (top / (1 + _absolute(bottom))).flatten(-2).to(x.dtype)
+
+
+def _absolute(x: Tensor) -> Tensor:
+    """|x| with the derivative from above at 0."""
+    return torch.where(x >= 0, x, -x)
+
+
+def _sign(x: Tensor) -> Tensor:
+    """Its derivative."""
+    return torch.where(x >= 0, 1.0, -1.0)
 
 
 class _Blocks:
@@ -93,37 +107,49 @@ def _polynomials(blocks: _Blocks, a: Tensor, b: Tensor, slopes: bool) -> Tensor:
     return table
 
 
+def _values(table: Tensor, powers: Tensor, terms: bool) -> Tensor:
+    """The polynomials of `_polynomials` at a block: (g, 2 or 4, values); with `terms` those below are of |x|."""
+    values = torch.bmm(table, powers)
+    if terms:
+        values[:, 1::2] = torch.bmm(table[:, 1::2], powers.abs())
+        values[:, 3:] *= _sign(powers[:, 1:2])
+    return values
+
+
 class _GroupRational(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, numerator: Tensor, denominator: Tensor, terms: bool) -> Tensor:
         ctx.save_for_backward(x, numerator, denominator)
+        ctx.terms = terms
         rows = x.reshape(-1, x.shape[-1])
         out = torch.empty_like(rows, memory_format=torch.contiguous_format)
         with torch.autocast(x.device.type, enabled=False):
             blocks = _blocks(rows, numerator, denominator)
-            table = _polynomials(blocks, numerator, denominator, slopes=False)
+            table = _polynomials(blocks, numerator, denominator.abs() if terms else denominator, slopes=False)
             for start in blocks.starts:
                 block = blocks.grouped(rows, start)
-                top, bottom = torch.bmm(table, blocks.powers_of(block)).unbind(1)
+                top, bottom = _values(table, blocks.powers_of(block), terms).unbind(1)
                 top.div_(bottom.abs_().add_(1))
                 blocks.grouped(out, start).copy_(top.view(block.shape))
         return out.view(x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, numerator, denominator = ctx.saved_tensors
+        terms: bool = ctx.terms
         rows, upstream = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
         dx = torch.empty_like(rows, memory_format=torch.contiguous_format)
         with torch.autocast(x.device.type, enabled=False):
             blocks = _blocks(rows, numerator, denominator)
-            table = _polynomials(blocks, numerator, denominator, slopes=True)
+            table = _polynomials(blocks, numerator, denominator.abs() if terms else denominator, slopes=True)
             total = torch.zeros(blocks.groups, 2, blocks.degree + 1, dtype=blocks.dtype, device=x.device)
+            below = total.new_zeros(blocks.groups, 1, blocks.degree + 1)
             for start in blocks.starts:
                 block = blocks.grouped(rows, start)
                 powers = blocks.powers_of(block)
-                top, bottom, rise, bend = torch.bmm(table, powers).unbind(1)
-                sign = torch.where(bottom >= 0, -1.0, 1.0)  # -d|P|/dP
+                top, bottom, rise, bend = _values(table, powers, terms).unbind(1)
+                sign = -_sign(bottom)  # -d|P|/dP
                 divisor = bottom.abs_().add_(1)
                 # share = dF/d(top)·grad and fall = dF/dP·grad: what each power adds to a's and to b's gradient
                 shares = torch.empty_like(powers[:, :2])
@@ -132,10 +158,12 @@ class _GroupRational(torch.autograd.Function):
                 share.div_(divisor)
                 torch.mul(top.div_(divisor).mul_(sign), share, out=fall)
                 total.baddbmm_(shares, powers.transpose(1, 2))
+                if terms:  # of |x|, in the place of what was added for x
+                    below += torch.bmm(shares[:, 1:], powers.abs_().transpose(1, 2))
                 blocks.grouped(dx, start).copy_(rise.mul_(share).addcmul_(bend, fall).view(block.shape))
         da = _rows_of(total[:, 0, : numerator.shape[1]], numerator)
-        db = _rows_of(total[:, 1, 1 : denominator.shape[1] + 1], denominator)
-        return dx.view(x.shape), da, db
+        db = _rows_of((below[:, 0] if terms else total[:, 1])[:, 1 : denominator.shape[1] + 1], denominator)
+        return dx.view(x.shape), da, db * _sign(denominator) if terms else db, None
 
 
 def _blocks(rows: Tensor, numerator: Tensor, denominator: Tensor) -> _Blocks:
@@ -148,7 +176,40 @@ def _rows_of(gradient: Tensor, like: Tensor) -> Tensor:
     return (gradient.sum(0, keepdim=True) if len(like) < len(gradient) else gradient).to(like.dtype)
 
 
-class GroupRational(nn.Module):
+class Rational(nn.Module):
+    """What the two kinds of group-rational functions share; a kind gives its parameters and says if it is of `terms`."""
+
+    terms: ClassVar[bool] = False
+
+    def __init__(self, groups: int, m: int, n: int, init: str) -> None:
+        super().__init__()
+        for name, value in (("groups", groups), ("m", m), ("n", n)):
+            check_count("GroupRational", name, value, 1)
+        self.groups, self.m, self.n, self.init = groups, m, n, init
+
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """Numerator (g or 1, m+1) and denominator (g or 1, n), the parameters or views of them."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set every function to the fit to `init`."""
+        for mine, fit in zip(self.coefficients(), fit_rational(self.init, self.m, self.n, self.terms), strict=True):
+            mine.copy_(torch.tensor(fit).expand_as(mine))
+
+    def gain(self) -> float:
+        """α of the function at its start, see `rational_fit.gain`."""
+        return gain(self.init, self.m, self.n, self.terms)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(...,C) -> (...,C)."""
+        return group_rational(x, *self.coefficients(), self.terms)
+
+    def extra_repr(self) -> str:
+        return f"groups={self.groups}, m={self.m}, n={self.n}, init={self.init}"
+
+
+class GroupRational(Rational):
     """A rational function for each of `groups` groups of channels; the denominator is common to all (KAT, §4.3).
 
     F_g(x) = (Σ_{i=0..m} a_gi x^i) / (1 + |Σ_{j=1..n} b_j x^j|). At the start every F_g is the best fit to `init`:
@@ -159,7 +220,7 @@ class GroupRational(nn.Module):
         groups: g, a divisor of the number of channels.
         m, n: degrees of numerator and denominator.
         init: the function to begin as.
-        share_denominator: one b for all groups, as KAT has it in its experiments, or one for each.
+        share_denominator: one b for all groups, as KAT's paper has it in its experiments, or one for each.
 
     Raises ValueError for a value out of range or an unknown `init`.
     """
@@ -167,24 +228,33 @@ class GroupRational(nn.Module):
     def __init__(
         self, groups: int = 8, m: int = 5, n: int = 4, init: str = "gelu", share_denominator: bool = True
     ) -> None:
-        super().__init__()
-        for name, value in (("groups", groups), ("m", m), ("n", n)):
-            check_count("GroupRational", name, value, 1)
-        self.groups, self.m, self.n, self.init, self.share_denominator = groups, m, n, init, share_denominator
+        super().__init__(groups, m, n, init)
+        self.share_denominator = share_denominator
         self.numerator = nn.Parameter(torch.empty(groups * (m + 1)))
         self.denominator = nn.Parameter(torch.empty(n if share_denominator else groups * n))
         self.reset_parameters()
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Set every function to the fit to `init`."""
-        numerator, denominator = fit_rational(self.init, self.m, self.n)
-        self.numerator.copy_(torch.tensor(numerator).repeat(self.groups))
-        self.denominator.copy_(torch.tensor(denominator).repeat(len(self.denominator) // self.n))
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """As Rational.coefficients."""
+        return self.numerator.view(-1, self.m + 1), self.denominator.view(-1, self.n)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(...,C) -> (...,C)."""
-        return group_rational(x, self.numerator.view(-1, self.m + 1), self.denominator.view(-1, self.n))
 
-    def extra_repr(self) -> str:
-        return f"groups={self.groups}, m={self.m}, n={self.n}, init={self.init}"
+class PublishedRational(Rational):
+    """The same as KAT's published code computes it (github.com/Adamdad/rational_kat_cu), under its parameters' names.
+
+    F_g(x) = (Σ_{i=0..m} a_i x^i) / (1 + Σ_{j=1..n} |b_gj x^j|): the numerator is common to all groups, each has its
+    denominator. Tables (1,m+1) and (g,n), which weight decay reaches, as there. Otherwise as GroupRational; the start
+    is the fit to `init` of this form, where the code's own constants fit the other.
+    """
+
+    terms = True
+
+    def __init__(self, groups: int = 8, m: int = 5, n: int = 4, init: str = "gelu") -> None:
+        super().__init__(groups, m, n, init)
+        self.weight_numerator = nn.Parameter(torch.empty(1, m + 1))
+        self.weight_denominator = nn.Parameter(torch.empty(groups, n))
+        self.reset_parameters()
+
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """As Rational.coefficients."""
+        return self.weight_numerator, self.weight_denominator
