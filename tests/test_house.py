@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from karat.old_paths import PATHS
 from support.paths import ROOT
 
 PACKAGE = ROOT / "src" / "karat"
@@ -45,32 +46,19 @@ def room(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
-def old_paths() -> set[str]:
-    """The modules that hand on what a room has now, from docs/house.md."""
-    page = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
-    (row,) = re.findall(r"^\| old paths \| (.*?) \|", page, re.M)
-    (inside,) = re.findall(r"old paths lie in room train: (.*?)\. ", page, re.M)
-    named = [("karat", name) for name in re.findall(r"`(\w+)", row)]
-    named += [("karat.train", name) for name in re.findall(r"`(\w+)", inside)]
-    return {f"{above}.{name}" for above, name in named}
-
-
 def test_nothing_of_the_package_imports_an_old_path() -> None:
-    old = old_paths()
-    assert len(old) == 12
-    assert [name for name in old if "under its old path" not in " ".join(lines(FILES[name])[:3])] == []
-    found = [
+    assert not PATHS.keys() & FILES.keys()
+    assert not [
         f"{FILES[module].relative_to(ROOT)}:{line}"
         for module in FILES
         for name, line in imports(module)
-        if any(name == path or name.startswith(f"{path}.") for path in old)
+        if name in PATHS
     ]
-    assert not found
 
 
 def test_every_room_of_the_page_is_a_folder_and_the_reverse() -> None:
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
-    assert set(order()) == folders - {"integrations", "hub"}  # public paths of what share/ has
+    assert set(order()) == folders - {"integrations"}  # a public name's place, which imports share/ alone
     assert sorted(order().values()) == list(range(1, len(order()) + 1))
 
 

@@ -7,6 +7,8 @@ import importlib
 import numpy as np
 import pytest
 
+from karat.old_paths import PATHS
+
 HANDED_ON = {
     "karat.attention": ("karat.models.attention", "KArAtAttention"),
     "karat.convert": ("karat.models.karatize", "karatize"),
@@ -31,6 +33,12 @@ def test_an_old_path_gives_what_the_room_has(old: str) -> None:
     new, *names = HANDED_ON[old]
     for name in names:
         assert getattr(importlib.import_module(old), name) is getattr(importlib.import_module(new), name)
+    with pytest.raises(ImportError, match="no_such"):
+        exec(f"from {old} import no_such")
+
+
+def test_every_old_path_is_tried() -> None:
+    assert {*PATHS, "karat.train.engine"} == set(HANDED_ON)
 
 
 def test_data_is_loaded_as_it_was() -> None:

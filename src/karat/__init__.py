@@ -10,6 +10,8 @@ import sys
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from karat.old_paths import PATHS, OldPaths
+
 if TYPE_CHECKING:
     from karat.models.create import create_model
     from karat.models.karatize import karatize
@@ -64,7 +66,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_HOME[name]), name)
         globals()[name] = value
         return value
-    if name in _ROOMS or name == "integrations":
+    if name in _ROOMS or name == "integrations" or f"karat.{name}" in PATHS:
         return importlib.import_module(f"karat.{name}")
     raise AttributeError(f"module 'karat' has no attribute {name!r}")
 
@@ -72,6 +74,8 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_ROOMS})
 
+
+sys.meta_path.append(OldPaths())
 
 # timm's create_model knows the karat_* models from here on. The command line, whose --help is to be at once, imports
 # them with the command that needs them.
