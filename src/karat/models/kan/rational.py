@@ -177,7 +177,7 @@ def _rows_of(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 class Rational(nn.Module):
-    """What the two kinds of group-rational functions share; a kind gives its parameters says if it is of `terms`."""
+    """What both kinds of group-rational functions share; a kind gives its parameters and says if it is of `terms`."""
 
     terms: ClassVar[bool] = False
 
