@@ -65,7 +65,7 @@ def test_written_back_it_is_what_was_read(tmp_path: Path) -> None:
 
 
 def _short(plain: dict[str, Any]) -> None:
-    plain["annotations"][0]["segmentation"] = [[1, 1, 9, 9], [1, 1, 9, 1, 9, 9]]
+    plain["annotations"][0].update(segmentation=[[1, 1, 9, 9], [1, 1, 9, 1, 9, 9]], bbox=[1, 1, 8, 8], area=64)
     plain["annotations"][1]["segmentation"] = [[1, 1, 9, 9]]
     plain["annotations"][2]["bbox"][2] = 0
 

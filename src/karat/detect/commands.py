@@ -93,6 +93,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     result = evaluate_run(**vars(parsed))
     console = Console()
     console.print(precision_table(result))
+    if "mask_AP" not in result:
+        console.print("the objects have no masks: boxes alone are measured")
     console.print(f"{result['images']} images\nsaved: {parsed.run / runs.EVAL}", highlight=False, soft_wrap=True)
 
 
@@ -104,6 +106,8 @@ def precision_table(figures: dict[str, Any]) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     for kind in ("box", "mask"):
+        if f"{kind}_AP" not in figures:
+            continue
         values = [figures.get(f"{kind}_{column}") for column in columns]
         table.add_row(kind, *["–" if value is None else f"{value:.2f}" for value in values])
     return table

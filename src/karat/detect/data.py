@@ -39,7 +39,17 @@ class DetectData:
         self.categories = train_part.categories
         self.num_classes = len(self.categories)
         if not any(not thing.crowd for picture in train_part.pictures for thing in picture.things):
-            raise ValueError(f"{train_part.source}: the training images have no objects to learn from")
+            why = "; ".join(["the training images have no objects to learn from", *train_part.account.lines()])
+            raise ValueError(f"{train_part.source}: {why}")
+
+    @property
+    def contents(self) -> str:
+        """What is used, in a line."""
+        objects = sum(len(picture.things) for picture in self.train_part.pictures)
+        return (
+            f"{len(self.train_part):,} training images with {objects:,} objects in {self.num_classes} categories, "
+            f"{len(self.eval_part):,} images to evaluate on"
+        )
 
     @property
     def bad_images(self) -> int:
@@ -48,14 +58,9 @@ class DetectData:
 
     @property
     def skipped(self) -> list[str]:
-        """What was left out of the files, in words."""
+        """What was left out of the files or changed, in words."""
         files = {part.source: part for part in (self.train_part, self.eval_part)}
-        return [
-            f"{source}: left out {count} {reason}"
-            for source, part in files.items()
-            for reason, count in part.skipped.items()
-            if count
-        ]
+        return [f"{source}: {line}" for source, part in files.items() for line in part.account.lines()]
 
     @cached_property
     def train(self) -> PictureLoader:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from karat.detect.coco import CocoPart
 from karat.detect.detector import Detector
+from karat.detect.objects import outline_of
 from karat.models.evaluating import evaluating
 from karat.train.task import Batch
 
@@ -27,9 +28,12 @@ MASK_THRESHOLD = 0.5
 
 
 def average_precision(
-    coco: dict[str, Any], results: Sequence[dict[str, Any]], kinds: Sequence[str] = ("box", "mask")
+    coco: dict[str, Any], results: Sequence[dict[str, Any]], kinds: Sequence[str] | None = None
 ) -> dict[str, float]:
     """{box_AP, box_AP50, box_AP75, box_APs, box_APm, box_APl, mask_AP, ...} in percent.
+
+    Where no object has a mask (a segmentation) there are figures of boxes alone; where some have none, the masks'
+    figures are of the others: what is found at the places of these counts neither way, as in a crowd.
 
     AP is the mean over the categories and the overlaps 0.50:0.05:0.95 with at most 100 detections an image; s, m and l
     are objects of less than 32², up to 96², and more pixels of area. A figure without any object to find is left out,
@@ -40,11 +44,11 @@ def average_precision(
         results: detections as COCO has them: image_id, category_id, score, bbox [x, y, w, h], segmentation (RLE).
     """
     figures: dict[str, float] = {}
-    for kind in kinds:
+    for kind in kinds or kinds_of(coco):
         # a mask's size is its own area, so its box must not be there to give another
         kept = [{k: v for k, v in r.items() if k != ("segmentation" if kind == "box" else "bbox")} for r in results]
         with contextlib.redirect_stdout(io.StringIO()):
-            truth = COCO(coco, use_deepcopy=True)
+            truth = COCO(coco if kind == "box" else _with_masks(coco), use_deepcopy=True)
             measured = COCOeval_faster(truth, truth.loadRes(kept), KINDS[kind], print_function=lambda *_: None)
             measured.evaluate()
             measured.accumulate()
@@ -55,6 +59,24 @@ def average_precision(
                 figures[f"{kind}_{name}"] = 100 * value
         figures.setdefault(f"{kind}_AP", 0.0)
     return figures
+
+
+def kinds_of(coco: dict[str, Any]) -> Sequence[str]:
+    """What can be measured: boxes, and masks unless there are objects and none of them has one."""
+    objects = [entry for entry in coco["annotations"] if not entry["iscrowd"]]
+    return ("box",) if objects and not any("segmentation" in entry for entry in objects) else ("box", "mask")
+
+
+def _with_masks(coco: dict[str, Any]) -> dict[str, Any]:
+    """The annotations, those without a mask as crowds of their box."""
+    filled = []
+    for entry in coco["annotations"]:
+        if "segmentation" not in entry:
+            x, y, w, h = entry["bbox"]
+            outline = outline_of((x, y, x + w, y + h)).ravel().tolist()
+            entry = entry | {"iscrowd": 1, "segmentation": [outline]}
+        filled.append(entry)
+    return coco | {"annotations": filled}
 
 
 def as_results(

@@ -52,8 +52,8 @@ class Detection(Task[DetectSettings, DetectData]):
         }
 
     def notes(self, data: DetectData) -> list[str]:
-        """What was left out."""
-        return list(data.skipped)
+        """What is used, and what was left out or changed."""
+        return [data.contents, *data.skipped]
 
     def build(
         self, settings: DetectSettings, data: DetectData, folder: Path | None
@@ -86,7 +86,9 @@ class Detection(Task[DetectSettings, DetectData]):
 
     def epoch_line(self, line: Mapping[str, Any]) -> str:
         """As Task.epoch_line."""
-        said = f"box AP {line['box_AP']:.2f} (AP50 {line.get('box_AP50', 0.0):.2f})  mask AP {line['mask_AP']:.2f}"
+        said = f"box AP {line['box_AP']:.2f} (AP50 {line.get('box_AP50', 0.0):.2f})"
+        if "mask_AP" in line:
+            said += f"  mask AP {line['mask_AP']:.2f}"
         if "ema_box_AP" in line:
             said += f"  EMA {line['ema_box_AP']:.2f}"
         if "train_box_AP" in line:
@@ -96,11 +98,13 @@ class Detection(Task[DetectSettings, DetectData]):
     def result(self, summary: Mapping[str, Any]) -> str:
         """As Task.result."""
         best = f"best {summary['best']['box_AP']:.2f} in epoch {summary['best']['epoch']}"
-        return f"box AP {summary['box_AP']:.2f} ({best}), mask AP {summary['mask_AP']:.2f}"
+        masks = f", mask AP {summary['mask_AP']:.2f}" if "mask_AP" in summary else ""
+        return f"box AP {summary['box_AP']:.2f} ({best}){masks}"
 
     def summary(self, history: list[dict[str, Any]]) -> dict[str, Any]:
-        """As Task.summary."""
-        return {name: history[-1].get(name) if history else None for name in FIGURES}
+        """As Task.summary; figures of masks only where they were measured."""
+        last = history[-1] if history else dict.fromkeys(FIGURES)
+        return {name: last.get(name) for name in FIGURES if name in last or name.startswith("box")}
 
     def compile(self, model: nn.Module) -> None:
         """The trunk alone: what follows has shapes of its own for every image."""
