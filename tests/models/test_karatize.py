@@ -34,6 +34,16 @@ def test_every_attention_is_converted_and_tokens_are_counted(name: str) -> None:
     assert torch.isfinite(model(images(name))).all()
 
 
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "swin"])  # timm's can't itself
+@pytest.mark.parametrize("attention", ["g3b", "g3b,residual=softmax"])
+def test_a_batch_may_be_empty(name: str, attention: str) -> None:
+    model = small_model(name, attention).train()
+    out = model(images(name, batch=0))
+    assert out.shape == (0, 4)
+    out.sum().backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_all_other_weights_keep_names_and_values(name: str) -> None:
     model = small_model(name)

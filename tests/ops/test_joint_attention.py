@@ -246,7 +246,7 @@ def test_auto_takes_the_kernel_on_a_cpu(shape: tuple[int, int]) -> None:
 
 BAD = {
     "v must be": lambda q, k, v, u: joint_attention(q, k, v[:, :, 1:], u, "fourier"),
-    "v must have k's dtype": lambda q, k, v, u: joint_attention(q, k, v.float(), u, "fourier"),
+    "q and v must have k's dtype": lambda q, k, v, u: joint_attention(q, k, v.float(), u, "fourier"),
     "of at least 1": lambda q, k, v, u: joint_attention(q, k, v[..., :0], u, "fourier"),
     "u must be": lambda q, k, v, u: joint_attention(q, k, v, u[:, :2], "fourier"),
     "unknown impl 'tile'": lambda q, k, v, u: joint_attention(q, k, v, u, "fourier", impl="tile"),

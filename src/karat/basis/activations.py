@@ -44,6 +44,7 @@ class _WithBase(Basis):
 
     def __init__(self, activation: str, inner: Basis) -> None:
         self.activation, self.inner = activation, inner
+        self.__post_init__()
 
     @property
     def parameters(self) -> tuple[EdgeParameter, ...]:
@@ -56,7 +57,7 @@ class _WithBase(Basis):
     def key_gain(self, num_keys: int) -> Tensor | None:
         return self.inner.key_gain(num_keys)
 
-    def __str__(self) -> str:
+    def _spec(self) -> str:
         return f"{self.activation}+{self.inner}"
 
     def __repr__(self) -> str:

@@ -38,6 +38,9 @@ class Basis(ABC):
 
     name: ClassVar[str]
 
+    def __post_init__(self) -> None:
+        str(self)  # so that it's made before any code is compiled, which may take a setting for an open number
+
     @property
     @abstractmethod
     def parameters(self) -> tuple[EdgeParameter, ...]:
@@ -66,6 +69,13 @@ class Basis(ABC):
         return None
 
     def __str__(self) -> str:
+        made: str | None = self.__dict__.get("_text")
+        if made is None:
+            made = self._spec()
+            object.__setattr__(self, "_text", made)
+        return made
+
+    def _spec(self) -> str:
         shown = [
             (field.name, value)
             for field in dataclasses.fields(self)

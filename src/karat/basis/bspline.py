@@ -59,6 +59,7 @@ class BSpline(LocalSplines):
         check_count(self.name, "order", self.order, 1)
         check_positive(self.name, "range", self.range)
         object.__setattr__(self, "range", float(self.range))
+        super().__post_init__()
 
     @property
     def parameters(self) -> tuple[EdgeParameter, ...]:

@@ -24,6 +24,7 @@ class Fourier(LinearBasis):
 
     def __post_init__(self) -> None:
         check_count(self.name, "grid", self.grid, 1)
+        super().__post_init__()
 
     @property
     def parameters(self) -> tuple[EdgeParameter, ...]:

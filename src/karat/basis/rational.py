@@ -37,6 +37,7 @@ class Rational(Basis):
     def __post_init__(self) -> None:
         check_count(self.name, "m", self.m, 1)
         check_count(self.name, "n", self.n, 1)
+        super().__post_init__()
 
     @property
     def parameters(self) -> tuple[EdgeParameter, ...]:

@@ -86,6 +86,7 @@ class Morlet(Wavelet):
     def __post_init__(self) -> None:
         check_positive(self.name, "omega", self.omega)
         object.__setattr__(self, "omega", float(self.omega))
+        super().__post_init__()
 
     def mother(self, x: Tensor) -> Tensor:
         return torch.cos(self.omega * x) * _gaussian(x)
@@ -161,6 +162,7 @@ class Shannon(Wavelet):
     def __post_init__(self) -> None:
         if self.window not in WINDOWS:
             raise ValueError(f"shannon: window must be one of {', '.join(WINDOWS)}, got {self.window!r}")
+        super().__post_init__()
 
     def mother(self, x: Tensor) -> Tensor:
         if self.window == "key":

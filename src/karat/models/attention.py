@@ -76,12 +76,12 @@ def split_mask(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 def token_inputs(attn: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> AttentionInputs:
     """The inputs of timm's `Attention`, ConViT's `MHSA` or the modules in their place, for tokens x (B,N,C)."""
-    B, N, _ = x.shape
-    qkv = attn.qkv(x).reshape(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)  # (B,H,N,D) each
     if hasattr(attn, "q_norm"):
         q, k = attn.q_norm(q), attn.k_norm(k)
     bias, mask = split_mask(attn_mask)
+    N = x.shape[1]
     if is_causal:
         past = torch.ones(N, N, dtype=torch.bool, device=x.device).tril()
         mask = past if mask is None else mask & past
@@ -98,7 +98,7 @@ def window_inputs(attn: Any, x: Tensor, mask: Tensor | None = None) -> Attention
     mask (windows, N, N) is timm's for shifted windows: 0, or -100 for pairs that aren't neighbours in the image.
     """
     B, N, _ = x.shape
-    qkv = attn.qkv(x).reshape(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)  # (B,H,N,D) each
     bias = attn._get_rel_pos_bias()  # (1,H,N,N)
     if mask is not None:  # windows are the inner part of the batch axis

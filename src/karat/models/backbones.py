@@ -75,8 +75,7 @@ class AttentionKind:
 
 def _gated_positional(attn: Any, x: Tensor) -> Intermediate:
     """ConViT's GPSA: scores are its content scores; attention is their softmax, mixed with the positional one."""
-    B, N, _ = x.shape
-    q, k = attn.qk(x).reshape(B, N, 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attn.qk(x).unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     with evaluating(attn.attn_drop):  # as everywhere here, attention before dropout
         return Intermediate(q @ k.transpose(-2, -1) * attn.scale, attn.get_attention(x))
 

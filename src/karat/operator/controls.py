@@ -22,6 +22,7 @@ from karat.operator.power import edges_power, projected_power, rows_power, scale
 from karat.operator.rates import Gains, hidden_size, moments, projector_gain, values_gain
 from karat.ops import Call, basis_attention
 from karat.ops.products import shared_product
+from karat.ops.transforms import looked_through
 
 # From this many keys on a linear pointwise operator is streamed. The identity costs F times the multiply-adds of one
 # product with v; below, σ is small and is formed.
@@ -54,8 +55,9 @@ class Pointwise(Order):
         pairs = scores.flatten(2).unsqueeze(-1)  # (B,H,M·N,1)
         one = pairs.new_ones(*pairs.shape[:2], 1, 1)
         # Kernels are made for many keys and outputs; with one of each the elementwise path is faster.
-        impl = "tiled" if impl == "auto" else impl
-        sigma = basis_attention(pairs, one, layer.packed(), layer.basis, scale=1.0, impl=impl)
+        u = layer.packed()
+        impl = "tiled" if impl == "auto" and not looked_through(pairs, u) else impl
+        sigma = basis_attention(pairs, one, u, layer.basis, scale=1.0, impl=impl)
         sigma = sigma.view(scores.shape).to(scores.dtype)
         return sigma if mask is None else torch.where(mask, sigma, 0)
 

@@ -9,6 +9,7 @@ from karat.basis import Basis, parse_basis
 from karat.ops import library, reference
 from karat.ops.call import Call
 from karat.ops.checks import call_of, checked
+from karat.ops.transforms import serving
 
 
 def basis_attention(
@@ -35,8 +36,8 @@ def basis_attention(
         scale: factor of q·k; None means 1/√D.
         bias: added to the scores, broadcastable to (B,H,M,N).
         mask: boolean, broadcastable to (B,H,M,N); a pair that is False adds exactly zero.
-        impl: "reference" (the definition; the only one with second derivatives), "tiled", "cpp", "triton",
-            or "auto", the fastest that can serve the call.
+        impl: "reference" (the definition; the only one with second derivatives, forward mode and the transforms of
+            torch.func), "tiled", "cpp", "triton", or "auto", the fastest that can serve the call.
 
     Returns:
         (B,H,M,E) in q's dtype. Sums are accumulated in float32 or better.
@@ -54,7 +55,7 @@ def basis_attention(
 
 def basis_sums(call: Call, u: Tensor, basis: str | Basis, impl: str = "auto") -> Tensor:
     """`basis_attention` of a call: the sums (B,H,M,E)."""
-    call, _, basis = checked(call, None, u, basis, impl)
+    call, _, basis, impl = checked(call, None, u, basis, impl)
     if impl == "reference":
         with reference.full_precision(call.q):
             return reference.basis_attention(call, u, basis)
@@ -72,7 +73,7 @@ def basis_contraction(
     see it as basis attention with queries x and keys I, which costs N numbers more a score.
     """
     basis = parse_basis(basis)
-    if impl == "reference":
+    if serving(impl, x, u) == "reference":
         dtype = torch.promote_types(x.dtype, torch.float32)
         with reference.full_precision(x):
             return reference.contract(x.to(dtype), u.to(dtype), basis, mask).to(x.dtype)

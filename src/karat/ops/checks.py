@@ -11,16 +11,18 @@ from karat.basis import Basis, parse_basis
 from karat.ops.call import Call
 from karat.ops.implementations import IMPLEMENTATIONS
 from karat.ops.masks import as_mask
+from karat.ops.transforms import serving
 
 IMPLS = ("auto", "reference", *IMPLEMENTATIONS)
 
 
 class Checked(NamedTuple):
-    """Inputs that fit: four axes everywhere, q, k and v in the precision of the products."""
+    """Inputs that fit: four axes everywhere, q, k and v in the precision of the products; and what serves them."""
 
     call: Call
     v: Tensor | None
     basis: Basis
+    impl: str
 
 
 def call_of(q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None, mask: Tensor | None) -> Call:
@@ -37,11 +39,13 @@ def checked(call: Call, v: Tensor | None, u: Tensor, basis: str | Basis, impl: s
     call, v = _autocast(call, v)
     _check(call.q, call.k, u, basis)
     if v is not None:
-        _check_values(call.k, v, u)
+        check_values(call.q, call.k, v)
+        _check_widths(call, v, u)
     bias, mask = (_broadcastable(getattr(call, name), name, call) for name in ("bias", "mask"))
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask must be boolean (True = takes part), got {mask.dtype}; write mask > threshold")
-    return Checked(call._replace(bias=bias, mask=mask), v, basis)
+    call = call._replace(bias=bias, mask=mask)
+    return Checked(call, v, basis, serving(impl, call.q, call.k, v, u, bias))
 
 
 def _autocast(call: Call, v: Tensor | None) -> tuple[Call, Tensor | None]:
@@ -89,12 +93,19 @@ def _broadcastable(x: Tensor | None, name: str, call: Call) -> Tensor | None:
     return whole
 
 
-def _check_values(k: Tensor, v: Tensor, u: Tensor) -> None:
-    if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v must be (B,H,N,Dv) with the B, H, N of k, {tuple(k.shape)}; got {tuple(v.shape)}")
-    if v.dtype != k.dtype or v.device != k.device:
-        raise ValueError(f"v must have k's dtype and device, {k.dtype} on {k.device}; got {v.dtype} on {v.device}")
-    if 0 in (k.shape[3], v.shape[3], u.shape[-1]):
+def check_values(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError where q, k and v can't be those of one attention."""
+    if not q.dim() == k.dim() == v.dim() == 4 or v.shape[:3] != k.shape[:3]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"v must be (B,H,N,Dv) beside q (B,H,M,D) and k (B,H,N,D); q, k and v are {shapes}")
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        places = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise ValueError(f"q and v must have k's dtype and device; q, k and v are {places}")
+
+
+def _check_widths(call: Call, v: Tensor, u: Tensor) -> None:
+    if 0 in (call.k.shape[3], v.shape[3], u.shape[-1]):
         raise ValueError(
-            f"joint attention needs widths D, Dv and E of at least 1, got {k.shape[3]}, {v.shape[3]}, {u.shape[-1]}"
+            "joint attention needs widths D, Dv and E of at least 1, got "
+            f"{call.k.shape[3]}, {v.shape[3]}, {u.shape[-1]}"
         )

@@ -59,7 +59,7 @@ def joint_attention(
 
 def joint_sums(call: Call, v: Tensor, u: Tensor, basis: str | Basis, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """`joint_attention` of a call: attended (B,H,M,Dv) and the sums (B,H,M,E)."""
-    call, values, basis = checked(call, v, u, basis, impl)
+    call, values, basis, impl = checked(call, v, u, basis, impl)
     assert values is not None
     if impl == "reference":
         with reference.full_precision(call.q):

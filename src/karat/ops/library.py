@@ -20,6 +20,7 @@ from karat.basis import Basis, parse_basis
 from karat.ops import implementations, reference
 from karat.ops.call import Call
 from karat.ops.softmax_part import SoftmaxPart
+from karat.ops.transforms import refuse_tangents
 
 _SETTINGS = "str basis, float scale, str impl"
 _ALONE = "Tensor q, Tensor k, Tensor u, Tensor? bias, Tensor? mask"
@@ -152,6 +153,7 @@ def _register_autograd(forward: Any, backward: Any) -> None:
         ctx.save_for_backward(*tensors, *kept)
 
     def differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_tangents(*grads)
         needs = list(ctx.needs_input_grad[: ctx.inputs - 1])  # a mask has no gradient, nor has logsumexp, the third
         gradients = backward(*grads[:2], *ctx.saved_tensors, ctx.basis, ctx.scale, ctx.impl, needs)
         wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]

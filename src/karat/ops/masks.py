@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from karat.ops.transforms import looked_through
+
 # Below this many keys forming σ is cheaper than one product with v for each kind of row.
 FEWEST_KEYS = 128
 MOST_PATTERNS = 4
@@ -66,6 +68,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p:
     less. They round the scores to bfloat16: an error of about 0.4 % of the output for standard normal scores, 1 % for
     scores that spread eight times as far.
     """
+    if looked_through(q, k, v, attn_mask):  # which PyTorch's fused attention can't serve
+        return _plain(q, k, v, attn_mask, dropout_p, scale)
     if q.device.type == "cpu" and q.element_size() == 2 and not torch.compiler.is_exporting():
         with torch.autocast("cpu", enabled=False):
             products = k.shape[2] * (DROPPED_BYTES if dropout_p else P_BYTES)
@@ -120,9 +124,9 @@ def row_patterns(mask: Tensor) -> list[tuple[Tensor, Tensor]] | None:
     """The few kinds of rows that a mask of pairs (B,H,M,N) has, as in shifted windows, where they're at most four.
 
     Returns [(which rows (B,H,M,1), which keys they see (B,H,N,1)), ...]; None if there are more than four kinds,
-    if N is so small that forming σ is cheaper, or while compiling (it depends on the data).
+    if N is so small that forming σ is cheaper, or while compiling and in torch.func (it depends on the data).
     """
-    if mask.shape[-1] <= FEWEST_KEYS or torch.compiler.is_compiling():
+    if mask.shape[-1] <= FEWEST_KEYS or torch.compiler.is_compiling() or looked_through():
         return None
     pending = torch.ones(mask.shape[:3], dtype=torch.bool, device=mask.device)
     patterns = []

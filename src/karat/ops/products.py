@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from karat.ops.transforms import looked_through
+
 
 def shared_product(w: Tensor, x: Tensor) -> Tensor:
     """w x for each image and head, w shared by the images: w (H,R,N), x (B,H,N,D) -> (B,H,R,D).
@@ -43,8 +45,8 @@ def product_for_tokens(h: Tensor, x: Tensor) -> Tensor:
 
 
 def _recorded(*factors: Tensor) -> bool:
-    """Whether autograd alone keeps what is multiplied; compilers and torch.func have their own ways."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """Whether autograd alone keeps what is multiplied; compilers, torch.func and forward mode have their own ways."""
+    if torch.compiler.is_compiling() or looked_through(*factors):
         return False
     return torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
 

@@ -26,6 +26,29 @@ def test_both_may_learn(mlp: str, attention: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+# PyTorch's own forward mode imports what its own compiler deprecates.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("mlp", MLPS)
+def test_torch_func_sees_through_the_layers(mlp: str) -> None:
+    """Gradients of each image by itself add up to the batch's, and a derivative along a direction is theirs."""
+    model = karat.create_model("vit_tiny_patch16_224", attention="g1b,rank=2", mlp=mlp, **SMALL).double()
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    x, directions = torch.randn(2, 3, 32, 32).double(), {name: torch.randn_like(x) for name, x in state.items()}
+
+    def loss(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, state, (x,)).square().sum()
+
+    total = dict(
+        zip(state, torch.autograd.grad(loss(dict(model.named_parameters()), x), model.parameters()), strict=True)
+    )
+    apart = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(state, x.unsqueeze(1))
+    for name, wanted in total.items():
+        torch.testing.assert_close(apart[name].sum(0), wanted)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        _, along = torch.func.jvp(lambda state: loss(state, x), (state,), (directions,))
+    torch.testing.assert_close(along, sum((total[name] * directions[name]).sum() for name in total))
+
+
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convit_tiny"])
 def test_other_backbones(name: str) -> None:
     model = timm.create_model(name, depths=(1, 1, 1, 1)) if "swin" in name else timm.create_model(name)

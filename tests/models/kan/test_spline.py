@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -157,3 +158,16 @@ def test_splines_of_other_knots_are_other_bases() -> None:
     first, second = (KnotSpline(torch.linspace(0, end, 8).expand(2, -1), 3) for end in (1.0, 2.0))
     assert first != second
     assert {first: 1}.get(second) is None
+
+
+@pytest.mark.parametrize("adaptive", [0.0, 0.5])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300])
+def test_a_grid_is_not_moved_to_samples_that_are_no_numbers(bad: float, adaptive: float) -> None:
+    layer, samples = SplineLinear(6, 4, grid=5), torch.randn(200, 6, dtype=torch.float64)
+    samples[3, 2] = bad
+    before = {name: x.clone() for name, x in layer.state_dict().items()}
+    with pytest.raises(ValueError, match="too far apart" if bad == 1e300 else "1 of 200 samples have NaN or inf"):
+        layer.update_grid(samples, adaptive)
+    assert all(torch.equal(x, before[name]) for name, x in layer.state_dict().items())
+    with pytest.raises(ValueError, match=r"samples must be \(...,6\)"):
+        layer.update_grid(torch.randn(50, 12))

@@ -40,7 +40,7 @@ def feature_linear(x: Tensor, weight: Tensor, basis: LinearBasis) -> Tensor:
         weight = weight.to(torch.get_autocast_dtype(device))
         x = x.float()
     rows = x.reshape(-1, Q)
-    if plain_formulas():
+    if plain_formulas(x, weight):
         psi = basis.features(rows).flatten(1).to(weight.dtype)
         return (psi @ weight.reshape(F * Q, P)).reshape(*x.shape[:-1], P)
     out: Tensor = _FeatureLinear.apply(rows, weight, basis)

@@ -51,7 +51,7 @@ class KnotSpline(LocalSplines):
     def parameters(self) -> tuple[EdgeParameter, ...]:
         return (EdgeParameter("coefficients", self.knots.shape[1] - self.order - 1, amplitude=True),)
 
-    def __str__(self) -> str:
+    def _spec(self) -> str:
         return f"{self.name}(knots={tuple(self.knots.shape)},order={self.order})"
 
     def feature_list(self, x: Tensor) -> list[Tensor]:

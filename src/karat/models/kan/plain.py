@@ -7,13 +7,17 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor
+
+from karat.ops.transforms import looked_through
 
 _asked: ContextVar[bool] = ContextVar("karat_plain_formulas", default=False)
 
 
-def plain_formulas() -> bool:
-    """Whether the plain formula is wanted: under torch.compile and export, which fuse it, or within `plain`."""
-    return torch.compiler.is_compiling() or _asked.get()
+def plain_formulas(*tensors: Tensor) -> bool:
+    """Whether the plain formula is wanted: under torch.compile and export, which fuse it, within `plain`, and for
+    transforms of torch.func and tangents of these tensors, which see through nothing else."""
+    return torch.compiler.is_compiling() or _asked.get() or looked_through(*tensors)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def group_rational(x: Tensor, numerator: Tensor, denominator: Tensor, terms: boo
             f"{x.shape[-1]} channels, {len(numerator)} numerators and {len(denominator)} denominators don't fit: the "
             "number of groups must divide the channels, and each has one row or as many as there are groups"
         )
-    if plain_formulas():
+    if plain_formulas(x, numerator, denominator):
         return rational_formula(x, numerator, denominator, terms)
     out: Tensor = _GroupRational.apply(x, numerator, denominator, terms)
     return out

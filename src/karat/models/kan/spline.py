@@ -160,15 +160,28 @@ class SplineLinear(nn.Module):
         nearest to the old, edge by edge. `adaptive` moves the knots from equal steps (0) towards the samples'
         quantiles (1 isn't allowed: equal samples would give equal knots); other than 0 costs the fast path.
 
-        Raises ValueError for an `adaptive` outside [0, 1) or fewer than two samples.
+        Raises ValueError for an `adaptive` outside [0, 1), fewer than two samples, or samples that aren't finite, or
+        lie so far apart that the knots wouldn't be. The layer stays what it was.
         """
         if not 0 <= adaptive < 1:
             raise ValueError(f"adaptive must lie in [0, 1), got {adaptive!r}")
+        if samples.shape[-1:] != (self.in_features,):
+            raise ValueError(f"samples must be (...,{self.in_features}), got {tuple(samples.shape)}")
         x = samples.reshape(-1, self.in_features).double()
         if len(x) < 2:
             raise ValueError(f"a grid can't be moved to {len(x)} sample; give a batch")
+        bad = int((~x.isfinite()).any(1).sum())
+        if bad:
+            raise ValueError(
+                f"{bad} of {len(x)} samples have NaN or inf, to which no grid can be moved; leave them out, "
+                "samples[samples.isfinite().all(-1)]"
+            )
         y = evaluate(self.knots.double(), self.order, self.coefficients.double(), x)
         knots = adaptive_knots(x, self.grid, self.order, adaptive)
+        if not knots.to(self.knots).isfinite().all():
+            raise ValueError(
+                f"samples from {x.min():g} to {x.max():g} are too far apart for knots in {self.knots.dtype}"
+            )
         self.coefficients.copy_(fit_coefficients(knots, self.order, x, y))
         self.knots.copy_(knots)
         self._look_at_knots()
