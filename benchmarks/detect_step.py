@@ -50,8 +50,14 @@ def targets(height: int, width: int, count: int = 20) -> dict[str, Tensor]:
 def main(options: Options) -> None:
     """Print one line of JSON."""
     torch.manual_seed(0)
+    light = {"rel_pos": False, "rpn_convs": 1, "box_convs": 0, "head_norm": False}  # as the page's figures are
     settings = DetectSettings.make(
-        model=options.model, attention=options.attention, recipe="jitter", img_size=options.img_size, layer_decay=None
+        model=options.model,
+        attention=options.attention,
+        recipe="jitter",
+        img_size=options.img_size,
+        layer_decay=None,
+        **light,
     )
     detector = build_detector(settings, 80)
     optimizer = create_optimizer(detector, settings.recipe, 1)

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.rpn import AnchorGenerator
+from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
@@ -46,6 +47,18 @@ def roi_pool(output_size: int, stride: int) -> MultiScaleRoIAlign:
     return pool
 
 
+def _norm(recipe: DetectRecipe) -> type[nn.Module] | None:
+    return LayerNorm2d if recipe.head_norm else None
+
+
+def _box_head(recipe: DetectRecipe) -> nn.Module:
+    """Regions (n,channels,7,7) -> (n,head_width): two layers, or convolutions and one layer (4conv1fc in ViTDet)."""
+    if not recipe.box_convs:
+        return TwoMLPHead(recipe.channels * 7**2, recipe.head_width)
+    convs = [recipe.channels] * recipe.box_convs
+    return FastRCNNConvFCHead((recipe.channels, 7, 7), convs, [recipe.head_width], _norm(recipe))
+
+
 class Detector(MaskRCNN):
     """Mask R-CNN whose backbone knows where the padding is.
 
@@ -67,7 +80,7 @@ class Detector(MaskRCNN):
             rpn_nms_thresh=0.7,
             rpn_batch_size_per_image=recipe.rpn_anchors,
             box_roi_pool=roi_pool(7, stride),
-            box_head=TwoMLPHead(channels * 7**2, recipe.head_width),
+            box_head=_box_head(recipe),
             box_predictor=FastRCNNPredictor(recipe.head_width, num_classes + 1),
             box_score_thresh=0.05,
             box_nms_thresh=0.5,
@@ -76,8 +89,9 @@ class Detector(MaskRCNN):
             box_bg_iou_thresh=0.5,
             box_batch_size_per_image=recipe.rois,
             mask_roi_pool=roi_pool(14, stride),
-            mask_head=MaskRCNNHeads(channels, (channels,) * recipe.mask_convs, 1),
+            mask_head=MaskRCNNHeads(channels, (channels,) * recipe.mask_convs, 1, norm_layer=_norm(recipe)),
             mask_predictor=MaskRCNNPredictor(channels, channels, num_classes + 1),
+            rpn_head=RPNHead(channels, len(RATIOS), recipe.rpn_convs),
         )
         self.img_size = side
         self.transform = _AsGiven(side, side, list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD), side)
@@ -143,7 +157,7 @@ def build_detector(settings: DetectSettings, num_classes: int) -> Detector:
         img_size=recipe.img_size,
         window=settings.window,
         whole=settings.global_blocks,
-        relative=settings.rel_pos,
+        relative=settings.recipe.rel_pos,
         **settings.model_kwargs(),
     )
     patch, side = trunk.stride, recipe.img_size

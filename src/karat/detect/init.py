@@ -88,7 +88,7 @@ def load_trunk(detector: Detector, settings: DetectSettings) -> list[Transplante
     resample_tokens(source, img_size=settings.window * patch, num_prefix_tokens=0)
     grid = settings.recipe.img_size // detector.trunk.stride
     with torch.random.fork_rng(devices=[]):
-        trunk = to_grid(source, grid * patch, settings.window, settings.global_blocks, settings.rel_pos)
+        trunk = to_grid(source, grid * patch, settings.window, settings.global_blocks, settings.recipe.rel_pos)
     weights = {name: tensor for name, tensor in trunk.vit.state_dict().items() if name in theirs}
     resized = _changed(theirs, weights)
     fates = transplant(detector.trunk.vit, weights, settings.init, same_operator=same, resized=resized)

@@ -39,20 +39,30 @@ class DetectRecipe(Optimisation):
     """Anchors per image that the proposals' loss looks at."""
     rois: int = 512
     """Regions per image that the heads train on."""
-    # heads
+    # trunk and heads
+    rel_pos: bool = False
+    """Relative positions added to the scores."""
     channels: int = 256
-    """Channels of the pyramid and of the mask head."""
+    """Channels of the pyramid and of the heads' convolutions."""
+    rpn_convs: int = 1
+    """Convolutions of the proposals' head."""
+    box_convs: int = 0
+    """Convolutions of the box head before its one layer; 0: two layers and no convolution."""
     head_width: int = 1024
-    """Width of the two layers of the box head."""
+    """Width of the box head's layers."""
     mask_convs: int = 4
     """Convolutions of the mask head."""
+    head_norm: bool = False
+    """Layer normalisation after each convolution of the box and the mask head."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("jitter", "pre_nms", "post_nms"):  # lists arrive from JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("img_size", "repeat", "rpn_anchors", "rois", "channels", "head_width", "mask_convs"):
+        counts = ("img_size", "repeat", "rpn_anchors", "rois", "channels", "rpn_convs", "head_width", "mask_convs")
+        for name in counts:
             require(getattr(self, name) > 0, name, getattr(self, name), "give 1 or more")
+        require(self.box_convs >= 0, "box_convs", self.box_convs, "give 0 or more")
         for name in ("pre_nms", "post_nms"):
             value = getattr(self, name)
             require(len(value) == 2 and min(value) > 0, name, value, "give two numbers of 1 or more")
@@ -79,8 +89,10 @@ PUBLISHED = DetectRecipe(
 )
 
 JITTER = PUBLISHED.override(
-    # ViTDet's own (arXiv 2203.16527): square images padded, scale jitter 0.1 to 2, layer-wise decay of the rate, drop
-    # path 0.1; 100 epochs of batch 64. At 1024² there; --img-size 512 is the cheaper half.
+    # ViTDet's own (arXiv 2203.16527 and detectron2's projects/ViTDet): square images padded, scale jitter 0.1 to 2,
+    # layer-wise decay of the rate, drop path 0.1; 100 epochs of batch 64; relative positions, two convolutions for
+    # proposals, a box head of four convolutions and one layer, normalised as the mask head's are. At 1024² there;
+    # --img-size 512 is the cheaper half.
     img_size=1024,
     view="pad",
     jitter=(0.1, 2.0),
@@ -89,6 +101,10 @@ JITTER = PUBLISHED.override(
     clip_grad=1.0,
     epochs=100,
     batch_size=64,
+    rel_pos=True,
+    rpn_convs=2,
+    box_convs=4,
+    head_norm=True,
 )
 
 SMALL = PUBLISHED.override(

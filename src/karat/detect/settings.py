@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import tyro
 
@@ -47,8 +47,6 @@ class DetectSettings(RunSettings):
     """Side of an attention window in tokens."""
     global_blocks: tuple[int, ...] | None = None
     """The blocks that attend to the whole image; none: the last of each quarter (2, 5, 8, 11 of twelve)."""
-    rel_pos: bool = False
-    """Relative positions added to the scores."""
     patch_size: int | None = None
     """Patch size of the model; none: the model's own."""
     embed_dim: int | None = None
@@ -64,6 +62,14 @@ class DetectSettings(RunSettings):
         check_counts(self, 1, "eval_images", "window", "patch_size", "embed_dim", "depth", "num_heads")
         if self.global_blocks is not None:  # a list arrives from JSON
             object.__setattr__(self, "global_blocks", tuple(self.global_blocks))
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Self:
+        """As RunSettings.from_dict; rel_pos stood beside the recipe before it was the recipe's."""
+        if "rel_pos" in plain and isinstance(plain.get("recipe"), dict):
+            plain = {**plain, "recipe": {"rel_pos": plain["rel_pos"], **plain["recipe"]}}
+            del plain["rel_pos"]
+        return super().from_dict(plain)
 
     @classmethod
     def make(cls, **values: Any) -> DetectSettings:
