@@ -6,23 +6,21 @@ the memory of its shuffle buffer and no more, and skipping ahead in it decodes n
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import inspect
 import json
-import re
 import tarfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from karat.data.folder import EVAL_NAMES, TRAIN_NAMES
+from karat.data.files import eval_kind, find_files, find_shards, load_files
+from karat.data.folder import Tree, local_path, part_of, said
 from karat.data.images import reason_of
-from karat.data.sources import Record, Splits, hold_out
+from karat.data.sources import Record, Splits, hold_out, size_of
 
 SHUFFLE_BUFFER = 2048  # encoded images kept at a time; ImageNet's are 110 kB each on average
 LABEL_KEYS = ("label", "labels", "fine_label", "cls", "target", "class")
@@ -111,52 +109,55 @@ def find_columns(features: Any, where: str) -> tuple[str, str]:
     return (images or structs)[0], labels[0]
 
 
-def open_parquet(root: Path, *, streaming: bool = False) -> Splits:
+def open_parquet(root: Path, tree: Tree | None = None, *, whole: bool = False, streaming: bool = False) -> Splits:
     """A folder of parquet files, sorted into splits by file or folder name (train*, val*, validation*, test*).
 
-    Without an evaluation file a tenth of every class is held out. Raises ValueError naming an unreadable
-    file.
+    Without an evaluation file a tenth of every class is held out; with `whole` all of the files are evaluated on then.
+    Raises ValueError naming an unreadable file.
     """
     import datasets
     import pyarrow.parquet as pq
 
-    files: dict[str, list[str]] = {"train": [], "eval": []}
-    counts = {"train": 0, "eval": 0}
-    found = sorted(root.rglob("*.parquet"))
-    kinds = {path: _kind(path.relative_to(root)) for path in found}
-    chosen = _eval_kind(set(kinds.values()))
-    for path, kind in kinds.items():
-        split = "train" if kind in ("train", "") else "eval" if kind == chosen else None
-        if split is None:
-            continue
-        try:
-            counts[split] += pq.read_metadata(path).num_rows
-        except (OSError, ValueError) as error:  # pyarrow's errors derive from these
-            raise ValueError(f"{path}: not a readable parquet file ({reason_of(error)}); fetch it again") from None
-        files[split].append(str(path))
-    if not files["train"]:
+    kinds, left = find_files(root, ".parquet", tree)
+    chosen = eval_kind(set(kinds.values()))
+    if whole and chosen is None:
+        kinds, chosen = dict.fromkeys(kinds, "val"), "val"
+    files = {"train": [path for path, kind in kinds.items() if kind in ("train", "")]}
+    files["eval"] = [path for path, kind in kinds.items() if kind == chosen]
+    if not files["train"] and not (whole and files["eval"]):
         raise ValueError(f"{root}: no training files; name them train*.parquet, and test*.parquet for evaluation")
+    left.folders += [path.name for path, kind in kinds.items() if path not in files["train"] + files["eval"]]
     parts: dict[str, Any] = {}
+    counts = {"train": 0, "eval": 0}
     for split in [s for s in files if files[s]]:
+        for path in files[split]:
+            try:
+                counts[split] += pq.read_metadata(path).num_rows
+            except (OSError, ValueError) as error:  # pyarrow's errors derive from these
+                raise ValueError(f"{path}: not a readable parquet file ({reason_of(error)}); fetch it again") from None
         if not counts[split]:
             raise ValueError(f"{files[split][0]}: has no rows")
-        with _quiet(datasets):
-            try:
-                parts[split] = datasets.load_dataset(
-                    "parquet", data_files=files[split], split="train", streaming=streaming
-                )
-            except datasets.exceptions.DatasetGenerationError as error:
-                raise ValueError(f"{_culprit(pq, files[split])}: {reason_of(error.__cause__ or error)}") from None
-    return _splits(parts, counts, str(root), streaming)
+        try:
+            parts[split] = load_files("parquet", files[split], streaming=streaming)
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise ValueError(f"{_culprit(pq, files[split])}: {reason_of(error.__cause__ or error)}") from None
+    total = sum(counts.values())
+    if not files["train"]:  # nobody trains
+        parts["train"], counts["train"] = parts["eval"], counts["eval"]
+    splits = _splits(parts, counts, str(root), streaming)
+    shares = f"; trained on {size_of(splits.train):,}, evaluated on {size_of(splits.eval):,}"
+    return replace(splits, found=said(total, splits.class_names, left) + shares)
 
 
-def open_hub(name: str, *, streaming: bool, data_dir: Path | None, num_samples: int | None) -> Splits:
+def open_hub(
+    name: str, *, streaming: bool, data_dir: Path | None, num_samples: int | None, whole: bool = False
+) -> Splits:
     """`hfds/NAME` (downloaded once, memory-mapped) or `hfids/NAME` (streamed); NAME may be a folder of parquet.
 
     Raises ValueError saying what to do instead when the Hub can't be reached or has no such data set.
     """
-    if Path(name).is_dir():
-        return open_parquet(Path(name), streaming=streaming)
+    if local_path(name).is_dir():
+        return open_parquet(local_path(name), whole=whole, streaming=streaming)
     import datasets
 
     kind = "hfids" if streaming else "hfds"
@@ -167,11 +168,13 @@ def open_hub(name: str, *, streaming: bool, data_dir: Path | None, num_samples: 
             f"{kind}/{name} could not be loaded ({reason_of(error)}); check the name and the network, "
             "or place its parquet files in a folder and give that folder to --data"
         ) from error
-    splits = set(loaded)
-    chosen = _eval_kind(splits)
-    train_name = "train" if "train" in splits else sorted(splits - {chosen})[0] if splits - {chosen} else chosen
+    kinds = {part_of(name): name for name in sorted(loaded, reverse=True)}
+    chosen = kinds.get(eval_kind(set(kinds)) or "none")
+    train_name = kinds.get("train") or kinds.get("") or (chosen if whole else None)
+    if train_name is None:
+        raise ValueError(f"{kind}/{name} has no split to train on: {', '.join(loaded)}")
     parts = {"train": loaded[train_name]}
-    if chosen and chosen != train_name:
+    if chosen:
         parts["eval"] = loaded[chosen]
     known = {
         part: (data.info.splits or {})[name].num_examples if name in (data.info.splits or {}) else 0
@@ -190,49 +193,22 @@ def open_shards(pattern: str, *, num_samples: int | None) -> Splits:
     without it their headers are read once. Raises ValueError naming the folder or shard that is missing
     or torn.
     """
-    import datasets
-
-    shards = _find_shards(pattern)
+    shards = find_shards(pattern)
     counts, classes = {}, 0
     for split, paths in shards.items():
         counts[split], top = _count_shards(paths)
         classes = max(classes, top + 1)
     if num_samples:
         counts["train"] = num_samples
-    with _quiet(datasets):
-        parts = {
-            split: datasets.load_dataset("webdataset", data_files=paths, split="train", streaming=True)
-            for split, paths in shards.items()
-        }
+    parts = {split: load_files("webdataset", paths, streaming=True) for split, paths in shards.items()}
     return _splits(parts, counts, f"wds/{pattern}", True, classes)
 
 
-def _find_shards(pattern: str) -> dict[str, list[str]]:
-    if "::" in pattern:
-        patterns = dict(zip(("train", "eval"), pattern.split("::", 1), strict=True))
-        shards = {split: sorted(glob.glob(part)) for split, part in patterns.items()}
-    else:
-        found = sorted(Path(pattern).rglob("*.tar")) if Path(pattern).is_dir() else []
-        kinds = {path: _kind_anywhere(path.relative_to(pattern)) for path in found}
-        chosen = _eval_kind(set(kinds.values()))
-        shards = {
-            "train": [str(p) for p, kind in kinds.items() if kind == "train"],
-            "eval": [str(p) for p, kind in kinds.items() if kind and kind == chosen],
-        }
-    for split, paths in shards.items():
-        if not paths:
-            raise ValueError(
-                f"wds/{pattern}: no shards for {'training' if split == 'train' else 'evaluation'}; "
-                "give a folder with *train*.tar and *validation*.tar, or wds/TRAIN_GLOB::EVAL_GLOB"
-            )
-    return shards
-
-
-def _count_shards(paths: list[str]) -> tuple[int, int]:
+def _count_shards(paths: list[Path]) -> tuple[int, int]:
     """How many samples the shards hold, and the largest label (-1 where `_info.json` spared the reading)."""
-    info = Path(paths[0]).parent / "_info.json"
+    info = paths[0].parent / "_info.json"
     if info.is_file():
-        names = {Path(path).name for path in paths}
+        names = {path.name for path in paths}
         for split in json.loads(info.read_text())["splits"].values():
             lengths = dict(zip(split["filenames"], split["shard_lengths"], strict=True))
             if names <= set(lengths):
@@ -242,7 +218,8 @@ def _count_shards(paths: list[str]) -> tuple[int, int]:
         try:
             with tarfile.open(path) as shard:
                 for member in shard:
-                    if member.name.endswith(".cls"):
+                    hidden = member.name.rpartition("/")[2].startswith((".", "__"))  # as datasets leaves them out
+                    if member.name.endswith(".cls") and not hidden:
                         content = shard.extractfile(member)
                         assert content is not None, member.name
                         count, top = count + 1, max(top, int(content.read()))
@@ -287,43 +264,12 @@ def _encoded(value: Any, label: int, name: str) -> tuple[Any, int, str]:
     return value.get("bytes") or path, label, f"{name} ({path})" if path else name
 
 
-def _kind(path: Path) -> str:
-    """ "train", an evaluation name or "" by how the file's name, or a folder above it, begins."""
-    return _first_split(re.split(r"[-_.]", part.lower(), maxsplit=1)[0] for part in reversed(path.parts))
-
-
-def _kind_anywhere(path: Path) -> str:
-    """The same with the split's name anywhere in the path, as shards have it (imagenet1k-train-0000.tar)."""
-    return _first_split(re.split(r"[-_./]", str(path).lower()))
-
-
-def _first_split(words: Iterable[str]) -> str:
-    return next(("train" if word in TRAIN_NAMES else word for word in words if word in TRAIN_NAMES + EVAL_NAMES), "")
-
-
-def _eval_kind(kinds: set[str]) -> str | None:
-    """The evaluation split among the names found: validation before test."""
-    return next((name for name in EVAL_NAMES if name in kinds), None)
-
-
-def _culprit(pq: Any, paths: list[str]) -> str:
+def _culprit(pq: Any, paths: list[Path]) -> str:
     """The first file that can't be read to its end."""
     for path in paths:
         try:
             for group in range((file := pq.ParquetFile(path)).num_row_groups):
                 file.read_row_group(group)
         except (OSError, ValueError):
-            return path
-    return ", ".join(paths)
-
-
-@contextlib.contextmanager
-def _quiet(datasets: Any) -> Iterator[None]:
-    """No progress bars while local files are opened: it takes a moment."""
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+            return str(path)
+    return ", ".join(map(str, paths))

@@ -113,6 +113,7 @@ class Splits:
     in_chans: int = 3
     native_size: int | None = None  # the side that all images share, where they do
     mirror: bool = True  # False: a mirrored image may belong to another class (digits)
+    found: str = ""  # what is used and what was left out, in a line, where that was looked for
 
 
 def hold_out(source: Source, names: Sequence[str] | None = None, *, share: float = 0.1) -> tuple[Source, Source]:

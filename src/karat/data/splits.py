@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from karat.data.augmentation import Augmentation, eval_transform, train_transform
-from karat.data.folder import Tree, open_folder
+from karat.data.folder import Tree, local_path, open_folder
 from karat.data.hub import open_hub, open_parquet, open_shards
 from karat.data.images import Fit, Normalise, statistics
 from karat.data.loader import Loader, ResidentLoader, Views, WorkerLoader, decode_all
@@ -33,12 +33,17 @@ from karat.data.sources import ArraySource, Source, Splits, Stream, check_labels
 
 RESIDENT_LIMIT = 512 * 2**20  # bytes of decoded pixels a split may take in memory; CIFAR-10 takes 150 MB
 DEFAULT_SIZE = 224
-# What a prefix opens, given the name behind it, the folder that it lies in or is downloaded to, and a stream's length.
-OPENERS: dict[str, Callable[[str, Path | None, int | None], Splits]] = {
-    "torch": lambda name, root, _: open_torch(name, root),
-    "hfds": lambda name, root, count: open_hub(name, streaming=False, data_dir=root, num_samples=count),
-    "hfids": lambda name, root, count: open_hub(name, streaming=True, data_dir=root, num_samples=count),
-    "wds": lambda name, _, count: open_shards(name, num_samples=count),
+# What a prefix opens, given the name behind it, the folder that it lies in or is downloaded to, a stream's length, and
+# whether it is only evaluated on.
+OPENERS: dict[str, Callable[[str, Path | None, int | None, bool], Splits]] = {
+    "torch": lambda name, root, count, whole: open_torch(name, root),
+    "hfds": lambda name, root, count, whole: open_hub(
+        name, streaming=False, data_dir=root, num_samples=count, whole=whole
+    ),
+    "hfids": lambda name, root, count, whole: open_hub(
+        name, streaming=True, data_dir=root, num_samples=count, whole=whole
+    ),
+    "wds": lambda name, root, count, whole: open_shards(name, num_samples=count),
 }
 
 
@@ -60,6 +65,7 @@ class DataOptions:
         processes let one open it first.
     fraction: use that share of both parts, a fixed random subset.
     num_samples: training images of a stream that does not say how many it has.
+    whole: a folder without an evaluation part is evaluated on in full, and none of it held out or trained on.
 
     Raises ValueError for a size below 1 or workers below 0.
     """
@@ -77,6 +83,7 @@ class DataOptions:
     data_dir: str | Path | None = None
     fraction: float = 1.0
     num_samples: int | None = None
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if self.img_size is not None and self.img_size < 1:
@@ -88,13 +95,13 @@ class DataOptions:
 class Data:
     """Training and evaluation batches of one data set, and what a model must know of it.
 
-    Attributes: options, num_classes, class_names, in_chans, img_size (side S of the images that come out). `train` and
-    `eval` are Loaders, made when first asked for: batches of images (B, in_chans, S, S) float32, normalised, and labels
-    (B,) int64.
+    Attributes: options, num_classes, class_names, in_chans, img_size (side S of the images that come out), found (what
+    is used and left out, in a line, or nothing). `train` and `eval` are Loaders, made when first asked for: batches of
+    images (B, in_chans, S, S) float32, normalised, and labels (B,) int64.
     """
 
     def __init__(self, options: DataOptions, splits: Splits) -> None:
-        self.options, self.mirror = options, splits.mirror
+        self.options, self.mirror, self.found = options, splits.mirror, splits.found
         self._bad = BadImages(options.on_bad_image)
         # a stream may not name its classes
         self.class_names = splits.class_names or tuple(map(str, range(options.num_classes or 0)))
@@ -172,19 +179,22 @@ class Opener:
         self._splits: tuple[tuple[str | int | None, ...], Splits] | None = None
         self._data: Data | None = None
 
-    def splits(self, spec: str, data_dir: str | Path | None = None, num_samples: int | None = None) -> Splits:
+    def splits(
+        self, spec: str, data_dir: str | Path | None = None, num_samples: int | None = None, *, whole: bool = False
+    ) -> Splits:
         """As `open_splits`."""
-        key = (spec,) if is_path(spec) else (spec, str(data_dir), num_samples)
+        key = (spec, whole) if is_path(spec) else (spec, whole, str(data_dir), num_samples)
         if self._splits is None or self._splits[0] != key:
             self._splits = self._data = None  # they go before the next are opened
-            self._splits = key, open_splits(spec, Path(data_dir) if data_dir else None, num_samples)
+            self._splits = key, open_splits(spec, Path(data_dir) if data_dir else None, num_samples, whole=whole)
         return self._splits[1]
 
     def data(self, options: DataOptions) -> Data:
         """As `load_data`."""
         if self._data is None or self._data.options != options:
             self._data = None
-            self._data = Data(options, self.splits(options.spec, options.data_dir, options.num_samples))
+            o = options
+            self._data = Data(o, self.splits(o.spec, o.data_dir, o.num_samples, whole=o.whole))
         return self._data
 
 
@@ -208,20 +218,32 @@ def is_path(spec: str) -> bool:
     return spec != "digits" and spec.partition("/")[0] not in OPENERS
 
 
-def open_splits(spec: str, data_dir: Path | None = None, num_samples: int | None = None) -> Splits:
-    """What a spec is, without decoding an image. Raises ValueError as load_data does."""
+def same_data(one: str, other: str) -> bool:
+    """Whether two specs mean the same data: alike in words, or paths of one folder."""
+    if is_path(one) and is_path(other):
+        return local_path(one).resolve() == local_path(other).resolve()
+    return one == other
+
+
+def open_splits(
+    spec: str, data_dir: Path | None = None, num_samples: int | None = None, *, whole: bool = False
+) -> Splits:
+    """What a spec is, without decoding an image. Raises ValueError as load_data does.
+
+    whole: as in DataOptions.
+    """
     prefix, _, name = spec.partition("/")
     if spec == "digits":
         return open_digits()
     if prefix not in OPENERS:
-        return _open_path(spec)
+        return _open_path(spec, whole)
     if not name:
         raise ValueError(f"data {spec!r}: name the data set after the stroke, as in torch/cifar10")
-    return OPENERS[prefix](name, data_dir, num_samples)
+    return OPENERS[prefix](name, data_dir, num_samples, whole)
 
 
-def _open_path(spec: str) -> Splits:
-    path = Path(spec).expanduser()
+def _open_path(spec: str, whole: bool) -> Splits:
+    path = local_path(spec)
     if not path.exists():
         raise ValueError(
             f"data {spec!r}: no such folder; give a folder of images or parquet files, digits, torch/NAME, "
@@ -230,4 +252,4 @@ def _open_path(spec: str) -> Splits:
     if not path.is_dir():
         raise ValueError(f"data {spec!r} is a file; give the folder that it lies in")
     tree = Tree()
-    return open_parquet(path) if tree.has_parquet(str(path)) else open_folder(path, tree)
+    return (open_parquet if tree.has_parquet(str(path)) else open_folder)(path, tree, whole=whole)

@@ -4,7 +4,7 @@
 |---|---|---|
 | FILE.json, or a folder with one JSON | all but the last images | --eval-data, or the last --eval-images (a tenth) |
 | annotations/instances_train*.json, ..._val*.json (COCO's own) | train | val |
-| train/*.json, valid/*.json or val/*.json (exports of labelling tools) | train | valid |
+| train/*.json, valid/*.json or test/*.json, or like names (exports of labelling tools) | train | valid, else test |
 
 Images are looked for where --images says, then beside their JSON, in images/ there and in the folder that the JSON's
 name ends with (train2017). The images of an --eval-data that lies in another folder are looked for beside it first.
@@ -15,6 +15,7 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
+from karat.data.folder import EVALUATED, NAMES, local_path, part_of
 from karat.data.named import data_folder
 from karat.data.order import BadImages, Order
 from karat.data.sources import fixed_part
@@ -126,23 +127,22 @@ def open_parts(settings: DetectSettings) -> tuple[CocoPart, CocoPart]:
 
 def find_files(settings: DetectSettings) -> tuple[Path, Path | None]:
     """The JSON files of training and evaluation; None where one file serves both."""
-    path = Path(settings.data).expanduser()
+    path = local_path(settings.data)
     if settings.data == "coco" and not path.exists():
         path = data_folder(settings.data_dir) / "coco"
     if not path.exists():
         raise ValueError(f"data {str(path)!r}: no such file or folder; give a COCO JSON or a folder that holds one")
-    given = None if settings.eval_data is None else Path(settings.eval_data).expanduser()
+    given = None if settings.eval_data is None else local_path(settings.eval_data)
     if path.is_file():
         return path, given
-    own = sorted(path.glob("*.json"))
+    own = _json_files(path)
     if len(own) == 1:
         return own[0], given
+    listed = _json_files(path / "annotations", "instances_*.json")
     pairs = [
-        (sorted((path / "annotations").glob("instances_train*.json")),
-         sorted((path / "annotations").glob("instances_val*.json"))),
-        (sorted((path / "train").glob("*.json")),
-         sorted([*(path / "valid").glob("*.json"), *(path / "val").glob("*.json")])),
-    ]  # fmt: skip
+        tuple([file for file in listed if file.name.startswith(f"instances_{part}")] for part in ("train", "val")),
+        _parts_of(path),
+    ]
     for train, evaluation in pairs:
         if len(train) == 1 and (given is not None or len(evaluation) <= 1):
             return train[0], given or (evaluation[0] if evaluation else None)
@@ -153,6 +153,20 @@ def find_files(settings: DetectSettings) -> tuple[Path, Path | None]:
     )
 
 
+def _json_files(folder: Path, pattern: str = "*.json") -> list[Path]:
+    """The JSON files of a folder, hidden ones aside."""
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
+
+
+def _parts_of(path: Path) -> tuple[list[Path], list[Path]]:
+    """The JSON files in folders that are called train, and in those called valid or, where there are none, test."""
+    parts: dict[str, list[Path]] = {part: [] for part in NAMES}
+    for folder in sorted(path.iterdir()):
+        if folder.is_dir() and (part := part_of(folder.name)):
+            parts[part] += _json_files(folder)
+    return parts["train"], next((parts[part] for part in EVALUATED if parts[part]), [])
+
+
 def open_file(file: Path, images: str | None, beside_first: bool = False) -> CocoPart:
     """One JSON, with its images in the folder `images` or where they usually lie, there first if `beside_first`.
 
@@ -161,7 +175,7 @@ def open_file(file: Path, images: str | None, beside_first: bool = False) -> Coc
     ending = file.stem.rpartition("_")[2]  # instances_train2017 -> train2017
     beside = [file.parent, file.parent / "images", file.parent / ending, file.parent.parent / ending]
     beside.append(file.parent.parent / "images")
-    given = [] if images is None else [Path(images).expanduser()]
+    given = [] if images is None else [local_path(images)]
     if given and not given[0].is_dir():
         raise ValueError(f"--images {images}: no such folder")
     return read_coco(file, [*beside, *given] if beside_first else [*given, *beside])

@@ -51,6 +51,15 @@ class Detection(Task[DetectSettings, DetectData]):
             "skipped": data.skipped,
         }
 
+    def found(self, data: DetectData) -> str:
+        """As Task.found."""
+        parts = data.train_part, data.eval_part
+        objects = sum(len(picture.things) for part in parts for picture in part.pictures)
+        return (
+            f"{sum(map(len, parts)):,} images with {objects:,} objects in {data.num_classes} classes; "
+            f"trained on {len(parts[0]):,}, evaluated on {len(parts[1]):,}"
+        )
+
     def notes(self, data: DetectData) -> list[str]:
         """What is used, and what was left out or changed."""
         return [data.contents, *data.skipped]

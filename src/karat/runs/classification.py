@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 import tyro
 
+from karat.data.folder import local_path
 from karat.data.images import read_image
 from karat.data.splits import Opener, is_path
 from karat.models.kan.peers import DEEP_KAN
@@ -125,7 +126,7 @@ class Settings(RunSettings):
 
 def is_small(data: str, opened: Opener | None = None) -> bool:
     """Whether a data spec means small images: by its name, or by the first image of a folder that is there."""
-    if not is_path(data) or not Path(data).expanduser().is_dir():
+    if not is_path(data) or not local_path(data).is_dir():
         return data.rstrip("/") in SMALL_DATA
     part: Any = (opened or Opener()).splits(data).train
     try:

@@ -97,6 +97,10 @@ class Classification(Task[Settings, Data]):
         share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
         return self.opened.data(data_options(settings, **share))
 
+    def found(self, data: Data) -> str:
+        """As Task.found."""
+        return data.found
+
     def facts(self, data: Data) -> dict[str, Any]:
         """As Task.facts."""
         return {"num_classes": data.num_classes, "class_names": list(data.class_names), "in_chans": data.in_chans}

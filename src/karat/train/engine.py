@@ -60,6 +60,8 @@ class Trainer:
         self.main = self.accelerator.is_main_process
         self.console = console if console is not None and self.main else Console(quiet=True)
         self.data = data or task.load_data(settings, self.accelerator)
+        if data is None and (found := task.found(self.data)):
+            self.say(found)
         self.batches_per_epoch = len(self.data.train)
         updates = -(-self.batches_per_epoch // settings.grad_accum_steps)
         self.total_steps = self.recipe.epochs * updates

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from karat import runs
-from karat.data.splits import load_data
+from karat.data.splits import load_data, same_data
 from karat.models.resample import resample_tokens
 from karat.models.transfer import teacher_of
 from karat.runs.files import write_json
@@ -29,6 +29,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Top-1, top-5 and loss of a run on its evaluation images, or on another data set's; also saved as eval.json.
 
+    Of another folder its evaluation part is measured, or all of it where it has none.
     Another `img_size` resamples position embeddings and operators to the new token grid (SPEC §9).
     Raises ValueError for data whose labels the model does not have, and as `load_run` does.
     """
@@ -48,7 +49,7 @@ def evaluate_run(
     given = {"spec": data, "batch_size": batch_size, "workers": workers}
     changed |= {name: value for name, value in given.items() if value is not None}
     if data is not None:
-        changed |= {"fraction": 1.0, "num_samples": None}
+        changed |= {"fraction": 1.0, "num_samples": None, "whole": not same_data(data, settings.data)}
     loaded = load_data(data_options(settings, **changed))
     if loaded.in_chans != facts["in_chans"]:
         raise ValueError(f"{data} has {loaded.in_chans} channels, the model takes {facts['in_chans']}")

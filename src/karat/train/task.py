@@ -43,6 +43,10 @@ class Task(ABC, Generic[S, D]):
     def facts(self, data: D) -> dict[str, Any]:
         """What of the data config.json must hold so that the model can be built again, plain values."""
 
+    def found(self, data: D) -> str:
+        """What is trained on and what was left out, in a line that is said first; nothing, as a rule."""
+        return ""
+
     def notes(self, data: D) -> list[str]:
         """What there is to say of the data before training; nothing, as a rule."""
         return []
