@@ -16,7 +16,7 @@ HANDED_ON = {
     "karat.export": ("karat.share.export", "export_onnx", "export_pt2", "exported_program", "plain_path"),
     "karat.grids": ("karat.operator.grids", "on_grid"),
     "karat.hub": ("karat.share.hub", "KArAtModel", "ModelConfig", "from_pretrained"),
-    "karat.hub.config": ("karat.share.hub.config", "ModelConfig"),
+    "karat.hub.config": ("karat.runs.saved", "ModelConfig"),
     "karat.hub.runs": ("karat.share.hub.runs", "from_run", "open_model"),
     "karat.kan": ("karat.models.kan", "SplineLinear", "GroupRational", "FourierLinear", "RBFLinear", "KANClassifier"),
     "karat.train.data": ("karat.data.splits", "Data", "open_splits"),

@@ -19,7 +19,7 @@ PATHS: dict[str, tuple[str, ...]] = {  # the modules, in whose order a name is l
     "karat.export": ("karat.share.export",),
     "karat.grids": ("karat.operator.grids",),
     "karat.hub": ("karat.share.hub",),
-    "karat.hub.config": ("karat.share.hub.config",),
+    "karat.hub.config": ("karat.runs.saved",),
     "karat.hub.runs": ("karat.share.hub.runs",),
     "karat.kan": ("karat.models.kan",),
     "karat.train.data": ("karat.old_paths", "karat.data.splits"),

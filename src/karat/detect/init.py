@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,13 @@ from karat.detect.settings import DetectSettings
 from karat.detect.trunk import Trunk, resize_embeddings, to_grid
 from karat.models.backbones import AttentionKind, backbone_of, kind_of
 from karat.models.create import create_model
+from karat.models.fit import fit, places_of_weights
 from karat.models.kan.mlp import refuse_other_form
 from karat.models.resample import resample_tokens
 from karat.operator.operator import with_factors, without_torn_layers
 from karat.operator.token_grid import resample_operator
-from karat.runs import files
-from karat.train.init import FRESH, Transplanted, adapt, read_model, same_operators, transplant
+from karat.runs.weights import Given
+from karat.train.init import FRESH, Transplanted, other_meaning, read_source, transplant
 
 
 def load_init(detector: Detector, settings: DetectSettings) -> list[Transplanted]:
@@ -43,9 +43,10 @@ def _load_detector(detector: Detector, settings: DetectSettings, folder: Path) -
     source, theirs, _ = load_run(folder)
     before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
     _carry(source.trunk, settings.recipe.img_size // detector.trunk.stride)
-    same, weights = same_operators(settings.attention, theirs.attention), source.state_dict()
-    resized = _changed(before, weights)
-    return transplant(detector, weights, str(folder), same_operator=same, resized=resized)
+    weights = source.state_dict()
+    given = Given(str(folder), weights, source, theirs.attention)
+    other, resized = other_meaning(detector, given, settings.attention), _changed(before, weights)
+    return transplant(detector, weights, str(folder), other=other, resized=resized)
 
 
 def _changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
@@ -82,8 +83,10 @@ def load_trunk(detector: Detector, settings: DetectSettings) -> list[Transplante
     """
     assert settings.init is not None
     source: Any
-    source, theirs, same = _source(settings.init, settings)
+    given = read_source(settings)
+    source, theirs = _source(given, settings)
     _check_trunk(source, settings.init)
+    other = other_meaning(detector.trunk.vit, given, settings.attention)  # before the source is changed
     patch: int = source.patch_embed.patch_size[0]
     resample_tokens(source, img_size=settings.window * patch, num_prefix_tokens=0)
     grid = settings.recipe.img_size // detector.trunk.stride
@@ -91,7 +94,7 @@ def load_trunk(detector: Detector, settings: DetectSettings) -> list[Transplante
         trunk = to_grid(source, grid * patch, settings.window, settings.global_blocks, settings.recipe.rel_pos)
     weights = {name: tensor for name, tensor in trunk.vit.state_dict().items() if name in theirs}
     resized = _changed(theirs, weights)
-    fates = transplant(detector.trunk.vit, weights, settings.init, same_operator=same, resized=resized)
+    fates = transplant(detector.trunk.vit, weights, settings.init, other=other, resized=resized)
     others: dict[str, nn.Module] = {"pyramid": detector.backbone.levels, "rpn": detector.rpn}
     others["heads"] = detector.roi_heads
     for name, module in others.items():
@@ -121,35 +124,21 @@ def _serves(kind: AttentionKind | None) -> bool:
     return kind is not None and (kind.learned or kind.adapter is not None)
 
 
-def _source(name: str, settings: DetectSettings) -> tuple[nn.Module, dict[str, Tensor], bool]:
-    """The source as a classifier, the weights it came with, and whether its operators mean the same."""
-    whole = read_model(name, settings)
-    if whole is not None:
-        return whole[0], {key: tensor.clone() for key, tensor in whole[0].state_dict().items()}, whole[1]
-    weights = files.read_tensors(Path(name).expanduser())
-    source: Any = create_model(settings.model, settings.attention, **settings.model_kwargs())
-    refuse_other_form(source, weights)
-    grid = _grid_of(weights)
-    if grid is not None:  # on its own grid, from where position embeddings and operators are carried together
-        side, prefix = grid
-        kwargs: dict[str, Any] = {} if prefix else {"class_token": False, "global_pool": "avg"}
-        img_size = side * source.patch_embed.patch_size[0]
-        source = create_model(
-            settings.model, settings.attention, img_size=img_size, **kwargs, **settings.model_kwargs()
-        )
-    own, weights = source.state_dict(), with_factors(source, weights)
-    adapted = {key: adapt(key, weights[key], own[key], source) for key in own if key in weights}
-    fitting = {key: tensor for key, tensor in adapted.items() if tensor is not None}
+def _source(given: Given, settings: DetectSettings) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The source as a classifier, and the weights it came with."""
+    if given.model is not None:
+        return given.model, {key: tensor.clone() for key, tensor in given.weights.items()}
+    sizes: dict[str, Any] = settings.model_kwargs()
+    source: Any = create_model(settings.model, settings.attention, **sizes)
+    refuse_other_form(source, given.weights)
+    places = places_of_weights(given.weights)
+    if places is not None:  # on its own grid, from where position embeddings and operators are carried together
+        sizes["img_size"] = places.grid.height * source.patch_embed.patch_size[0]
+        sizes |= {} if places.grid.prefix else {"class_token": False, "global_pool": "avg"}
+        source = create_model(settings.model, settings.attention, **sizes)
+    weights = with_factors(source, given.weights)
+    fitting, _ = fit(source, weights)
     if not fitting:
-        raise ValueError(f"--init {name}: it shares no weight with {settings.model}")
-    source.load_state_dict(own | without_torn_layers(source, fitting, weights))
-    return source, {key: weights[key] for key in fitting}, True
-
-
-def _grid_of(weights: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    """Side of the token grid and number of prefix tokens of a ViT's weights; None where they don't say it."""
-    embedding, prefix = weights.get("pos_embed"), int("cls_token" in weights)
-    if embedding is None or embedding.ndim != 3:
-        return None
-    side = isqrt(max(embedding.shape[1] - prefix, 0))
-    return (side, prefix) if side and side**2 == embedding.shape[1] - prefix else None
+        raise ValueError(f"--init {given.name}: it shares no weight with {settings.model}")
+    source.load_state_dict(source.state_dict() | without_torn_layers(source, fitting, weights))
+    return source, {key: weights[key] for key in fitting}

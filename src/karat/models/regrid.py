@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,14 @@ from karat.models.attention import KArAtWindowAttention
 from karat.models.relative_bias import relative_biases
 from karat.operator.operator import karat_operators
 from karat.operator.token_grid import like, resample_operator
+
+
+@contextlib.contextmanager
+def quiet_tables() -> Iterator[None]:
+    """Within, timm interpolates tables of biases, where it indexes in a way that torch deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"timm\.layers\.interpolate")
+        yield
 
 
 @torch.no_grad()
@@ -36,8 +45,7 @@ def resize_windows(model: Any, *args: Any, **kwargs: Any) -> None:
     """Operators on windows. Raises ValueError where they aren't on the model's present ones."""
     converted = [module for module in model.modules() if isinstance(module, KArAtWindowAttention)]
     windows = [module.window_size for module in converted]
-    with warnings.catch_warnings():  # timm's interpolation of the bias tables indexes in a way torch deprecates
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"timm\.layers\.interpolate")
+    with quiet_tables():
         type(model).set_input_size(model, *args, **kwargs)
     for module, old_window in zip(converted, windows, strict=True):
         resample_operator(module.operator, old_window, module.window_size)

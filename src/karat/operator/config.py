@@ -18,6 +18,8 @@ _LETTERS = {"blockwise": "b", "universal": "u"}
 # Names for what a configuration is recommended for; `str` gives the explicit form.
 ALIASES = {"recommended": "static-b,residual=softmax"}
 
+# Settings without which an operator's numbers mean nothing.
+_MEANING = ("basis", "rank", "order", "sharing", "base", "simplex", "residual", "gate", "position")
 
 Class = TypeVar("Class", bound=type)
 
@@ -166,6 +168,16 @@ class KArAtConfig:
                 "(attention='softmax' keeps softmax everywhere)"
             )
         return heads
+
+    def same_functions(self, other: KArAtConfig, num_heads: int) -> bool:
+        """Whether operators of both mean the same by equal numbers, in attention of so many heads.
+
+        Where blocks lie, how they start and which implementation runs them is no part of that.
+        """
+        if self.is_softmax or other.is_softmax:
+            return False
+        heads = self.softmax_head_indices(num_heads) == other.softmax_head_indices(num_heads)
+        return heads and all(getattr(self, name) == getattr(other, name) for name in _MEANING)
 
     @classmethod
     def parse(cls, spec: str | KArAtConfig) -> KArAtConfig:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 MANIFEST = "manifest.json"
+INDEX = ".index.json"  # behind the name of what is cut into shards
+PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".th", ".tar")
 
 
 def sync(path: Path) -> None:
@@ -83,14 +86,67 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Read a safetensors file; ValueError when it is missing, cut short or no such file at all."""
+    """Read a safetensors file, or the shards that an index (NAME.safetensors.index.json) lists.
+
+    Raises ValueError when one is missing, cut short, a pickle or no such file at all.
+    """
+    if path.name.endswith(INDEX):
+        return _read_shards(path, device)
+    with _opened(path, device) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; of shards what their index says."""
+    if path.name.endswith(INDEX):
+        noted = read_json(path).get("metadata")
+        return {key: str(value) for key, value in noted.items()} if isinstance(noted, dict) else {}
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+@contextlib.contextmanager
+def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+            yield file
     except FileNotFoundError:
         raise ValueError(f"{path} is not there") from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        if path.is_file():
+            refuse_pickle(path)
+        raise ValueError(
+            f"{path} is not a whole safetensors file: {error}; it was cut short or is of another kind, copy it anew"
+        ) from None
+
+
+def _read_shards(index: Path, device: str) -> dict[str, Tensor]:
+    table = read_json(index)
+    places = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{index} is no index of shards: it has no weight_map of names to files")
+    found: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name:
+            raise ValueError(f"{index} names the shard {name!r}, which doesn't lie beside it")
+        found |= read_tensors(index.with_name(name), device)
+    absent = next((name for name in places if name not in found), None)
+    if absent is not None:
+        raise ValueError(f"{index} lists {absent!r}, which {places[absent]} doesn't have")
+    return found
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise ValueError where a file is a pickle, as torch.save writes it, by its first bytes or else its name."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == b"PK\x03\x04" or re.match(rb"\x80[\x02-\x05]", start) or path.suffix in PICKLES:
+        raise ValueError(
+            f"{path} is a pickle, as torch.save writes it, which runs code when it is loaded and is never unpickled "
+            "here; convert it once to safetensors where you trust it: "
+            f"d = torch.load({path.name!r}, weights_only=True); d = d.get('model', d.get('state_dict', d)); "
+            f"safetensors.torch.save_file({{k: v.contiguous() for k, v in d.items()}}, '{path.stem}.safetensors')"
+        )
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -66,6 +66,12 @@ def is_run(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
+def holds_settings(folder: Path) -> bool:
+    """Whether a folder's config.json is a run's: others write files of that name too."""
+    config = files.read_json(folder / CONFIG)
+    return isinstance(config, dict) and "settings" in config
+
+
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
     names = ("karat", "torch", "timm", "accelerate", "torchvision", "numpy")
@@ -134,7 +140,11 @@ def read_config(folder: Path, kind: type[Any] = Settings) -> tuple[Any, dict[str
         raise ValueError(f"{folder} is no run's folder: it has no {CONFIG}")
     config = files.read_json(folder / CONFIG)
     if not isinstance(config, dict) or "settings" not in config:
-        raise ValueError(f"{folder / CONFIG} has no settings")
+        other = "a saved model" if isinstance(config, dict) and "format" in config else "another program's"
+        raise ValueError(
+            f"{folder} is no run's folder: its {CONFIG} has no settings and is {other}; --init, karat predict and "
+            "karat export take saved models"
+        )
     task = config.get("task", Settings.task)
     if task != kind.task:
         raise ValueError(f"{folder} is a run of the task {task!r}, and a run of `{kind.command}` is needed here")

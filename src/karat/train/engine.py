@@ -87,6 +87,7 @@ class Trainer:
             runs.begin(self.folder, self.settings, facts)
             if self.parts.loaded:
                 self.console.print(init.table(self.parts.loaded, str(self.settings.init)))
+                self.say(init.account(self.parts.loaded, str(self.settings.init)))
         self.accelerator.wait_for_everyone()
         self._note_the_start()
 

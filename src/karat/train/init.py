@@ -1,35 +1,33 @@
 """Fine-tuning's start: weights of another model, taken over as far as they fit, with an account of it.
 
-The source is a run's folder, a safetensors file or `hub:NAME` (timm's pretrained weights). A token grid of another
-size is resampled first (position embeddings and operators, SPEC §9); a head for other classes starts fresh; operators
-start fresh where the source has none or others, as in softmax -> KArAt.
+The source comes through `karat.runs.weights`; what lies on another token grid is resampled (`karat.models.fit`).
+A head for other classes starts fresh. So does whatever has another meaning, its shape equal or not: operators where the
+source has none or others, KAN layers of other settings, heads that are cut differently.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import torch
 from rich.table import Table
-from timm import create_model as create_timm_model
-from timm.layers import resample_abs_pos_embed
-from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from karat import runs
-from karat.errors import first_line
-from karat.models.kan.mlp import refuse_other_form
-from karat.models.resample import resample_tokens
+from karat.models.fit import fit
+from karat.models.kan import FourierLinear, RBFLinear, SplineLinear, parse_mlp
+from karat.models.kan.mlp import PLAIN, refuse_other_form
+from karat.models.kan.peers import DEEP_KAN
+from karat.models.kan.rational import Rational
 from karat.operator.config import KArAtConfig
-from karat.operator.operator import factors_of, with_factors, without_torn_layers
-from karat.runs import files
-from karat.runs.model import load_run
+from karat.operator.operator import factors_of, karat_operators, with_factors, without_torn_layers
+from karat.runs.classification import Settings
 from karat.runs.settings import RunSettings
+from karat.runs.weights import Given, mlp_of, open_weights
 from karat.train.optim import operator_parameters
 
+KAN_LAYERS = (SplineLinear, FourierLinear, RBFLinear, Rational)
 LOADED, RESIZED, FRESH, DROPPED = "loaded", "resized", "fresh", "dropped"
 
 
@@ -41,6 +39,7 @@ class Transplanted:
     fate: str
     tensors: int
     parameters: int
+    why: str = ""
 
 
 def table(fates: list[Transplanted], source: str) -> Table:
@@ -55,75 +54,77 @@ def table(fates: list[Transplanted], source: str) -> Table:
     return drawn
 
 
-def load_init(model: nn.Module, settings: RunSettings) -> list[Transplanted]:
+def account(fates: list[Transplanted], source: str) -> str:
+    """The account in a line, and a line for each reason why something isn't the source's."""
+    said = []
+    for fate in (LOADED, RESIZED, FRESH, DROPPED):
+        mine = [entry for entry in fates if entry.fate == fate]
+        named = "" if fate == LOADED or not mine else f" ({', '.join(entry.part for entry in mine)})"
+        said.append(f"{sum(entry.tensors for entry in mine)} {fate}{named}")
+    reasons = {entry.why: entry.part for entry in fates if entry.why}
+    return "\n".join([f"tensors of {source}: {', '.join(said)}", *(f"{part}: {why}" for why, part in reasons.items())])
+
+
+def load_init(model: nn.Module, settings: Settings) -> list[Transplanted]:
     """Give `model` the weights that `settings.init` names, as far as they fit; returns what became of each part.
 
     Raises ValueError when the source is missing, was tampered with, or shares no weight with the model.
     """
-    assert settings.init is not None
-    weights, same_operator, resized = read_source(settings.init, model, settings)
-    return transplant(model, weights, settings.init, same_operator=same_operator, resized=resized)
+    given = read_source(settings)
+    other = other_meaning(model, given, settings.attention, mlp_of(settings.model, settings.mlp))
+    return transplant(model, given.weights, given.name, other=other, origin=given.model)
 
 
-Source = tuple[dict[str, Tensor], bool, frozenset[str]]
+def read_source(settings: RunSettings) -> Given:
+    """What --init names. Raises ValueError as `open_weights` does."""
+    try:
+        return open_weights(str(settings.init))
+    except ValueError as error:
+        raise ValueError(f"--init {error}") from error
 
 
-def read_source(source: str, model: nn.Module, settings: RunSettings) -> Source:
-    """The source's weights on the model's token grid, whether its operators mean the same as the model's, and the
-    names of the weights that were resized on the way."""
-    side = _side(model)
-    whole = read_model(source, settings)
-    if whole is not None:
-        return _on_grid(*whole, side)
-    return files.read_tensors(Path(source).expanduser()), True, frozenset()
+def other_meaning(model: nn.Module, given: Given, attention: str, mlp: str = PLAIN) -> dict[str, str]:
+    """The model's weights that the source's can't become whatever their shapes, and why.
 
-
-def read_model(source: str, settings: RunSettings) -> tuple[nn.Module, bool] | None:
-    """The model that a run or hub:NAME holds, and whether its operators mean the same; None for a file of weights.
-
-    Raises ValueError when the source is missing, can't be loaded or was tampered with.
+    attention, mlp: the model's. What nothing is known of is not taken where names don't tell it: operators, and not
+    KAN layers, whose names and knots do.
     """
-    if source.startswith("hub:"):
-        name = source.removeprefix("hub:")
-        try:
-            return create_timm_model(name, pretrained=True), True
-        except Exception as error:  # timm raises RuntimeError, the Hub's client its own kinds
-            raise ValueError(
-                f"--init {source}: cannot be loaded ({first_line(error)}); is the name timm's and a network there?"
-            ) from error
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _read_run(path, settings)
-    if not path.is_file():
-        raise ValueError(f"--init {source}: no such run or file; give a run's folder, a safetensors file or hub:NAME")
-    return None
+    mine, other = KArAtConfig.parse(attention), dict[str, str]()
+    theirs = None if given.attention is None else KArAtConfig.parse(given.attention)
+    before = {} if given.model is None else _heads(given.model)
+    for name, op in karat_operators(model).items():
+        if theirs is None:
+            why = f"{given.doubt}: name a run or saved model, or note the attention in the file's metadata"
+        elif not mine.same_functions(theirs, op.num_heads):
+            why = f"{given.name} has {theirs}, the model {mine}"
+        else:
+            continue
+        other |= dict.fromkeys((f"{name}.{key}" for key in op.state_dict()), why)
+    for name, heads in _heads(model).items():
+        if before.get(name, heads) != heads:
+            why = f"{given.name} has {before[name]} heads, the model {heads}"
+            other |= dict.fromkeys((f"{name}.{key}" for key in model.get_submodule(name).state_dict()), why)
+    if given.mlp is not None and _functions(given.mlp) != _functions(mlp):
+        why = f"{given.name} has {given.mlp}, the model {mlp}"
+        for name, module in model.named_modules():
+            if isinstance(module, KAN_LAYERS):
+                other |= dict.fromkeys((f"{name}.{key}" for key in module.state_dict()), why)
+    return other
 
 
-def _read_run(folder: Path, settings: RunSettings) -> tuple[nn.Module, bool]:
-    theirs, _ = runs.read_config(folder)
-    return load_run(folder), same_operators(settings.attention, theirs.attention)
+def _heads(model: nn.Module) -> dict[str, int]:
+    """How many heads each attention of a model has, by name."""
+    found = {name: module.num_heads for name, module in model.named_modules() if name and hasattr(module, "num_heads")}
+    for name in karat_operators(model):
+        found.pop(name, None)
+    inner = {name.rpartition(".")[0] for name in found}  # Swin's blocks say it too
+    return {name: int(heads) for name, heads in found.items() if name not in inner}
 
 
-def same_operators(mine: str, other: str) -> bool:
-    """Whether the operators of two attentions mean the same, so that one's weights may become the other's."""
-    ours, theirs = KArAtConfig.parse(mine), KArAtConfig.parse(other)
-    meaning = ("basis", "order", "base", "sharing", "position")
-    return all(getattr(ours, name) == getattr(theirs, name) for name in meaning)
-
-
-def _side(model: nn.Module) -> int | None:
-    """The side of the images that a model takes, where it says so."""
-    size: Any = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return None if size is None else int(size[0])
-
-
-def _on_grid(source: nn.Module, same_operator: bool, side: int | None) -> Source:
-    before = {name: tensor.shape for name, tensor in source.state_dict().items()}
-    if side is not None and _side(source) not in (None, side):
-        resample_tokens(source, img_size=side)
-    weights = source.state_dict()
-    resized = frozenset(name for name, tensor in weights.items() if tensor.shape != before.get(name))
-    return weights, same_operator, resized
+def _functions(mlp: str) -> object:
+    """What the numbers of KAN layers mean: all settings but where functions start."""
+    kind = None if mlp.startswith(DEEP_KAN) else parse_mlp(mlp)
+    return mlp if kind is None else (kind.name, {**asdict(kind), "init": None})
 
 
 def transplant(
@@ -131,12 +132,14 @@ def transplant(
     weights: Mapping[str, Tensor],
     source: str,
     *,
-    same_operator: bool = True,
+    other: Mapping[str, str] = MappingProxyType({}),
+    origin: nn.Module | None = None,
     resized: Collection[str] = (),
 ) -> list[Transplanted]:
-    """Copy into `model` every weight of the same name and shape; position embeddings and input channels are adapted.
+    """Copy into `model` the weights that `karat.models.fit` brings to its sizes, layers of functions whole or not.
 
-    `resized` names weights that were carried to the model's size before.
+    other: names that aren't to be taken, and why. origin: the model that the weights are of. `resized` names weights
+    that were carried to the model's size before.
     """
     try:
         refuse_other_form(model, weights)
@@ -145,28 +148,25 @@ def transplant(
     own, weights = model.state_dict(), with_factors(model, weights)
     operators, factors = set(operator_parameters(model)), factors_of(model)
     counts: dict[tuple[str, str], list[int]] = {}
+    reasons: dict[tuple[str, str], str] = {}
 
     def note(name: str, fate: str, tensor: Tensor) -> None:
         if name in factors:  # they go with their parameters
             return
-        entry = counts.setdefault((_part(name, model, operators), fate), [0, 0])
+        key = _part(name, model, operators), fate
+        entry = counts.setdefault(key, [0, 0])
         entry[0] += 1
         entry[1] += tensor.numel()
+        if name in other:
+            reasons.setdefault(key, other[name])
 
-    fitting: dict[str, Tensor] = {}
-    for name, target in own.items():
-        found = weights.get(name)
-        if found is not None and not (name in operators and not same_operator):
-            adapted = adapt(name, found, target, model)
-            if adapted is not None:
-                fitting[name] = adapted
-    taken = without_torn_layers(model, fitting, weights)
+    fitting, changed = fit(model, {name: x for name, x in weights.items() if name not in other}, origin)
+    taken = _whole_layers(model, without_torn_layers(model, fitting, weights))
     for name, target in own.items():
         if name not in taken:
             note(name, FRESH, target)
         else:
-            changed = name in resized or taken[name].shape != weights[name].shape
-            note(name, RESIZED if changed else LOADED, target)
+            note(name, RESIZED if name in resized or name in changed else LOADED, target)
     for name, tensor in weights.items():
         if name not in taken:
             note(name, DROPPED, tensor)
@@ -174,32 +174,23 @@ def transplant(
         first = next(iter(weights), "nothing")
         raise ValueError(f"--init {source}: it shares no weight with the model (it has {first!r}, …)")
     model.load_state_dict({**own, **taken})
-    return [Transplanted(part, fate, *numbers) for (part, fate), numbers in sorted(counts.items())]
+    return [
+        Transplanted(part, fate, tensors, parameters, reasons.get((part, fate), ""))
+        for (part, fate), (tensors, parameters) in sorted(counts.items())
+    ]
 
 
-def adapt(name: str, found: Tensor, target: Tensor, model: nn.Module) -> Tensor | None:
-    """`found` in the shape of `target`, or None where it can't be brought there."""
-    if found.shape == target.shape:
-        return found
-    if name == "pos_embed" and found.ndim == 3 and found.shape[2] == target.shape[2]:
-        prefix: Any = getattr(model, "num_prefix_tokens", 1)
-        patches: Any = model.patch_embed
-        try:
-            return resample_abs_pos_embed(found, list(patches.grid_size), num_prefix_tokens=prefix)
-        except (RuntimeError, AssertionError):  # no square number of tokens
-            return None
-    if name.startswith("patch_embed") and found.ndim == 4 and found.shape[1] == 1:
-        found = found.repeat(1, 3, 1, 1) / 3  # grey pixels are colours of three equal parts
-        if found.shape == target.shape:
-            return found
-    if name.startswith("patch_embed") and found.ndim == 4 and found.shape[2:] == target.shape[2:]:
-        try:
-            return (
-                torch.as_tensor(adapt_input_conv(target.shape[1], found)) if found.shape[0] == target.shape[0] else None
-            )
-        except NotImplementedError:
-            return None
-    return None
+def _whole_layers(model: nn.Module, taken: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the KAN layers of which a part would be left: names of another kind's may be among theirs."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, KAN_LAYERS)]
+    torn = {
+        name
+        for layer in layers
+        if not {f"{layer}.{key}" for key in model.get_submodule(layer).state_dict()} <= set(taken)
+        for name in taken
+        if name.startswith(f"{layer}.")
+    }
+    return {name: tensor for name, tensor in taken.items() if name not in torn}
 
 
 def _part(name: str, model: nn.Module, operators: set[str]) -> str:

@@ -4,7 +4,7 @@ A saved model is one folder: config.json (how to build the model, and how it wan
 (the weights, under the backbone's own names) and README.md (the model card).
 """
 
-from karat.share.hub.config import ModelConfig
+from karat.runs.saved import ModelConfig
 from karat.share.hub.model import KArAtModel, from_pretrained
 
 __all__ = ["KArAtModel", "ModelConfig", "from_pretrained"]

@@ -10,7 +10,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from karat.operator.config import KArAtConfig
-from karat.share.hub.config import OWN_MLP, ModelConfig
+from karat.runs.saved import OWN_MLP, ModelConfig
 
 
 def model_card(config: ModelConfig, parameters: int, defaults: ModelCardData) -> ModelCard:

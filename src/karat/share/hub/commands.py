@@ -54,15 +54,16 @@ class PredictClasses:
 def hub(arguments: Sequence[str]) -> None:
     """karat hub."""
     parsed = parse(lambda: tyro.cli(Hub, args=arguments, prog="karat hub"), "karat hub")
+    from karat.runs import saved
     from karat.share.hub import storage
     from karat.share.hub.runs import from_run
 
-    if storage.is_saved(parsed.run):
+    if saved.is_saved(parsed.run):
         raise ValueError(f"{parsed.run} is a saved model already: give the folder of the run")
     folder = parsed.output or parsed.run / "saved"
-    names = (storage.CONFIG, storage.WEIGHTS, storage.CARD)
+    names = (saved.CONFIG, saved.WEIGHTS, saved.CARD)
     taken = [folder / name for name in names if (folder / name).exists()]
-    if taken and not (parsed.overwrite and storage.is_saved(folder)):
+    if taken and not (parsed.overwrite and saved.is_saved(folder)):
         raise ValueError(f"{taken[0]} is there already: give another --output, or --overwrite for a saved model")
     model = from_run(parsed.run, parsed.weights)
     if parsed.push is not None:

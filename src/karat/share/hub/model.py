@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from karat.models.backbones import backbone_of
-from karat.models.create import PREFIX, REGISTERED, create_model
+from karat.models.create import PREFIX, REGISTERED
+from karat.runs import saved
+from karat.runs.saved import ModelConfig
 from karat.share.hub import card, storage
-from karat.share.hub.config import ModelConfig
 
 # Arguments that say where weights come from: they're for building a model once, a saved one brings its own.
 SOURCES = ("pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
@@ -53,7 +54,7 @@ class KArAtModel(
         super().__init__()
         self.config = config
         if backbone is None:
-            self.backbone = build(config)
+            self.backbone = saved.build(config)
         else:
             self.backbone = backbone
             check_rebuilds(backbone, self.present_config())
@@ -92,7 +93,7 @@ class KArAtModel(
             class_names=tuple(class_names),
             **own,
         )
-        return cls(config, build(config, **sources) if sources else None)
+        return cls(config, saved.build(config, **sources) if sources else None)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B,classes) of images (B,C,H,W), normalised as `config` says."""
@@ -170,26 +171,21 @@ class KArAtModel(
             local_files_only=local_files_only,
             revision=revision,
         )
-        config, weights = storage.read(folder)
+        config, weights = saved.read(folder)
         with torch.random.fork_rng(devices=()):
             try:
                 model = cls(config)
             except (TypeError, ValueError, RuntimeError) as error:
-                raise ValueError(f"{folder / storage.CONFIG} describes no model: {error}") from None
-        storage.load(model.backbone, weights, str(folder / storage.WEIGHTS))
+                raise ValueError(f"{folder / saved.CONFIG} describes no model: {error}") from None
+        saved.load(model.backbone, weights, str(folder / saved.WEIGHTS))
         return model.to(map_location).eval()
-
-
-def build(config: ModelConfig, **sources: Any) -> nn.Module:
-    """The model that a configuration describes, its weights drawn anew."""
-    return create_model(config.model, **config.arguments(), **sources)
 
 
 def check_rebuilds(backbone: nn.Module, config: ModelConfig) -> None:
     """Raise ValueError unless `config` gives a model with the weights of this one, name by name, shape by shape."""
     with torch.random.fork_rng(devices=()):
-        again = build(config).state_dict()
-    difference = storage.first_difference(again, backbone.state_dict())
+        again = saved.build(config).state_dict()
+    difference = saved.first_difference(again, backbone.state_dict())
     if difference is not None:
         raise ValueError(f"the config does not describe this model, which could not be loaded again: {difference}")
 

@@ -14,7 +14,7 @@ from torchvision import transforms
 
 from karat.data.images import Fit, Normalise, read_file, read_image, to_uint8
 from karat.models.evaluating import evaluating
-from karat.share.hub.config import ModelConfig
+from karat.runs.saved import ModelConfig
 
 BATCH = 32
 

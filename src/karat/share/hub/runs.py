@@ -13,8 +13,7 @@ from karat.runs import files
 from karat.runs.classification import Settings
 from karat.runs.model import input_size, load_run
 from karat.runs.recipes import get_recipe
-from karat.share.hub import storage
-from karat.share.hub.config import ModelConfig
+from karat.runs.saved import ModelConfig, is_saved
 from karat.share.hub.model import KArAtModel
 
 # Where a run lies, how it is kept and by how many processes its data is loaded says nothing about the model.
@@ -123,7 +122,7 @@ def open_model(where: str | Path, weights: str = "last") -> KArAtModel:
     is but one set.
     """
     folder = Path(where)
-    if runs.is_run(folder) and not storage.is_saved(folder):
+    if runs.is_run(folder) and not is_saved(folder):
         return from_run(folder, weights)
     if weights != "last":
         raise ValueError(f"--weights {weights}: {where} is no run and has one set of weights only")

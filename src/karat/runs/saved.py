@@ -1,15 +1,25 @@
-"""What config.json of a saved model says: how to build it, how it wants its images, what its classes are called."""
+"""A saved model, what `karat hub` writes: a folder of config.json (a `ModelConfig`), model.safetensors, a card."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from karat.data.images import statistics
+from karat.models.create import create_model
 from karat.models.kan.mlp import parse_mlp
 from karat.operator.config import KArAtConfig
+from karat.operator.operator import with_factors
+from karat.runs import files
 
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+DIGEST = "weights_sha256"
 FORMAT = 1
 OWN_MLP = "mlp"
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
@@ -148,3 +158,69 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder holds a saved model; a run has a config.json of another kind."""
+    try:
+        plain = files.read_json(folder / CONFIG)
+    except (ValueError, OSError):
+        return False
+    return isinstance(plain, dict) and "format" in plain
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, str | None]:
+    """A saved model's configuration, and the digest of its weights. Raises ValueError naming what isn't as it must."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} is no saved model: it has no {CONFIG}")
+    plain = files.read_json(path)
+    if isinstance(plain, dict) and "settings" in plain and "format" not in plain:
+        raise ValueError(f"{folder} is a run: `karat hub {folder} --output DIR` makes a saved model of it")
+    expected = plain.pop(DIGEST, None) if isinstance(plain, dict) else None
+    return ModelConfig.from_dict(plain, str(path)), expected
+
+
+def read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """A saved model's configuration and weights. Raises ValueError naming what is missing, damaged or not known."""
+    config, expected = read_config(folder)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise ValueError(f"{weights} is not there")
+    tensors = files.read_tensors(weights)
+    found = files.digest(weights)
+    if found != expected:
+        noted = "no SHA-256" if expected is None else f"SHA-256 {str(expected)[:12]}…"
+        raise ValueError(f"{weights} is refused: its SHA-256 is {found[:12]}…, {CONFIG} says {noted}")
+    return config, tensors
+
+
+def build(config: ModelConfig, **sources: Any) -> nn.Module:
+    """The model that a configuration describes, its weights drawn anew."""
+    return create_model(config.model, **config.arguments(), **sources)
+
+
+def first_difference(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
+    """What differs first between two sets of weights by name and shape, in words; None where nothing does."""
+    for name, tensor in wanted.items():
+        if name not in found:
+            return f"{name!r} is missing"
+        if found[name].shape != tensor.shape:
+            return f"{name!r} is {tuple(found[name].shape)}, the config gives {tuple(tensor.shape)}"
+    extra = next((name for name in found if name not in wanted), None)
+    return None if extra is None else f"{extra!r} has no place in the model that the config gives"
+
+
+def load(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Give the model these weights, in their own precision; ValueError names the first difference."""
+    weights = with_factors(model, weights)
+    difference = first_difference(model.state_dict(), weights)
+    if difference is not None:
+        raise ValueError(f"{source} does not fit {CONFIG}: {difference}")
+    kinds = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    if kinds and kinds != {torch.float32}:
+        if len(kinds) > 1:
+            listed = ", ".join(sorted(map(str, kinds)))
+            raise ValueError(f"{source} mixes precisions ({listed}), a model is of one")
+        model.to(kinds.pop())
+    model.load_state_dict(weights)

@@ -1,0 +1,181 @@
+"""The door for weights from elsewhere: a run, a saved model, a file, shards or hub:NAME, and what is known of each.
+
+Equal names and shapes don't make equal meaning: six numbers an edge are a Fourier series or a spline. So weights come
+in with the configuration that they belong to, which a run or a saved model notes, or safetensors' metadata. A file in
+such a folder has that folder's, where the digest that is noted there is the file's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import logging
+from timm import create_model as create_timm_model
+from torch import Tensor, nn
+
+from karat import runs
+from karat.errors import first_line
+from karat.models.create import PREFIX, REGISTERED
+from karat.models.kan.peers import DEEP_KAN, PEERS
+from karat.runs import checkpoint, files, saved
+from karat.runs.classification import Settings
+from karat.runs.model import build_model, load_run
+
+HUB = "hub:"
+ATTENTION, MLP, CLASSES = "attention", "mlp", "class_names"  # in safetensors' metadata
+
+
+@dataclass(frozen=True)
+class Given:
+    """Weights by name, and what is known of the model that they are of.
+
+    model: it, with these weights; None: only the weights are known. attention, mlp: as it was built; None: not known.
+    mlp names KAN layers, see `mlp_of`. class_names: of its head, empty where they aren't known. doubt: why no more is
+    known than that.
+    """
+
+    name: str
+    weights: Mapping[str, Tensor]
+    model: nn.Module | None = None
+    attention: str | None = None
+    mlp: str | None = None
+    class_names: tuple[str, ...] = field(default=())
+    doubt: str = ""
+
+
+def mlp_of(model: str, mlp: str) -> str:
+    """What a model's MLPs are: a peer has them by its name, a deep KAN its settings.
+
+    >>> mlp_of("vit_tiny_patch16_224", "kan"), mlp_of("kat_tiny_patch16_224", "mlp")
+    ('kan', 'grkan(init=silu)')
+    """
+    if model.partition("(")[0] == DEEP_KAN:
+        return model
+    bare = model.split(".")[0]
+    return PEERS[bare].mlp if bare in PEERS and mlp == saved.OWN_MLP else mlp
+
+
+def open_weights(name: str, which: str = "last") -> Given:
+    """What `name` names: a run's or saved model's folder, safetensors, one file or shards, or hub:NAME of timm's.
+
+    which: "last", "best" or "ema" of a run. torch's random state is left as it was. Raises ValueError for a source
+    that is missing, damaged, was tampered with or is a pickle.
+    """
+    with torch.random.fork_rng(devices=()):
+        if name.startswith(HUB):
+            return _of_hub(name)
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return _of_folder(name, path, which)
+        if path.is_file():
+            return _of_file(name, path)
+    raise ValueError(
+        f"{name}: no such run or file; give a folder of a run or saved model, a safetensors file or {HUB}NAME"
+    )
+
+
+def _of_hub(name: str) -> Given:
+    bare = name.removeprefix(HUB)
+    model, base = pretrained(bare), bare.split(".")[0]
+    attention = REGISTERED.get(base.removeprefix(PREFIX), "softmax") if base.startswith(PREFIX) else "softmax"
+    return Given(name, model.state_dict(), model, attention, mlp_of(bare, saved.OWN_MLP))
+
+
+def pretrained(name: str, **arguments: Any) -> nn.Module:
+    """timm's model with its pretrained weights; ValueError, in a line, where they can't be had."""
+    try:
+        with quiet_hub():
+            return create_timm_model(name, pretrained=True, **arguments)
+    except Exception as error:  # timm raises RuntimeError, the Hub's client its own kinds
+        raise ValueError(
+            f"{HUB}{name} cannot be loaded ({first_line(error)}); is the name timm's and a network there?"
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Within, what can't be reached is one error, and not also a warning for each attempt."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _of_folder(name: str, folder: Path, which: str) -> Given:
+    if saved.is_saved(folder):
+        return _saved(name, *saved.read(folder), folder)
+    if runs.is_run(folder) and runs.holds_settings(folder):
+        return _run(name, load_run(folder, which), folder)
+    for file in (folder / saved.WEIGHTS, folder / (saved.WEIGHTS + files.INDEX)):
+        if file.is_file():
+            return _of_file(name, file)
+    pickled = next((path for path in sorted(folder.iterdir()) if path.suffix in files.PICKLES), None)
+    if pickled is not None:
+        files.refuse_pickle(pickled)
+    raise ValueError(
+        f"{name} is no run's and no saved model's folder: it has no {runs.CONFIG} of karat's and no {saved.WEIGHTS}"
+    )
+
+
+def _run(name: str, model: nn.Module, folder: Path) -> Given:
+    settings, facts = runs.read_config(folder)
+    classes = tuple(map(str, facts.get(CLASSES, ())))
+    mlp = mlp_of(settings.model, settings.mlp)
+    return Given(name, model.state_dict(), model, settings.attention, mlp, classes)
+
+
+def _saved(name: str, config: saved.ModelConfig, weights: Mapping[str, Tensor], folder: Path) -> Given:
+    try:
+        model = saved.build(config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder / saved.CONFIG} describes no model: {error}") from None
+    saved.load(model, weights, str(folder / saved.WEIGHTS))
+    mlp = mlp_of(config.model, config.mlp)
+    return Given(name, model.eval().state_dict(), model, config.attention, mlp, config.class_names)
+
+
+def _of_file(name: str, path: Path) -> Given:
+    """A file's weights, and of what is noted in it or beside it."""
+    path, doubt = path.resolve(), "nothing in it or beside it says of which configuration they are"
+    weights, notes = files.read_tensors(path), files.read_metadata(path)
+    if saved.is_saved(path.parent):
+        config, digest = saved.read_config(path.parent)
+        if path.name == saved.WEIGHTS and files.digest(path) == digest:
+            return _saved(name, config, weights, path.parent)
+        doubt = f"the {saved.CONFIG} beside it is of other weights"
+    for folder in list(path.parents)[:3]:  # RUN, RUN/checkpoints/step-1, RUN/trajectory
+        if runs.is_run(folder) and runs.holds_settings(folder):
+            if not _vouched(path, folder):
+                doubt = f"{folder / runs.CONFIG} is of other weights"
+            elif runs.task_of(folder) == Settings.task:
+                return _of_run_file(name, path, folder, weights)
+            break
+    if ATTENTION in notes:
+        classes = tuple(map(str, json.loads(notes.get(CLASSES, "[]"))))
+        return Given(name, weights, None, notes[ATTENTION], notes.get(MLP), classes)
+    return Given(name, weights, doubt=doubt)
+
+
+def _of_run_file(name: str, path: Path, folder: Path, weights: dict[str, Tensor]) -> Given:
+    settings, facts = runs.read_config(folder)
+    model = build_model(settings, facts["num_classes"], facts["in_chans"], folder)
+    checkpoint.load_weights(model, weights, str(path))
+    return _run(name, model, folder)
+
+
+def _vouched(path: Path, folder: Path) -> bool:
+    """Whether a run notes this very file: by its own digests or its checkpoint's."""
+    if (path.parent / files.MANIFEST).is_file():
+        return files.first_difference(path.parent) is None
+    if path.parent == folder / runs.TRAJECTORY:
+        return True
+    noted = files.read_json(folder / runs.DIGESTS) if (folder / runs.DIGESTS).is_file() else {}
+    return files.digest(path) in noted.get(path.name, [])
