@@ -25,6 +25,7 @@ from karat.models.create import create_model
 from karat.models.transfer import transfer_attention
 from karat.runs.classification import Settings
 from karat.runs.files import read_tensors
+from karat.runs.weights import Given
 from karat.train.engine import Trainer
 from karat.train.init import DROPPED, FRESH, LOADED, RESIZED
 from support.detection import TINY, tiny, write_coco
@@ -383,7 +384,8 @@ SOURCES: dict[str, tuple[Callable[[], torch.nn.Module], str]] = {
 @pytest.mark.parametrize("source", SOURCES)
 def test_what_can_be_no_trunk_is_refused(data: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     create, words = SOURCES[source]
-    monkeypatch.setattr("karat.detect.init.read_model", lambda *_: (create(), True))
+    source = create()
+    monkeypatch.setattr("karat.train.init.open_weights", lambda name: Given(name, source.state_dict(), source, "g1b"))
     settings = tiny(data, init="RUN")
     with pytest.raises(ValueError, match=f"--init RUN: it can't be a detector's trunk .{words}"):
         load_trunk(build_detector(settings, 2), settings)

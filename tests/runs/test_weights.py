@@ -59,14 +59,16 @@ def test_a_run_is_known_by_each_of_its_files(run: Path) -> None:
     assert open_weights(str(run), "ema").model is not None
 
 
-def test_what_lies_beside_other_weights_says_nothing_of_them(saved: Path, run: Path, tmp_path: Path) -> None:
+def test_of_changed_weights_only_the_configuration_is_known(saved: Path, run: Path, tmp_path: Path) -> None:
     for folder in (saved, run):
         target = tmp_path / folder.name
         shutil.copytree(folder, target)
         save_file({"x": torch.zeros(2)}, target / "model.safetensors")
         given = open_weights(str(target / "model.safetensors"))
-        assert given.attention is None
-        assert "other weights" in given.doubt
+        assert given.attention == open_weights(str(folder)).attention
+        assert given.model is None
+        save_file({"x": torch.zeros(2)}, target / "another.safetensors")
+        assert open_weights(str(target / "another.safetensors")).attention is None
 
 
 def test_shards_are_read_as_one(tmp_path: Path) -> None:

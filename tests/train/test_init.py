@@ -73,16 +73,22 @@ def test_operators_of_the_same_settings_come_along(form: str, side: int, tmp_pat
     assert fates(found, "head") == {LOADED}
 
 
-def test_a_file_that_says_nothing_gives_all_but_operators(tmp_path: Path) -> None:
-    model = karat.create_model("vit_tiny_patch16_224", "g3b", num_classes=10, **SIZES)
+@pytest.mark.parametrize("theirs", ["bspline(grid=3,order=3)-b", "g3b,order=PhiW,rank=5", "g3b"])
+@pytest.mark.parametrize("side", [16, 32])
+def test_of_a_file_that_says_nothing_factors_tell(theirs: str, side: int, tmp_path: Path) -> None:
+    model = karat.create_model("vit_tiny_patch16_224", theirs, num_classes=10, **SIZES)
     save_file(model.state_dict(), tmp_path / "bare.safetensors")
-    _, found = started(tmp_path / "bare.safetensors", attention="g3b", img_size=32)
-    assert fates(found, "operators") == {FRESH, DROPPED}
-    assert fates(found, "pos_embed") == {RESIZED}
-    assert "operators: nothing in it or beside it says" in account(found, "x")
-    save_file(model.state_dict(), tmp_path / "told.safetensors", {"attention": "g3b"})
-    _, found = started(tmp_path / "told.safetensors", attention="g3b", img_size=32)
-    assert fates(found, "operators") == {RESIZED}
+    mine = "g3b,rank=5" if "rank" in theirs else "g3b"
+    _, found = started(tmp_path / "bare.safetensors", attention=mine, img_size=side)
+    same = LOADED if side == 16 else RESIZED
+    assert fates(found, "operators") == ({same} if theirs == mine else {FRESH, DROPPED})
+    assert fates(found, "pos_embed") == {same}
+    words = "operators: nothing in or beside" if theirs == mine else "has operators of another attention"
+    assert words in account(found, "x")
+    save_file(model.state_dict(), tmp_path / "told.safetensors", {"attention": theirs})
+    _, found = started(tmp_path / "told.safetensors", attention=theirs, img_size=side)
+    assert fates(found, "operators") == {same}
+    assert "nothing" not in account(found, "x")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from karat.models.resample import resample_tokens
 from karat.operator.operator import with_factors, without_torn_layers
 from karat.operator.token_grid import resample_operator
 from karat.runs.weights import Given
-from karat.train.init import FRESH, Transplanted, other_meaning, read_source, transplant
+from karat.train.init import FRESH, Transplanted, assumed, other_meaning, read_source, transplant
 
 
 def load_init(detector: Detector, settings: DetectSettings) -> list[Transplanted]:
@@ -95,6 +95,7 @@ def load_trunk(detector: Detector, settings: DetectSettings) -> list[Transplante
     weights = {name: tensor for name, tensor in trunk.vit.state_dict().items() if name in theirs}
     resized = _changed(theirs, weights)
     fates = transplant(detector.trunk.vit, weights, settings.init, other=other, resized=resized)
+    fates = assumed(fates, given, settings.attention)
     others: dict[str, nn.Module] = {"pyramid": detector.backbone.levels, "rpn": detector.rpn}
     others["heads"] = detector.roi_heads
     for name, module in others.items():

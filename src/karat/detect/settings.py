@@ -31,8 +31,8 @@ class DetectSettings(RunSettings):
     data_dir: str | None = None
     """Where the folder coco lies; none: $KARAT_DATA or ~/.cache/karat."""
     init: str | None = None
-    """Start the trunk from the weights of a classification RUN, a safetensors FILE or hub:NAME, or all of the detector
-    from a detection RUN; position embeddings and operators are resampled."""
+    """Start the trunk from the weights of a classification RUN, a saved model's folder, a safetensors FILE or hub:NAME,
+    or all of the detector from a detection RUN; position embeddings and operators are resampled."""
     output: Path | None = None
     """The run's folder; none: runs/DATA-detect-MODEL-ATTENTION-sSEED."""
     images: str | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -178,6 +179,27 @@ def _operator(
     twin.load_state_dict(weights)
     resample_operator(twin, (old.height, old.width), (new.height, new.width), old.prefix, new.prefix)
     return dict(twin.state_dict())
+
+
+def same_rates(op: KArAtOperator, weights: Mapping[str, Tensor], num_tokens: int) -> bool:
+    """Whether an operator's weights, on so many tokens, may be of `op`'s settings, by the factors of its edge layers.
+
+    Basis, order, rank and number of tokens make them, each resampling multiplies them by a power of two
+    (`karat.operator.rates`). Factors of one, those of everything that was saved before there were any, may be of any.
+    """
+    own = {key: x for key, x in weights.items() if key.startswith("layers.") and key.endswith(".factor")}
+    if all((x == 1).all() for x in own.values()):
+        return True
+    with torch.random.fork_rng(devices=()):
+        fresh = KArAtOperator(op.num_heads, num_tokens, replace(op.config, init="default", init_scale=1.0))
+    for index, layer in enumerate(fresh.edge_layers):
+        found = own.get(f"layers.{index}.factor")
+        if found is None or found.shape != layer.factor.shape:
+            return False
+        steps = (found / layer.factor).double().log2()
+        if not torch.allclose(steps, steps.round(), atol=1e-3):
+            return False
+    return True
 
 
 def _same_shapes(module: nn.Module, weights: Mapping[str, Tensor]) -> bool:

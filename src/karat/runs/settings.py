@@ -46,7 +46,7 @@ class RunSettings:
     data_dir: str | None = None
     """Where named data lies or is downloaded to; none: $KARAT_DATA or ~/.cache/karat."""
     init: str | None = None
-    """Start from the weights of a RUN, a safetensors FILE or hub:NAME."""
+    """Start from the weights of a RUN, a saved model, a safetensors FILE or hub:NAME."""
     seed: int = 0
     """Seed of initialisation, data order, augmentation and mixing."""
     output: Path | None = None

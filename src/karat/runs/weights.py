@@ -2,7 +2,7 @@
 
 Equal names and shapes don't make equal meaning: six numbers an edge are a Fourier series or a spline. So weights come
 in with the configuration that they belong to, which a run or a saved model notes, or safetensors' metadata. A file in
-such a folder has that folder's, where the digest that is noted there is the file's own.
+such a folder has that folder's; where its digest is another than the one noted, no more than the configuration.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,7 @@ class Given:
     """Weights by name, and what is known of the model that they are of.
 
     model: it, with these weights; None: only the weights are known. attention, mlp: as it was built; None: not known.
-    mlp names KAN layers, see `mlp_of`. class_names: of its head, empty where they aren't known. doubt: why no more is
-    known than that.
+    mlp names KAN layers, see `mlp_of`. class_names: of its head, empty where they aren't known.
     """
 
     name: str
@@ -45,8 +44,7 @@ class Given:
     model: nn.Module | None = None
     attention: str | None = None
     mlp: str | None = None
-    class_names: tuple[str, ...] = field(default=())
-    doubt: str = ""
+    class_names: tuple[str, ...] = ()
 
 
 def mlp_of(model: str, mlp: str) -> str:
@@ -144,24 +142,25 @@ def _saved(name: str, config: saved.ModelConfig, weights: Mapping[str, Tensor], 
 
 def _of_file(name: str, path: Path) -> Given:
     """A file's weights, and of what is noted in it or beside it."""
-    path, doubt = path.resolve(), "nothing in it or beside it says of which configuration they are"
+    path, told = path.resolve(), dict[str, Any]()
     weights, notes = files.read_tensors(path), files.read_metadata(path)
-    if saved.is_saved(path.parent):
+    if saved.is_saved(path.parent) and path.name == saved.WEIGHTS:
         config, digest = saved.read_config(path.parent)
-        if path.name == saved.WEIGHTS and files.digest(path) == digest:
+        if files.digest(path) == digest:
             return _saved(name, config, weights, path.parent)
-        doubt = f"the {saved.CONFIG} beside it is of other weights"
+        told = {ATTENTION: config.attention, MLP: mlp_of(config.model, config.mlp)}  # changed since: no more than that
     for folder in list(path.parents)[:3]:  # RUN, RUN/checkpoints/step-1, RUN/trajectory
-        if runs.is_run(folder) and runs.holds_settings(folder):
-            if not _vouched(path, folder):
-                doubt = f"{folder / runs.CONFIG} is of other weights"
-            elif runs.task_of(folder) == Settings.task:
+        if runs.is_run(folder) and runs.holds_settings(folder) and runs.task_of(folder) == Settings.task:
+            if _vouched(path, folder):
                 return _of_run_file(name, path, folder, weights)
+            if path.name in (checkpoint.MODEL, checkpoint.EMA):
+                settings, _ = runs.read_config(folder)
+                told = {ATTENTION: settings.attention, MLP: mlp_of(settings.model, settings.mlp)}
             break
     if ATTENTION in notes:
-        classes = tuple(map(str, json.loads(notes.get(CLASSES, "[]"))))
-        return Given(name, weights, None, notes[ATTENTION], notes.get(MLP), classes)
-    return Given(name, weights, doubt=doubt)
+        told = {ATTENTION: notes[ATTENTION], MLP: notes.get(MLP)}
+        told[CLASSES] = tuple(map(str, json.loads(notes.get(CLASSES, "[]"))))
+    return Given(name, weights, **told)
 
 
 def _of_run_file(name: str, path: Path, folder: Path, weights: dict[str, Tensor]) -> Given:

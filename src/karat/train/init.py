@@ -8,14 +8,14 @@ source has none or others, KAN layers of other settings, heads that are cut diff
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 from rich.table import Table
 from torch import Tensor, nn
 
-from karat.models.fit import fit
+from karat.models.fit import fit, places_of_weights, same_rates
 from karat.models.kan import FourierLinear, RBFLinear, SplineLinear, parse_mlp
 from karat.models.kan.mlp import PLAIN, refuse_other_form
 from karat.models.kan.peers import DEEP_KAN
@@ -28,6 +28,7 @@ from karat.runs.weights import Given, mlp_of, open_weights
 from karat.train.optim import operator_parameters
 
 KAN_LAYERS = (SplineLinear, FourierLinear, RBFLinear, Rational)
+OPERATORS = "operators"
 LOADED, RESIZED, FRESH, DROPPED = "loaded", "resized", "fresh", "dropped"
 
 
@@ -72,7 +73,17 @@ def load_init(model: nn.Module, settings: Settings) -> list[Transplanted]:
     """
     given = read_source(settings)
     other = other_meaning(model, given, settings.attention, mlp_of(settings.model, settings.mlp))
-    return transplant(model, given.weights, given.name, other=other, origin=given.model)
+    fates = transplant(model, given.weights, given.name, other=other, origin=given.model)
+    return assumed(fates, given, settings.attention)
+
+
+def assumed(fates: list[Transplanted], given: Given, attention: str) -> list[Transplanted]:
+    """The account, saying where operators were taken as the model's because nothing tells whose they are."""
+    if given.attention is not None:
+        return fates
+    why = f"nothing in or beside {given.name} says of which attention they are: taken as the model's, {attention}"
+    taken = (LOADED, RESIZED)
+    return [replace(f, why=f.why or why) if f.part == OPERATORS and f.fate in taken else f for f in fates]
 
 
 def read_source(settings: RunSettings) -> Given:
@@ -86,15 +97,19 @@ def read_source(settings: RunSettings) -> Given:
 def other_meaning(model: nn.Module, given: Given, attention: str, mlp: str = PLAIN) -> dict[str, str]:
     """The model's weights that the source's can't become whatever their shapes, and why.
 
-    attention, mlp: the model's. What nothing is known of is not taken where names don't tell it: operators, and not
-    KAN layers, whose names and knots do.
+    attention, mlp: the model's. Where nothing is known of the source, an operator's factors tell most others.
     """
     mine, other = KArAtConfig.parse(attention), dict[str, str]()
     theirs = None if given.attention is None else KArAtConfig.parse(given.attention)
     before = {} if given.model is None else _heads(given.model)
+    places = places_of_weights(given.weights)
     for name, op in karat_operators(model).items():
         if theirs is None:
-            why = f"{given.doubt}: name a run or saved model, or note the attention in the file's metadata"
+            found = {key: given.weights[f"{name}.{key}"] for key in op.state_dict() if f"{name}.{key}" in given.weights}
+            sizes = {op.num_tokens} if places is None else {op.num_tokens, places.grid.num_tokens}
+            if any(same_rates(op, found, size) for size in sizes):
+                continue
+            why = f"{given.name} has operators of another attention than {mine}"
         elif not mine.same_functions(theirs, op.num_heads):
             why = f"{given.name} has {theirs}, the model {mine}"
         else:
@@ -195,7 +210,7 @@ def _whole_layers(model: nn.Module, taken: Mapping[str, Tensor]) -> dict[str, Te
 
 def _part(name: str, model: nn.Module, operators: set[str]) -> str:
     if name in operators or ".operator." in name:
-        return "operators"
+        return OPERATORS
     config: Any = getattr(model, "pretrained_cfg", {})
     heads = config.get("classifier", "head")
     if name.startswith((heads,) if isinstance(heads, str) else tuple(heads)):
