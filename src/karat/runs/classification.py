@@ -42,8 +42,8 @@ class Settings(RunSettings):
     data_dir: str | None = None
     """Where torch/NAME lies or is downloaded to; none: $KARAT_DATA or ~/.cache/karat."""
     init: str | None = None
-    """Start from the weights of a RUN, a saved model's folder, a safetensors FILE or hub:NAME, with a new head where the
-    classes differ."""
+    """Start from the weights of a RUN, a saved model's folder, a safetensors FILE or hub:NAME, with a new head where
+    the classes differ."""
     output: Path | None = None
     """The run's folder; none: runs/DATA-MODEL-ATTENTION-sSEED."""
     mlp: str = "mlp"
