@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from karat.data.hub import RowStream, find_columns
+from karat.data.rows import RowStream, find_columns
 from karat.data.splits import DataOptions, Opener
 from karat.runs.recipes import RECIPES
 from support import data as support

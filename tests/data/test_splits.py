@@ -162,7 +162,7 @@ def test_unreadable_folder_is_named(tmp_path, monkeypatch):
 def test_a_class_only_in_val_is_refused(tmp_path):
     make_folder(tmp_path / "train", {"a": 2, "b": 2})
     make_folder(tmp_path / "val", {"a": 2, "new": 1})
-    with pytest.raises(ValueError, match=r"class folder 'new', which .*train lacks"):
+    with pytest.raises(ValueError, match=r"class 'new', which .*train lacks"):
         load(tmp_path)
 
 

@@ -71,7 +71,7 @@ def _matching(pattern: str) -> list[Path]:
     return [path] if path.is_file() else sorted(map(Path, glob.glob(str(path))))
 
 
-def load_files(kind: str, files: Sequence[Path], *, streaming: bool) -> Any:
+def load_files(kind: str, files: Sequence[Path], *, streaming: bool, **options: Any) -> Any:
     """Local files as `datasets` reads them, which takes paths for patterns."""
     import datasets
 
@@ -80,7 +80,7 @@ def load_files(kind: str, files: Sequence[Path], *, streaming: bool) -> Any:
         raise ValueError(f"{odd}: datasets reads :: and variables within paths; rename the folder, or link to it")
     patterns = [glob.escape(os.path.abspath(path)) for path in files]
     with _quiet(datasets):
-        return datasets.load_dataset(kind, data_files=patterns, split="train", streaming=streaming)
+        return datasets.load_dataset(kind, data_files=patterns, split="train", streaming=streaming, **options)
 
 
 @contextlib.contextmanager

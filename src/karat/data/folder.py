@@ -20,6 +20,7 @@ from PIL import Image
 from PIL.ImageFile import StubImageFile
 from timm.utils.misc import natural_key
 
+from karat.data.labels import positions
 from karat.data.sources import FileSource, Source, Splits, hold_out
 
 # What a part of the data is called, in any case, with "set", "data", "images" or a year behind it.
@@ -182,11 +183,7 @@ def open_folder(root: Path, tree: Tree | None = None, *, whole: bool = False) ->
         shares = f"; trained on {len(part):,}, evaluated on {len(evaluation):,} of them"
         return Splits(part, evaluation, tuple(names), found=said(len(train), names, left) + shares)
     held = _images(own, tree, left)
-    strangers = sorted({name for _, name in held} - set(names))
-    if strangers:
-        raise ValueError(
-            f"{own} has the class folder {strangers[0]!r}, which {folder} lacks; add it there or remove it"
-        )
+    positions(sorted({name for _, name in held}), names, str(own), str(folder))
     shares = f"; trained on {len(found):,} in {folder.name}/, evaluated on {len(held):,} in {own.name}/"
     line = said(len(found) + len(held), names, left) + shares
     return Splits(train, _source(held, names), tuple(names), found=line)

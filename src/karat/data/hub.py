@@ -1,4 +1,4 @@
-"""Hugging Face data: folders of parquet files, `hfds/NAME`, and streamed `hfids/NAME` and `wds/SHARDS`.
+"""Hugging Face data: folders of parquet files, `hfds/NAME`, and streamed `hfids/NAME`.
 
 All through the `datasets` library. Images stay encoded until a loader asks for them, so a stream costs
 the memory of its shuffle buffer and no more, and skipping ahead in it decodes nothing.
@@ -6,107 +6,20 @@ the memory of its shuffle buffer and no more, and skipping ahead in it decodes n
 
 from __future__ import annotations
 
-import inspect
-import json
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from karat.data.files import eval_kind, find_files, find_shards, load_files
+from karat.data.files import eval_kind, find_files, load_files
 from karat.data.folder import Tree, local_path, part_of, said
 from karat.data.images import reason_of
-from karat.data.sources import Record, Splits, hold_out, size_of
+from karat.data.labels import Column, join, positions, read_column
+from karat.data.rows import RowSource, RowStream, column_of, find_columns, names_in
+from karat.data.sources import Splits, hold_out, size_of
 
-SHUFFLE_BUFFER = 2048  # encoded images kept at a time; ImageNet's are 110 kB each on average
-LABEL_KEYS = ("label", "labels", "fine_label", "cls", "target", "class")
-
-
-class RowSource:
-    """Rows of a `datasets.Dataset` (memory-mapped): one image column, one label column."""
-
-    def __init__(self, dataset: Any, title: str) -> None:
-        import datasets
-
-        image, label = find_columns(dataset.features, title)
-        feature = dataset.features[label]
-        self.class_names: tuple[str, ...] | None = tuple(getattr(feature, "names", None) or ()) or None
-        column = dataset.select_columns([label]).with_format("arrow")[:][label].to_numpy(zero_copy_only=False)
-        if column.dtype == object:  # class names instead of numbers
-            self.class_names = tuple(sorted({str(name) for name in column}))
-            numbers = {name: number for number, name in enumerate(self.class_names)}
-            column = np.array([numbers[str(name)] for name in column])
-        self.labels = column.astype(np.int64)
-        self.image_key = image
-        self.dataset = dataset.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-        self.title = title
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Record:
-        value = self.dataset[index][self.image_key]
-        return Record(*_encoded(value, int(self.labels[index]), f"{self.title}[{index}]"))
-
-
-@dataclass
-class RowStream:
-    """`length` rows of a `datasets.IterableDataset`; for training shuffled by shards and by a buffer."""
-
-    dataset: Any
-    title: str
-    length: int
-    shuffle: bool
-
-    def records(self, *, seed: int, rank: int, world_size: int) -> Iterator[tuple[int, Record]]:
-        """(number, record) of this process: whole shards where they divide evenly, else every world_size-th row.
-
-        A stream that isn't shuffled (evaluation) is always dealt out row by row, so that the shares'
-        sizes are known beforehand.
-        """
-        import datasets
-
-        image, label = find_columns(self.dataset.features, self.title)
-        rows = self.dataset.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
-        by_shards = self.shuffle and world_size > 1 and rows.num_shards % world_size == 0
-        if self.shuffle:
-            options: dict[str, Any] = {"seed": seed % 2**32, "buffer_size": SHUFFLE_BUFFER}
-            if "max_buffer_input_shards" in inspect.signature(rows.shuffle).parameters:
-                options["max_buffer_input_shards"] = 1  # the default interleaves shards, row by row and slowly
-            rows = rows.shuffle(**options)
-        if by_shards:
-            from datasets.distributed import split_dataset_by_node
-
-            share: Any = split_dataset_by_node(rows, rank=rank, world_size=world_size)
-        else:
-            share = islice(rows, rank, None, world_size)
-        for count, row in enumerate(share):
-            number = count * world_size + rank
-            yield number, Record(*_encoded(row[image], int(row[label]), f"{self.title}[{number}]"))
-
-
-def find_columns(features: Any, where: str) -> tuple[str, str]:
-    """The names of the image and label columns. Raises ValueError listing the columns when one is missing."""
-    import datasets
-
-    if features is None:
-        raise ValueError(f"{where} does not say what its columns are; use hfds/ or a folder of parquet files")
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    structs = [name for name in ("image", "img") if name in features and not images]
-    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    labels += [name for name in LABEL_KEYS if name in features and name not in labels]
-    for name in LABEL_KEYS:  # where there are several, the usual name goes first
-        if name in labels:
-            labels.insert(0, labels.pop(labels.index(name)))
-            break
-    if not (images or structs) or not labels:
-        missing = "image" if labels else "label"
-        raise ValueError(f"{where} has no {missing} column; its columns are {', '.join(features)}")
-    return (images or structs)[0], labels[0]
+SAVED = ("dataset_dict.json", "state.json")  # one of them lies in a folder that `save_to_disk` wrote
 
 
 def open_parquet(root: Path, tree: Tree | None = None, *, whole: bool = False, streaming: bool = False) -> Splits:
@@ -126,8 +39,10 @@ def open_parquet(root: Path, tree: Tree | None = None, *, whole: bool = False, s
     files["eval"] = [path for path, kind in kinds.items() if kind == chosen]
     if not files["train"] and not (whole and files["eval"]):
         raise ValueError(f"{root}: no training files; name them train*.parquet, and test*.parquet for evaluation")
+    if whole:  # nobody trains, and the evaluated part says its classes itself
+        files["train"] = []
     left.folders += [path.name for path, kind in kinds.items() if path not in files["train"] + files["eval"]]
-    parts: dict[str, Any] = {}
+    parts: dict[str, Part] = {}
     counts = {"train": 0, "eval": 0}
     for split in [s for s in files if files[s]]:
         for path in files[split]:
@@ -137,10 +52,17 @@ def open_parquet(root: Path, tree: Tree | None = None, *, whole: bool = False, s
                 raise ValueError(f"{path}: not a readable parquet file ({reason_of(error)}); fetch it again") from None
         if not counts[split]:
             raise ValueError(f"{files[split][0]}: has no rows")
+        image, columns = _read_labels(files[split])
+        if streaming and len({column.declared for column in columns}) > 1:
+            raise ValueError(
+                f"{root}: its files number their classes differently; leave hfids/ out, or write them anew"
+            )
+        options: dict[str, Any] = {} if streaming else {"columns": [image]}  # labels were read, each by its own file
         try:
-            parts[split] = load_files("parquet", files[split], streaming=streaming)
+            rows = load_files("parquet", files[split], streaming=streaming, **options)
         except datasets.exceptions.DatasetGenerationError as error:
             raise ValueError(f"{_culprit(pq, files[split])}: {reason_of(error.__cause__ or error)}") from None
+        parts[split] = Part(rows, image, join(columns, list(map(str, files[split]))), columns[0].declared)
     total = sum(counts.values())
     if not files["train"]:  # nobody trains
         parts["train"], counts["train"] = parts["eval"], counts["eval"]
@@ -149,20 +71,49 @@ def open_parquet(root: Path, tree: Tree | None = None, *, whole: bool = False, s
     return replace(splits, found=said(total, splits.class_names, left) + shares)
 
 
+def _read_labels(paths: Sequence[Path]) -> tuple[str, list[Column]]:
+    """The name of the image column, and each file's labels by the names that this file declares."""
+    import datasets
+    import pyarrow.parquet as pq
+
+    images, columns = set(), []
+    for path in paths:
+        try:
+            file = pq.ParquetFile(path)
+            features = datasets.Features.from_arrow_schema(file.schema_arrow)
+            image, label = find_columns(features, str(path))
+            column = file.read(columns=[label])[label]
+        except OSError as error:
+            raise ValueError(f"{path}: not a readable parquet file ({reason_of(error)}); fetch it again") from None
+        images.add(image)
+        columns.append(read_column(column, names_in(features[label]), partial("{}[{}]".format, path)))
+    if len(images) > 1:
+        raise ValueError(
+            f"{paths[0]} and others call their column of images {' and '.join(sorted(images))}; choose one"
+        )
+    return images.pop(), columns
+
+
 def open_hub(
     name: str, *, streaming: bool, data_dir: Path | None, num_samples: int | None, whole: bool = False
 ) -> Splits:
-    """`hfds/NAME` (downloaded once, memory-mapped) or `hfids/NAME` (streamed); NAME may be a folder of parquet.
+    """`hfds/NAME` (downloaded once, memory-mapped) or `hfids/NAME` (streamed); NAME may be a folder of parquet, or one
+    that `save_to_disk` wrote.
 
     Raises ValueError saying what to do instead when the Hub can't be reached or has no such data set.
     """
-    if local_path(name).is_dir():
+    saved = any((local_path(name) / marker).is_file() for marker in SAVED)
+    if local_path(name).is_dir() and not saved:
         return open_parquet(local_path(name), whole=whole, streaming=streaming)
     import datasets
 
     kind = "hfids" if streaming else "hfds"
     try:
-        loaded = datasets.load_dataset(name, streaming=streaming, cache_dir=str(data_dir) if data_dir else None)
+        if saved:
+            loaded = datasets.load_from_disk(str(local_path(name)))
+            loaded = {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
+        else:
+            loaded = datasets.load_dataset(name, streaming=streaming, cache_dir=str(data_dir) if data_dir else None)
     except Exception as error:  # the Hub's errors have no common base: offline, gated, renamed, not a data set
         raise ValueError(
             f"{kind}/{name} could not be loaded ({reason_of(error)}); check the name and the network, "
@@ -176,92 +127,72 @@ def open_hub(
     parts = {"train": loaded[train_name]}
     if chosen:
         parts["eval"] = loaded[chosen]
-    known = {
-        part: (data.info.splits or {})[name].num_examples if name in (data.info.splits or {}) else 0
-        for part, data, name in [(p, d, train_name if p == "train" else chosen) for p, d in parts.items()]
-    }
-    if num_samples:
-        known["train"] = num_samples
-    return _splits(parts, known, f"{kind}/{name}", streaming)
-
-
-def open_shards(pattern: str, *, num_samples: int | None) -> Splits:
-    """`wds/PATTERN`: WebDataset tar shards of KEY.jpg (or png, webp) and KEY.cls, streamed from disk.
-
-    PATTERN is a folder with *train*.tar and *val*.tar (any name of the evaluation split), or two glob
-    patterns "TRAIN::EVAL". An `_info.json` beside the shards (timm's) tells how many samples they hold;
-    without it their headers are read once. Raises ValueError naming the folder or shard that is missing
-    or torn.
-    """
-    shards = find_shards(pattern)
-    counts, classes = {}, 0
-    for split, paths in shards.items():
-        counts[split], top = _count_shards(paths)
-        classes = max(classes, top + 1)
+    named = {"train": train_name, "eval": chosen}
+    known = {part: (data.info.splits or {}).get(named[part]) for part, data in parts.items()}
+    counts = {part: info.num_examples if info else 0 for part, info in known.items()}
     if num_samples:
         counts["train"] = num_samples
-    parts = {split: load_files("webdataset", paths, streaming=True) for split, paths in shards.items()}
-    return _splits(parts, counts, f"wds/{pattern}", True, classes)
+    title = f"{kind}/{name}"
+    opened = {split: _part(data, f"{title}:{split}") for split, data in parts.items()}
+    if saved and streaming:
+        counts = {split: len(part.rows) for split, part in opened.items()}
+        opened = {split: part._replace(rows=part.rows.to_iterable_dataset()) for split, part in opened.items()}
+    return _splits(opened, counts, title, streaming)
 
 
-def _count_shards(paths: list[Path]) -> tuple[int, int]:
-    """How many samples the shards hold, and the largest label (-1 where `_info.json` spared the reading)."""
-    info = paths[0].parent / "_info.json"
-    if info.is_file():
-        names = {path.name for path in paths}
-        for split in json.loads(info.read_text())["splits"].values():
-            lengths = dict(zip(split["filenames"], split["shard_lengths"], strict=True))
-            if names <= set(lengths):
-                return sum(lengths[name] for name in names), -1
-    count, top = 0, -1
-    for path in paths:
-        try:
-            with tarfile.open(path) as shard:
-                for member in shard:
-                    hidden = member.name.rpartition("/")[2].startswith((".", "__"))  # as datasets leaves them out
-                    if member.name.endswith(".cls") and not hidden:
-                        content = shard.extractfile(member)
-                        assert content is not None, member.name
-                        count, top = count + 1, max(top, int(content.read()))
-        except (tarfile.TarError, OSError, ValueError) as error:
-            raise ValueError(f"{path}: not a readable shard ({reason_of(error)}); fetch it again") from None
-    return count, top
+class Part(NamedTuple):
+    """A split as the library opened it, the name of its column of images, and its labels.
+
+    labels: None where they come with the rows of a stream. declared: the names that those rows' numbers stand for.
+    """
+
+    rows: Any
+    image: str
+    labels: Column | None
+    declared: tuple[str, ...] | None
 
 
-def _splits(parts: dict[str, Any], counts: dict[str, int], title: str, streaming: bool, num_classes: int = 0) -> Splits:
-    """Splits from one or two opened parts; class names from the label column where it has them."""
+def _part(rows: Any, title: str) -> Part:
+    """A split of the Hub, its labels read where that takes no pass over a stream."""
     import datasets
 
+    image, label = find_columns(rows.features, title)
+    declared = names_in(rows.features[label])
+    if isinstance(rows, datasets.Dataset):
+        return Part(rows, image, column_of(rows, label, title), declared)
+    if declared is None and getattr(rows.features[label], "dtype", "") in ("string", "large_string"):
+        raise ValueError(
+            f"{title}: its label column {label!r} holds text, whose classes a stream does not say; give hfds/"
+        )
+    return Part(rows, image, None, declared)
+
+
+def _splits(parts: dict[str, Part], counts: dict[str, int], title: str, streaming: bool) -> Splits:
+    """Splits from one or two opened parts: training says which classes there are, the other part follows by name."""
+    train = parts["train"]
+    classes = train.declared if train.labels is None else train.labels.classes
+    labels = {
+        split: positions(part.labels.names, classes or (), f"{title}:{split}")[part.labels.codes]
+        for split, part in parts.items()
+        if part.labels is not None
+    }
     if not streaming:
-        sources = [RowSource(part, f"{title}:{split}") for split, part in parts.items()]
-        names = sources[0].class_names
-        if names is None:
-            names = tuple(str(i) for i in range(int(max(source.labels.max() for source in sources)) + 1))
+        sources = [RowSource(p.rows, p.image, labels[split], f"{title}:{split}") for split, p in parts.items()]
         pair = sources if len(sources) == 2 else hold_out(sources[0], [str(i) for i in range(len(sources[0]))])
-        return Splits(pair[0], pair[1], names)
+        return Splits(pair[0], pair[1], classes or ())
     if "eval" not in parts:
         raise ValueError(f"{title} has no split to evaluate on (validation, test); hfds/ would hold a tenth out")
-    _, label = find_columns(parts["train"].features, title)
-    feature = parts["train"].features[label]
-    if isinstance(feature, datasets.ClassLabel):
-        names = tuple(feature.names)
-    else:  # unknown until the stream has been read: the caller's num_classes decides
-        names = tuple(str(i) for i in range(num_classes))
     for split, part in parts.items():
         if not counts[split] and split == "eval":
-            counts[split] = sum(1 for _ in part.select_columns([label]))
+            _, label = find_columns(part.rows.features, title)
+            counts[split] = sum(1 for _ in part.rows.select_columns([label]))
         if not counts[split]:
             raise ValueError(f"{title} does not say how many images it has; give --num-samples")
-    streams = {s: RowStream(part, f"{title}:{s}", counts[s], s == "train") for s, part in parts.items()}
-    return Splits(streams["train"], streams["eval"], names)
-
-
-def _encoded(value: Any, label: int, name: str) -> tuple[Any, int, str]:
-    """The encoded image in a row's image field, and the record's name with the file name where it has one."""
-    if value is None:
-        return b"", label, name
-    path = value.get("path")
-    return value.get("bytes") or path, label, f"{name} ({path})" if path else name
+    streams = {
+        split: RowStream(part.rows, f"{title}:{split}", counts[split], split == "train", part.declared, classes)
+        for split, part in parts.items()
+    }
+    return Splits(streams["train"], streams["eval"], classes or ())  # none: the caller's num_classes decides
 
 
 def _culprit(pq: Any, paths: list[Path]) -> str:

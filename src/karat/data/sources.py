@@ -100,7 +100,7 @@ class SubsetSource:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Record:
-        return self.source[int(self.indices[index])]
+        return self.source[int(self.indices[index])]._replace(label=int(self.labels[index]))
 
 
 @dataclass(frozen=True)

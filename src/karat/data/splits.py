@@ -24,11 +24,12 @@ import torch
 
 from karat.data.augmentation import Augmentation, eval_transform, train_transform
 from karat.data.folder import Tree, local_path, open_folder
-from karat.data.hub import open_hub, open_parquet, open_shards
+from karat.data.hub import open_hub, open_parquet
 from karat.data.images import Fit, Normalise, statistics
 from karat.data.loader import Loader, ResidentLoader, Views, WorkerLoader, decode_all
 from karat.data.named import open_digits, open_torch
 from karat.data.order import BadImages, Order
+from karat.data.shards import open_shards
 from karat.data.sources import ArraySource, Source, Splits, Stream, check_labels, is_stream, size_of, take_fraction
 
 RESIDENT_LIMIT = 512 * 2**20  # bytes of decoded pixels a split may take in memory; CIFAR-10 takes 150 MB
