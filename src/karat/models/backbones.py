@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
+from karat.models.attach.mode import attached
 from karat.models.attention import (
     AttentionInputs,
     BiasedAttention,
@@ -92,6 +92,18 @@ OWN: dict[type[nn.Module], AttentionKind] = {
     KArAtAttention: AttentionKind(token_inputs, learned=True),
     KArAtWindowAttention: AttentionKind(window_inputs, learned=True, windows=True),
     TransferredAttention: AttentionKind(None, observe=lambda attn, *args, **kwargs: attn.given),
+}
+
+
+def _no_look(attn: Any, *args: Any, **kwargs: Any) -> Intermediate:
+    raise ValueError(
+        f"scores and attention of {type(attn).__name__} are seen while it runs, by karat.record, and not beside it"
+    )
+
+
+# Attention of a model that is not known, with a learnable operator where it calls for attention, or as it was.
+ATTACHED: dict[bool, AttentionKind] = {
+    learned: AttentionKind(None, observe=_no_look, learned=learned) for learned in (False, True)
 }
 
 
@@ -188,7 +200,8 @@ def attention_kinds() -> dict[type[nn.Module], AttentionKind]:
 
 def kind_of(module: nn.Module) -> AttentionKind | None:
     """What is known of an attention module; None of any other."""
-    return attention_kinds().get(type(module))
+    place = attached(module)
+    return attention_kinds().get(type(module)) if place is None else ATTACHED[place.learned]
 
 
 class AttentionSite(NamedTuple):
@@ -206,6 +219,12 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
     counted through all stages.
     """
     kinds = attention_kinds()
+    places = [(name, module, attached(module)) for name, module in model.named_modules()]
+    found = [
+        (place.index, AttentionSite(name, module, ATTACHED[place.learned])) for name, module, place in places if place
+    ]
+    if found:
+        return [site for _, site in sorted(found, key=lambda pair: pair[0])]
     return [
         AttentionSite(name, module, kinds[type(module)])
         for name, module in model.named_modules()
@@ -213,22 +232,16 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
     ]
 
 
-def refusal(module: nn.Module) -> str | None:
-    """Why `module`, an attention, can't be converted; None if it can, if it stays, or if it's no attention at all."""
+def refusal(module: nn.Module) -> str | bool | None:
+    """Why `module`, an attention that is known, can't be converted; True for an attention that isn't known.
+
+    None if it can, if it stays, or if it's no attention at all.
+    """
     kind, kinds = type(module), attention_kinds()
     if kind in kinds:
         return None if kinds[kind].adapter is None else _pruned(module, kinds[kind])
     looks_like_attention = hasattr(module, "attn_drop") or re.search("attention|attn", kind.__name__, re.IGNORECASE)
-    if not looks_like_attention or "Pool" in kind.__name__:
-        return None
-    if getattr(module, "rope", None) is not None or "rope" in signature(kind.forward).parameters:
-        return "it rotates queries and keys by position (rotary embeddings), which the operator is not made for"
-    served = [attention for attention, known in kinds.items() if known.adapter is not None]
-    known = ", ".join(f"{attention.__module__}.{attention.__name__}" for attention in served)
-    parents = [attention.__name__ for attention in kinds if isinstance(module, attention)]
-    if parents:
-        return f"it is a subclass of {parents[0]} that may compute something else; exactly {known} are served"
-    return f"{kind.__module__}.{kind.__name__} is an attention that karat has no adapter for; it has them for {known}"
+    return True if looks_like_attention and "Pool" not in kind.__name__ else None
 
 
 def _pruned(attn: Any, kind: AttentionKind) -> str | None:

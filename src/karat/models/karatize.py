@@ -1,4 +1,4 @@
-"""Model surgery: softmax attention of a timm model taken out, learnable attention put in its place."""
+"""Model surgery: softmax attention of a model taken out, learnable attention put in its place."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from karat.models.attach.example import Example
+from karat.models.attach.place import attach
 from karat.models.attention import BiasedAttention
-from karat.models.backbones import BACKBONES, OWN, AttentionSite, Backbone, attention_sites, backbone_of, refusal
+from karat.models.backbones import OWN, AttentionSite, Backbone, attention_sites, backbone_of, refusal
 from karat.models.relative_bias import RelativeBias, relative_biases
 from karat.models.resample import SetInputSize
 from karat.operator.config import KArAtConfig
@@ -18,8 +20,14 @@ from karat.operator.operator import KArAtOperator, karat_operators
 SHARED_NAME = "karat_operator"
 
 
-def karatize(model: nn.Module, config: KArAtConfig | str) -> nn.Module:
-    """Replace softmax by the learnable operator in a timm ViT, DeiT, ConViT or Swin, in place (SPEC §3).
+def karatize(model: nn.Module, config: KArAtConfig | str, example: Example | None = None) -> nn.Module:
+    """Replace softmax by the learnable operator in any model with attention, in place (SPEC §3).
+
+    timm's ViT, DeiT, ConViT and Swin are known and need no example. Of any other model one run of an example, which
+    leaves it as it was, tells where it calls `F.scaled_dot_product_attention`, or softmax over the last axis of scores
+    in a module that looks like attention. Such a module keeps its class and gains `operator`; while it runs, that one
+    call goes to it. Where softmax was written out, σ is formed, as the scores were; entries ≤ −100 are masked. An
+    operator is made for the example's number of keys: pad sequences to it.
 
     Blockwise, each converted attention has its own operator, `blocks.3.attn.operator.*` in the state dict; with
     sharing="universal" there is one, `karat_operator.*`, that all of them use. All other weights keep their names
@@ -35,14 +43,17 @@ def karatize(model: nn.Module, config: KArAtConfig | str) -> nn.Module:
         config: a `KArAtConfig` or its short name, such as "g3b". `blocks` indices count the model's attention
             modules in forward order; in ConViT only the last blocks, which aren't gated, can be converted. "first"
             counts those that can be converted.
+        example: an input, a tuple of them or a dict of keyword arguments, of two images or more; None: made from the
+            model's own input size (timm), or its configuration (transformers).
 
     Returns:
-        The model.
+        The model. One warning names attention that stays softmax because it can't be served.
 
     Raises:
-        ValueError: a model or attention that isn't served (rotary embeddings, pruned heads, other classes; named
-            with the reason), universal sharing or a position_bias on Swin, blocks out of range, softmax_heads ≥ H,
-            patch dropout, or a model that is converted already: its attention is gone, so build a new one.
+        ValueError: a model without attention that can be served, named with the reason; no example, or one that the
+            model can't take; pruned heads; universal sharing where heads or keys differ; a position_bias on Swin or
+            on a model that isn't known; blocks out of range, softmax_heads ≥ H, patch dropout; or a model that is
+            converted already: its attention is gone, so build a new one.
 
     >>> import timm
     >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=10)
@@ -50,12 +61,26 @@ def karatize(model: nn.Module, config: KArAtConfig | str) -> nn.Module:
     'KArAtAttention'
     """
     config = KArAtConfig.parse(config)
-    converted = next((site.name for site in attention_sites(model) if type(site.module) in OWN), None)
+    converted = next((s.name for s in attention_sites(model) if type(s.module) in OWN or s.kind.learned), None)
     if converted is not None:
         raise ValueError(f"the model is converted already ({converted} is an attention of karat's); build a new model")
     if config.leaves_attention:
         return model
-    backbone = _served(model)
+    backbone = _known(model)
+    if backbone is None:
+        attach(model, config, example, lambda able, count: chosen_blocks(config, able, count), SHARED_NAME)
+    else:
+        _replace(model, backbone, config)
+    model.no_weight_decay = NoWeightDecay(model)  # type: ignore[assignment]  # a method before
+    if hasattr(type(model), "set_input_size"):
+        model.set_input_size = SetInputSize(model)  # type: ignore[assignment]  # a method before
+    if backbone is not None and getattr(model, "dynamic_img_size", False):
+        _watch_grids(model)
+    return model
+
+
+def _replace(model: nn.Module, backbone: Backbone, config: KArAtConfig) -> None:
+    """Modules of karat's in the places of a known model's."""
     sites = _chosen(model, config)
     sizes = [(int(site.module.num_heads), backbone.tokens(model, site.module)) for site in sites]
     biases = _position_biases(model, backbone, config, sites)
@@ -67,12 +92,6 @@ def karatize(model: nn.Module, config: KArAtConfig | str) -> nn.Module:
         new.position_bias = bias
         parent, _, child = site.name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
-    model.no_weight_decay = NoWeightDecay(model)  # type: ignore[assignment]  # a method before
-    if hasattr(type(model), "set_input_size"):
-        model.set_input_size = SetInputSize(model)  # type: ignore[assignment]  # a method before
-    if getattr(model, "dynamic_img_size", False):
-        _watch_grids(model)
-    return model
 
 
 def _learnable(
@@ -149,20 +168,18 @@ class NoWeightDecay:
         }
 
 
-def _served(model: nn.Module) -> Backbone:
-    """What is known of this model; ValueError if it or an attention in it isn't served."""
+def _known(model: nn.Module) -> Backbone | None:
+    """The record of this model; None where it has none or an attention that the record doesn't know.
+
+    Raises ValueError for heads that were pruned.
+    """
+    backbone, known = backbone_of(model), True
     for name, module in model.named_modules():
         reason = refusal(module)
-        if reason is not None:
+        if isinstance(reason, str):
             raise ValueError(f"{name or 'the model'} ({type(module).__name__}) can't be converted: {reason}")
-    backbone = backbone_of(model)
-    if backbone is None:
-        known = ", ".join(family.__name__ for family in BACKBONES)
-        raise ValueError(
-            f"{type(model).__name__} has no attention that karat knows how to convert; it knows timm's {known}, not "
-            "wrapped"
-        )
-    return backbone
+        known = known and reason is None
+    return backbone if known else None
 
 
 def _chosen(model: nn.Module, config: KArAtConfig) -> list[AttentionSite]:

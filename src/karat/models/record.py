@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
+from karat.models.attach.mode import attached, observed
 from karat.models.attention import Intermediate
 from karat.models.backbones import AttentionSite, attention_kinds, attention_sites
 
@@ -16,7 +17,8 @@ from karat.models.backbones import AttentionSite, attention_kinds, attention_sit
 def record(model: nn.Module) -> Iterator[dict[str, Intermediate]]:
     """Collect the scores and the attention of every block, learnable and softmax alike, while the context is open.
 
-    Yields a dict from module names ("blocks.3.attn") to `Intermediate`, filled by each forward pass; a later pass
+    Yields a dict from module names ("blocks.3.attn"; "blocks.3.attn.0" of one that calls for attention several times)
+    to `Intermediate`, filled by each forward pass; a later pass
     overwrites. The model's output is untouched: scores and σ are computed beside it from the same inputs, so a pass
     costs more time, and N×N memory a block; under torch.no_grad() no graph is kept.
 
@@ -43,9 +45,18 @@ def record(model: nn.Module) -> Iterator[dict[str, Intermediate]]:
 
         return after_forward
 
-    handles = [site.module.register_forward_hook(hook(site), with_kwargs=True) for site in sites]
-    try:
+    def noted(name: str, calls: int) -> Callable[[int, Intermediate], None]:
+        def observe(number: int, found: Intermediate) -> None:
+            intermediates[name if calls == 1 else f"{name}.{number}"] = found
+
+        return observe
+
+    with ExitStack() as open_:
+        for site in sites:
+            place = attached(site.module)
+            if place is not None:
+                open_.enter_context(observed(place, noted(site.name, len(place.layouts))))
+            else:
+                handle = site.module.register_forward_hook(hook(site), with_kwargs=True)
+                open_.callback(handle.remove)
         yield intermediates
-    finally:
-        for handle in handles:
-            handle.remove()

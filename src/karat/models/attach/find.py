@@ -1,0 +1,208 @@
+"""Where a model calls for attention: one run of an example tells."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from timm.layers import PatchDropout
+from torch import Tensor, nn
+
+from karat.errors import first_line
+from karat.models.attach.calls import Call, Fused, Layout, heads_of, layout_of
+from karat.models.attach.example import Example, fitted, images_of
+from karat.models.attach.mode import Taking
+from karat.models.evaluating import evaluating
+from karat.operator.config import KArAtConfig
+
+
+@dataclass
+class Found:
+    """A module that calls for attention, in forward order.
+
+    calls: for each call of one pass of it the layout of its heads, or why it can't be told; sizes: (H, M, N) of each.
+    """
+
+    name: str
+    module: Any
+    calls: list[Layout | str] = field(default_factory=list)
+    sizes: list[tuple[int, int, int]] = field(default_factory=list)
+    written: bool = False
+    reason: str | None = None
+
+    @property
+    def layouts(self) -> tuple[Layout | None, ...]:
+        """The layout of each call; None where it can't be told."""
+        return tuple(None if isinstance(call, str) else call for call in self.calls)
+
+    @property
+    def served(self) -> list[tuple[int, int, int]]:
+        """The sizes (H,M,N) of the calls that can have an operator."""
+        return [size for size, layout in zip(self.sizes, self.layouts, strict=True) if layout is not None]
+
+    def refusal(self, config: KArAtConfig) -> str | None:
+        """Why this module stays as it is; None if it can be converted."""
+        if self.reason is not None:
+            return self.reason
+        if not self.served:
+            return next((call for call in self.calls if isinstance(call, str)), "it makes no call for attention")
+        places = config.is_static or config.position is not None
+        for _, queries, keys in self.served:
+            if places and queries != keys:
+                return (
+                    f"static mixing and position='query' give each query a place, and it has {queries} queries for "
+                    f"{keys} keys"
+                )
+        if hasattr(self.module, "operator"):
+            return "it has an attribute 'operator' of its own"
+        return None
+
+
+@dataclass
+class _Pass:
+    """One forward pass of one module."""
+
+    modules: list[nn.Module]  # innermost first
+    calls: list[Call] = field(default_factory=list)
+
+
+def find(model: nn.Module, example: Example) -> list[Found]:
+    """Every module that calls for attention, in the order of a forward pass of the example.
+
+    Fused attention counts wherever it is called; softmax over the last axis inside of a module that looks like
+    attention, by its class's name or a number of heads. A call belongs to the innermost module.
+
+    Runs once, under no_grad and in evaluation mode; buffers, random states and modes are afterwards what they were.
+
+    Raises ValueError for an example that the model can't take.
+    """
+    args, kwargs = fitted(example, model)
+    try:
+        with left_as_it_was(model), evaluating(model), torch.no_grad():
+            passes = _run(model, args, kwargs)
+    except (RuntimeError, TypeError, AssertionError, IndexError, ValueError, KeyError, AttributeError) as error:
+        shapes = [tuple(x.shape) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        raise ValueError(
+            f"{type(model).__name__} can't take the example {', '.join(map(str, shapes))}: {first_line(error)}; give "
+            "karatize an input of the kind that it takes, example=..."
+        ) from error
+    batch = images_of(args, kwargs)
+    names = {module: name for name, module in model.named_modules()}
+    return [_found(names[module], own, batch) for module, own in passes.items()]
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[nn.Module, list[_Pass]]:
+    """The passes of each module that calls for attention."""
+    stack: list[_Pass] = []
+    passes: dict[nn.Module, list[_Pass]] = {}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        inner = [module, *(stack[-1].modules if stack else [])]
+        stack.append(_Pass(inner))
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
+    def note(_: int, call: Call, otherwise: Any) -> Tensor:
+        depth = len(stack) - 1
+        while depth > 0 and isinstance(stack[depth].modules[0], nn.Softmax):
+            depth -= 1
+        if depth >= 0:
+            owner = stack[depth]
+            if isinstance(call, Fused) or any(map(_looks_like_attention, owner.modules[:2])):
+                owner.calls.append(call)
+                own = passes.setdefault(owner.modules[0], [])
+                if not own or own[-1] is not owner:
+                    own.append(owner)
+        result: Tensor = otherwise()
+        return result
+
+    handles: list[Any] = []
+    try:
+        for module in model.modules():
+            handles.append(module.register_forward_pre_hook(enter, prepend=True))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+        with Taking(note):
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return passes
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    named = re.search(r"attention|attn|(^|[^a-z])XCA", type(module).__name__, re.IGNORECASE)
+    return named is not None or hasattr(module, "attn_drop") or heads_of([module]) is not None
+
+
+def _found(name: str, passes: list[_Pass], batch: int) -> Found:
+    """What the passes of one module say."""
+    modules = passes[0].modules
+    written = not any(isinstance(call, Fused) for call in passes[0].calls)
+    kept = [[call for call in own.calls if written or isinstance(call, Fused)] for own in passes]
+    found = Found(name, modules[0], written=written)
+    counts = sorted({len(calls) for calls in kept})
+    if len(counts) > 1:
+        found.reason = f"it calls for attention {' or '.join(map(str, counts))} times, from pass to pass"
+        return found
+    heads = heads_of(modules)
+    if counts[0] > 1 and counts[0] == heads and all(len(call.shape) == 3 for call in kept[0]):
+        heads = 1  # a call for each head
+    for number, call in enumerate(kept[0]):
+        layout = layout_of(call, heads, batch)
+        found.calls.append(layout)
+        found.sizes.append((0 if isinstance(layout, str) else layout.heads, call.shape[-2], call.shape[-1]))
+        keys = sorted({calls[number].shape[-1] for calls in kept})
+        if len(keys) > 1:
+            found.reason = (
+                f"its number of keys changes from call to call ({', '.join(map(str, keys))}), and an operator is made "
+                "for one"
+            )
+    return found
+
+
+def check_whole(model: nn.Module) -> None:
+    """ValueError for a model that is wrapped, compiled, or drops tokens at random."""
+    kind = type(model)
+    wrapped = kind.__name__ in ("OptimizedModule", "FullyShardedDataParallel") or isinstance(
+        model, nn.DataParallel | nn.parallel.DistributedDataParallel | torch.jit.ScriptModule
+    )
+    if wrapped:
+        raise ValueError(f"the model is wrapped ({kind.__name__}): convert it first, then compile or distribute it")
+    for name, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule":
+            raise ValueError(f"{name or 'the model'} is compiled: convert the model first, then compile it")
+        if isinstance(module, PatchDropout) and module.prob > 0:
+            raise ValueError(
+                f"{name}: patch_drop_rate={module.prob} changes the number of tokens at random, the operator needs it "
+                "fixed; build the model with patch_drop_rate=0"
+            )
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Afterwards buffers, attributes and random states are what they were."""
+    states = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    plain, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002  the state that models draw from
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(numbers)  # noqa: NPY002
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
+        for module, attributes, buffers in states:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
