@@ -155,10 +155,11 @@ def test_saved_copied_compiled_and_recorded_it_is_the_same(kind: str, tmp_path: 
         torch._dynamo.reset()
 
 
+SPECS = ["g3b", "g3b,order=PhiW", "g3b,residual=softmax,softmax_heads=1", "row-b,rank=None", "static-b"]
+
+
 @pytest.mark.parametrize("way", ["fused", "folded", "five", "grouped", "written"])
-@pytest.mark.parametrize(
-    "attention", ["g3b", "g3b,order=PhiW", "g3b,residual=softmax,softmax_heads=1", "static,rank=2"]
-)
+@pytest.mark.parametrize("attention", SPECS)
 def test_sigma_and_output_are_those_of_an_independent_computation(way: str, attention: str) -> None:
     torch.manual_seed(0)
     layer, x = Mine(way), torch.randn(2, 10, 24)
@@ -232,15 +233,15 @@ def test_universal_sharing_and_blocks() -> None:
         twin.karat_operator.W.zero_()
     assert not torch.equal(twin(x), model(x))
     model, x = mine("fused")
-    karat.karatize(model, "g3b,blocks=1", example=x)
+    karat.karatize(model, "g3b,blocks=(1,)", example=x)
     assert list(karat.karat_operators(model)) == ["layers.1.operator"]
     with karat.record(model) as seen:
         model(x)
     torch.testing.assert_close(seen["layers.0"].attention.sum(-1), torch.ones(2, 3, 10))
     with pytest.raises(ValueError, match="no block 2; the model has blocks 0 to 1"):
-        karat.karatize(mine("fused")[0], "g3b,blocks=2", example=x)
+        karat.karatize(mine("fused")[0], "g3b,blocks=(2,)", example=x)
+    model, x = MODELS["pooled keys"][0]()
     with pytest.raises(ValueError, match=r"equal heads and tokens.*stages"):
-        model, x = MODELS["pooled keys"][0]()
         karat.karatize(model, "g3u", example=x)
 
 
