@@ -16,7 +16,7 @@ from karat import cli, runs
 from karat.detect import objects
 from karat.detect.coco import CocoPart, read_coco
 from karat.detect.compare import compare_runs
-from karat.detect.data import load_data
+from karat.detect.data import load_data, open_parts
 from karat.detect.evaluate import average_precision, kinds_of
 from karat.detect.measure import evaluate_run
 from karat.detect.task import train
@@ -67,6 +67,7 @@ BOXES: dict[str, tuple[list[float], tuple[float, ...] | None, str | None]] = {
     "no height": ([30, 10, 20, 0], None, objects.NO_AREA),
     "nan": ([30, 10, float("nan"), 20], None, objects.NOT_FINITE),
     "infinite": ([30, 10, float("inf"), 20], None, objects.NOT_FINITE),
+    "beyond all numbers": ([30, 10, 10**400, 20], None, objects.NOT_FINITE),
     "a share": ([0.2, 0.1, 0.5, 0.5], None, objects.SHARES),
 }
 
@@ -273,3 +274,43 @@ def test_images_without_objects_are_negatives_that_are_trained_on(tmp_path: Path
     assert all(target["masks"].shape[1:] == image.shape[1:] for image, target in zip(images, targets, strict=True))
     assert all(target["labels"].dtype == torch.int64 for target in targets)
     assert data.contents == "4 training images with 1 objects in 2 categories, 2 images to evaluate on"
+
+
+def renamed(path: Path, names: dict[int, str], offset: int = 0) -> Path:
+    """The file with other names, and other numbers, for its categories 3 and 9."""
+    plain = plain_of(path)
+    for one in plain["categories"]:
+        one.update(name=names.get(one["id"], one["name"]), id=one["id"] + offset)
+    for one in plain["annotations"]:
+        one["category_id"] += offset
+    path.write_text(json.dumps(plain))
+    return path
+
+
+def test_categories_of_an_evaluation_file_follow_their_names(tmp_path: Path) -> None:
+    data = write_coco(tmp_path / "a")
+    other = renamed(write_coco(tmp_path / "b"), {3: "nut", 9: "fig"}, offset=5)  # exchanged, and other numbers
+    train_part, found = open_parts(tiny(data, eval_data=str(other), eval_images=None))
+    assert found.categories == train_part.categories == {3: "fig", 9: "nut"}
+    for mine, theirs in zip(train_part.pictures, found.pictures, strict=True):
+        assert [3 - thing.label for thing in mine.things] == [thing.label for thing in theirs.things]
+    renamed(other, {8: "owl"})
+    with pytest.raises(ValueError, match="has objects of owl; training has the categories fig, nut"):
+        open_parts(tiny(data, eval_data=str(other), eval_images=None))
+
+
+def test_a_run_does_not_go_on_under_exchanged_categories(tmp_path: Path) -> None:
+    data, run = write_coco(tmp_path / "data"), tmp_path / "run"
+    settings = tiny(data, run, epochs=1, resume="auto")
+    train(settings)
+    renamed(data, {3: "nut", 9: "fig"})
+    with pytest.raises(ValueError, match=r"was trained on the categories .*'fig'.*the data now has .*'nut'"):
+        train(settings)
+
+
+def test_evaluation_images_without_objects_measure_no_masks_where_there_are_none(tmp_path: Path) -> None:
+    data = box_only(tmp_path / "data")
+    plain = plain_of(data)
+    plain["annotations"] = [one for one in plain["annotations"] if one["image_id"] < 4]
+    data.write_text(json.dumps(plain))
+    assert "mask_AP" not in train(tiny(data, tmp_path / "run", epochs=1))

@@ -114,10 +114,7 @@ def open_parts(settings: DetectSettings) -> tuple[CocoPart, CocoPart]:
             raise ValueError(f"--eval-images {settings.eval_images}: the data has an evaluation part, {eval_file}")
         # files of the same name lie in both folders as a rule: --images is about the data then
         elsewhere = settings.eval_data is not None and eval_file.resolve().parent != train_file.resolve().parent
-        evaluation = open_file(eval_file, settings.images, beside_first=elsewhere)
-        if evaluation.categories != train.categories:
-            raise ValueError(f"{eval_file} has other categories than {train_file}")
-        return train, evaluation
+        return train, open_file(eval_file, settings.images, beside_first=elsewhere).under(train.categories)
     held = max(1, len(train) // 10) if settings.eval_images is None else settings.eval_images
     if held >= len(train):
         raise ValueError(f"--eval-images {held}: {train_file} has {len(train)} images, and some must stay to train on")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from karat.detect.coco import CocoPart
 from karat.detect.detector import Detector
-from karat.detect.objects import outline_of
+from karat.detect.objects import NO_MASK, outline_of
 from karat.models.evaluating import evaluating
 from karat.train.task import Batch
 
@@ -142,7 +142,8 @@ def measure(
         ids = {number for _, some in gathered for number in some}
         if ids:
             kept = part.part([index for index, picture in enumerate(part.pictures) if picture.id in ids])
-            precision = average_precision(kept.as_coco(), everything)
+            box_only = part.skipped[NO_MASK] and not any(t.has_mask for p in part.pictures for t in p.things)
+            precision = average_precision(kept.as_coco(), everything, ("box",) if box_only else None)
             figures = [{**precision, "images": len(ids)}]
     if accelerator.num_processes > 1:
         broadcast_object_list(figures)

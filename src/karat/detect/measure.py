@@ -48,7 +48,8 @@ def evaluate_run(
     `images` is the folder of the images of what is measured; None: the run's own, of other data beside its JSON.
 
     Also saved as eval.json, the detections as detections.json (COCO's results format).
-    Raises ValueError for data with other categories than the run's, a batch_size below 1, and as `load_run` does.
+    Categories are matched by name. Raises ValueError for data with objects of others than the run's, a batch_size
+    below 1, and as `load_run` does.
     """
     detector, settings, categories = load_run(run, weights)
     changes: dict[str, Any] = {"workers": workers, "device": device, "images": images}
@@ -57,12 +58,10 @@ def evaluate_run(
     rank, world_size = accelerator.process_index, accelerator.num_processes
     if data is None:
         loaded = load_data(settings, rank, world_size)
-        chosen = loaded.train_part if part == "train" else loaded.eval_part
+        chosen = (loaded.train_part if part == "train" else loaded.eval_part).under(categories)
     else:
-        chosen = _other(data, images, part, settings)
+        chosen = _other(data, images, part, settings).under(categories)
         loaded = DetectData(chosen, chosen, settings, rank, world_size)
-    if chosen.categories != categories:
-        raise ValueError(f"{chosen.source} has the categories {chosen.categories}, the run was trained on {categories}")
     figures, results = measure(
         detector.to(accelerator.device), loaded.measuring(chosen, batch_size), chosen, accelerator
     )

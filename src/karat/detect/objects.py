@@ -16,6 +16,7 @@ What is made of annotations as they are found:
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
@@ -132,12 +133,12 @@ def brief(value: Any) -> str:
 
 
 def box_of(annotation: dict[str, Any], where: str) -> list[float]:
-    """x, y, width, height, which need not be finite. Raises ValueError for anything else."""
+    """x, y, width, height; NaN where one isn't finite. Raises ValueError for anything else."""
     box = annotation.get("bbox")
     kinds = isinstance(box, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in box)
     if not (kinds and len(box) == 4):  # type: ignore[arg-type]  # a list by then
         raise ValueError(f"{where} has the bbox {brief(box)}; give [x, y, width, height]")
-    return box  # type: ignore[return-value]
+    return [v if is_number(v, 1e300) else math.nan for v in box]  # type: ignore[union-attr]  # a whole number may be larger
 
 
 def read_thing(
@@ -194,8 +195,8 @@ def _useless(box: list[float], size: tuple[int, int]) -> str | None:
 
 
 def is_share(box: list[float]) -> bool:
-    """Whether all four numbers lie in 0 to 1."""
-    return all(0 <= number <= 1 for number in box)
+    """Whether all four numbers lie in 0 to 1, or a little beyond."""
+    return all(-0.1 <= number <= 1.1 for number in box)
 
 
 def _clipped(box: list[float], size: tuple[int, int]) -> tuple[tuple[float, float, float, float], float]:

@@ -51,7 +51,7 @@ def predict_images(
     detector.to(accelerator.device)
     target = output or folder / runs.PREDICTIONS
     target.mkdir(parents=True, exist_ok=True)
-    known = _known(settings)
+    known = _known(settings, categories)
     view, names = View(settings.recipe, train=False), list(categories.values())
     drawn: list[tuple[Path, int]] = []
     results: list[dict[str, Any]] = []
@@ -75,10 +75,10 @@ def predict_images(
     return drawn
 
 
-def _known(settings: DetectSettings) -> dict[Path, Picture]:
+def _known(settings: DetectSettings, categories: dict[int, str]) -> dict[Path, Picture]:
     """The pictures of the run's own data by their files; none where the data isn't there any more."""
     try:
-        parts = open_parts(settings)
+        parts = [part.under(categories) for part in open_parts(settings)]
     except ValueError:
         return {}
     return {picture.path.resolve(): picture for part in parts for picture in part.pictures}

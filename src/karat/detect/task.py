@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
+from karat import runs
 from karat.detect.data import DetectData, load_data
 from karat.detect.detector import Detector, build_detector
 from karat.detect.evaluate import measure
@@ -67,7 +68,14 @@ class Detection(Task[DetectSettings, DetectData]):
     def build(
         self, settings: DetectSettings, data: DetectData, folder: Path | None
     ) -> tuple[nn.Module, list[Transplanted]]:
-        """As Task.build."""
+        """As Task.build. Raises ValueError for a run to go on with whose categories were others."""
+        if folder is not None:
+            before = runs.read_config(folder, DetectSettings)[1]["categories"]
+            if before != self.facts(data)["categories"]:
+                raise ValueError(
+                    f"{folder} was trained on the categories {before}, the data now has {data.categories}: give the "
+                    "data as it was, or begin a new run with --init"
+                )
         detector = build_detector(settings, data.num_classes)
         return detector, [] if settings.init is None else load_init(detector, settings)
 
