@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from pathlib import Path
 
@@ -125,6 +126,27 @@ def test_tampered_weights_of_a_run_are_refused(tmp_path: Path) -> None:
     files.write_tensors(tmp_path / "run" / checkpoint.MODEL, weights)
     with pytest.raises(ValueError, match=r"model\.safetensors is refused: its SHA-256"):
         runs.read_weights(tmp_path / "run")
+
+
+def test_what_killed_processes_left_goes_and_nothing_else(tmp_path: Path) -> None:
+    """Of this version and those before, in every folder of a run; never what a running process writes or a user has."""
+    gone = [".karat-999999999.metrics.jsonl", ".999999999.config.json", ".metrics.jsonl.ab12.tmp"]
+    gone += ["trajectory/.karat-999999999.epoch-1.safetensors"]
+    kept = ["metrics.jsonl", ".999999999.notes", ".mine.tmp", f".karat-{os.getpid()}.eval.json", ".karat-notes"]
+    for name in gone + kept:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "checkpoints" / ".step-00000001.tmp").mkdir(parents=True)
+    runs.tidy(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(kept)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_write_removes_drafts_of_killed_processes_beside_it(tmp_path: Path) -> None:
+    (tmp_path / ".karat-999999999.other").write_text("x")
+    files.write_text(tmp_path / "file", "y")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_no_pickle_is_read(tmp_path: Path) -> None:

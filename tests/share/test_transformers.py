@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,57 @@ def test_attentions_are_handed_out() -> None:
     assert torch.allclose(first.sum(-1), torch.ones(1, 3, 17))  # softmax stayed
     assert second.shape == (1, 3, 17, 17)
     assert not torch.allclose(second.sum(-1), torch.ones(1, 3, 17), atol=1e-2)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "karat"])
+def test_no_implementation_puts_softmax_in_their_place(implementation: str) -> None:
+    model = vit("g2b,blocks=(1,)")
+    pixels = torch.randn(2, 3, 16, 16)
+    wanted = model(pixels).logits
+    model.set_attn_implementation(implementation)
+    assert torch.equal(model(pixels).logits, wanted)
+
+
+def test_attentions_by_the_config_that_gradients_reach(tmp_path: Path) -> None:
+    model = vit("g2b,blocks=(1,)")
+    pixels = torch.randn(2, 3, 16, 16)
+    wanted = model(pixels).logits
+    model.config.output_attentions = True
+    model.save_pretrained(tmp_path)
+    for made in (model, from_pretrained(ViTForImageClassification, tmp_path).eval()):
+        out = made(pixels)
+        assert torch.allclose(out.logits, wanted, atol=1e-5)
+        for sigma in out.attentions:
+            sigma.retain_grad()
+        out.logits.sum().backward()
+        assert all(sigma.grad.abs().sum() > 0 for sigma in out.attentions)
+
+
+def test_an_auto_class_finds_the_model(tmp_path: Path) -> None:
+    model = vit("g2u")
+    model.save_pretrained(tmp_path)
+    again = from_pretrained(transformers.AutoModelForImageClassification, tmp_path).eval()
+    assert type(again) is ViTForImageClassification
+    pixels = torch.randn(2, 3, 16, 16)
+    assert torch.equal(again(pixels).logits, model(pixels).logits)
+    with pytest.raises(ValueError, match="AutoModelForCausalLM has no model of ViTConfig"):
+        from_pretrained(transformers.AutoModelForCausalLM, tmp_path)
+
+
+def test_a_model_that_lost_its_operators_says_so(tmp_path: Path) -> None:
+    """transformers' loader, with karat imported: the operators are left out, and nothing is computed without them."""
+    vit("g2b").save_pretrained(tmp_path)
+    lost = ViTForImageClassification.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no operators: load it with karat\.integrations\.transformers"):
+        lost(torch.randn(1, 3, 16, 16))
+
+
+def test_transformers_without_karat_refuses_a_converted_folder(tmp_path: Path) -> None:
+    vit("g2b").save_pretrained(tmp_path)
+    script = f"import transformers as t; t.ViTForImageClassification.from_pretrained({str(tmp_path)!r})"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ran.returncode != 0
+    assert "karat" in ran.stderr.splitlines()[-1]
 
 
 def test_a_mask_of_tokens_reaches_the_operator() -> None:

@@ -7,12 +7,13 @@ leaves the old file or the new one, never half of either. Nothing here unpickles
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,10 @@ def draft_of(path: Path) -> Iterator[Path]:
 
     Raises OSError, naming `path`, where the disk refuses.
     """
-    draft = path.with_name(f".{os.getpid()}.{path.name}")
+    draft = path.with_name(f".karat-{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_once(path.parent.resolve())
         draft.unlink(missing_ok=True)  # of a process of the same number that was killed: it may be a link
         yield draft
         sync(draft)
@@ -52,6 +54,34 @@ def draft_of(path: Path) -> Iterator[Path]:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def sweep(folder: Path, names: Collection[str] = ()) -> None:
+    """Remove what processes that were killed left of files that they were writing in a folder.
+
+    names: files of a run, of which what earlier versions left goes too.
+    """
+    earlier = "|".join(rf"(\d+)\.{re.escape(name)}$|{re.escape(name)}\..*\.tmp$" for name in names)
+    for path in folder.glob(".*"):
+        found = re.match(r"\.karat-(\d+)\.", path.name) or (names and re.match(rf"\.(?:{earlier})", path.name))
+        if found and not path.is_dir() and not any(_runs(number) for number in found.groups() if number):
+            path.unlink(missing_ok=True)
+
+
+@functools.lru_cache
+def _sweep_once(folder: Path) -> None:
+    sweep(folder)
+
+
+def _runs(process: str) -> bool:
+    """Whether a process of that number is there."""
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

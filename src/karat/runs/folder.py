@@ -113,10 +113,20 @@ def begin(folder: Path, settings: RunSettings, facts: dict[str, Any]) -> None:
 
 def remove(folder: Path) -> None:
     """Remove what a run wrote, and nothing else that lies in its folder."""
+    tidy(folder)
     for name in _FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed processes left half written in a run's folder; of no process that still writes there."""
+    for inner in (folder, *(folder / name for name in _FOLDERS)):
+        files.sweep(inner, _FILES)
+    for draft in (*folder.glob(".*.tmp"), *(folder / checkpoint.FOLDER).glob(".*.tmp")):
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def task_of(folder: Path) -> str:

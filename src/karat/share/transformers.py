@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch  # noqa: F401  for the example above
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 from transformers.models.deit.modeling_deit import DeiTAttention
 from transformers.models.vit.modeling_vit import ViTAttention
@@ -26,7 +27,6 @@ from karat.operator.operator import KArAtOperator, factors_of
 from karat.ops.masks import safe_softmax, softmax_attention
 
 NAME = "karat"
-SERVED = (ViTAttention, DeiTAttention)
 SETTING = "karat_attention"  # in the model's config.json
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -43,23 +43,63 @@ def karat_attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """σ(scaling · q kᵀ) v by `module.operator`, or by softmax in a block without one.
 
-    q, k, v (B,H,N,D) -> (B,N,H,D), and σ (B,H,N,N) where the configuration's `output_attentions` asks for it.
+    q, k, v (B,H,N,D) -> (B,N,H,D), and σ (B,H,N,N) where the configuration's `output_attentions` asks for it: the very
+    tensor that the values are summed with, so that gradients reach it.
+
+    Raises ValueError in a model that lost its operators, which transformers' own loader leaves out.
     """
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias, mask = split_mask(attention_mask)
     operator: KArAtOperator | None = getattr(module, "operator", None)
-    if operator is None:
-        out = softmax_attention(query, key, value, factor, bias, mask, dropout)
-    else:
-        out = operator.attend(query, key, value, scale=factor, bias=bias, mask=mask, dropout_p=dropout)
+    if operator is None and getattr(module.config, SETTING, None) and not isinstance(module, LearnableAttention):
+        raise ValueError(
+            f"this model has {SETTING}={getattr(module.config, SETTING)!r} in its config and no operators: load it "
+            "with karat.integrations.transformers.from_pretrained"
+        )
     sigma = None
     if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
         scores = query @ key.transpose(-2, -1) * factor
         scores = scores if bias is None else scores + bias
         sigma = safe_softmax(scores, mask) if operator is None else operator(scores, mask)
+        out = F.dropout(sigma, dropout) @ value
+    elif operator is None:
+        out = softmax_attention(query, key, value, factor, bias, mask, dropout)
+    else:
+        out = operator.attend(query, key, value, scale=factor, bias=bias, mask=mask, dropout_p=dropout)
     return out.transpose(1, 2).contiguous(), sigma
 
 
+class LearnableAttention:
+    """What `karatize_hf` makes of transformers' attention: the same, but that no setting puts another function there.
+
+    `set_attn_implementation("sdpa")` would compute softmax with the operators lying idle.
+    """
+
+    def forward(
+        self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B,N,C) -> (B,N,C), and σ (B,H,N,N) where it is asked for."""
+        shape, dropout = hidden_states.shape[:-1], self.attention_dropout if self.training else 0.0
+        q, k, v = (
+            proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out, sigma = karat_attention_forward(self, q, k, v, attention_mask, self.scaling, dropout, **kwargs)
+        return self.o_proj(out.reshape(*shape, -1)), sigma
+
+
+class LearnableViTAttention(LearnableAttention, ViTAttention):
+    """Of a ViT."""
+
+
+class LearnableDeiTAttention(LearnableAttention, DeiTAttention):
+    """Of a DeiT."""
+
+
+SERVED: dict[type[nn.Module], type[nn.Module]] = {
+    ViTAttention: LearnableViTAttention,
+    DeiTAttention: LearnableDeiTAttention,
+}
 AttentionInterface.register(NAME, karat_attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
@@ -81,12 +121,12 @@ def karatize_hf(model: Model, config: KArAtConfig | str) -> Model:
             softmax_heads that leave no head.
     """
     config = KArAtConfig.parse(config)
-    places: list[Any] = [module for module in model.modules() if isinstance(module, SERVED)]
+    places: list[Any] = [module for module in model.modules() if isinstance(module, tuple(SERVED))]
     if not places:
         raise ValueError(
             f"{type(model).__name__} has no attention that karat knows; it knows transformers' ViT and DeiT"
         )
-    if any(hasattr(place, "operator") for place in places):
+    if any(isinstance(place, LearnableAttention) for place in places):
         raise ValueError(f"this {type(model).__name__} has learnable attention already; build a new model")
     if config.position_bias is not None:
         raise ValueError(f"position_bias={config.position_bias!r} is for timm's models: transformers' ViT takes none")
@@ -107,8 +147,11 @@ def karatize_hf(model: Model, config: KArAtConfig | str) -> Model:
             places[index].__dict__["operator"] = operator  # registered once, on the model
         else:
             places[index].operator = operator
-    model.config.karat_attention = str(config)
-    model.set_attn_implementation(NAME)
+    for place in places:  # those without an operator too, for whom one function serves all masks
+        place.__class__ = SERVED[type(place)]
+    setattr(model.config, SETTING, str(config))
+    model.set_attn_implementation("eager")  # the only one for which transformers lets attention be asked for
+    model.config.attn_implementation = NAME  # in config.json: transformers' own loader doesn't pass over it silently
     model.no_weight_decay = NoWeightDecay(model)
     return model
 
@@ -122,20 +165,32 @@ def _tokens(model: PreTrainedModel) -> int:
     raise ValueError(f"{type(model).__name__} has no position embeddings to count its tokens by")
 
 
+def _model_class(auto: Any, config: Any) -> Any:
+    """The class that an Auto class stands for; ValueError where it has none of this configuration."""
+    try:
+        found = auto._model_mapping[type(config)]
+    except KeyError:
+        raise ValueError(f"{auto.__name__} has no model of {type(config).__name__}: name the model's class") from None
+    return found[0] if isinstance(found, tuple) else found
+
+
 def from_pretrained(kind: type[Model], name_or_folder: str | Path, **options: Any) -> Model:
     """A model that `karatize_hf` converted and its own save_pretrained or push_to_hub saved, operators included.
 
     Args:
-        kind: its class, such as ViTForImageClassification.
+        kind: its class, such as ViTForImageClassification, or one of transformers' Auto classes.
         options: as `kind.from_pretrained` takes them.
 
     Raises:
         ValueError: no such model, a config without learnable attention, or weights that are missing or left over.
     """
+    reader = AutoConfig if getattr(kind, "_model_mapping", None) is not None else kind.config_class
     try:
-        config = kind.config_class.from_pretrained(name_or_folder)
-    except OSError as error:
+        config = reader.from_pretrained(name_or_folder, attn_implementation="eager")
+    except (OSError, ValueError) as error:
         raise ValueError(f"{name_or_folder} can't be read: {' '.join(str(error).split())}") from None
+    if reader is AutoConfig:
+        kind = _model_class(kind, config)
     spec = getattr(config, SETTING, None)
     if spec is None:
         raise ValueError(f"{name_or_folder} has no {SETTING!r} in its config: load it with {kind.__name__} itself")

@@ -100,6 +100,7 @@ class Trainer:
             self._save_trajectory()
 
     def _resume(self) -> None:
+        runs.tidy(self.folder)
         found = checkpoint.newest(self.folder)
         if found is None:
             self.notes.append(f"{self.folder} was cut off before its first checkpoint: beginning again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -141,6 +142,15 @@ assert "karat" not in sys.modules and "timm" not in sys.modules
     line = [sys.executable, "-c", code, str(tmp_path / "model.pt2"), str(tmp_path / "expected.safetensors")]
     done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_another_precision_is_exported_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, shape = small_model("vit", "g2b,rank=2", **TINY).eval().to(dtype), (3, 8, 8)
+    assert export_onnx(model, tmp_path / "model.onnx", shape) <= 1e-4
+    assert next(model.parameters()).dtype == dtype
+    x = torch.randn(2, *shape)
+    assert torch.allclose(run_onnx(tmp_path / "model.onnx", x), copy.deepcopy(model).float()(x), atol=1e-4)
 
 
 def test_logits_that_differ_are_refused() -> None:

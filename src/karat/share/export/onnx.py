@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import re
@@ -34,10 +35,11 @@ def export_onnx(
 ) -> float:
     """Write a model as an ONNX file with input "images" (batch,C,H,W), output "logits" (batch,classes), any batch.
 
-    The file is run by onnxruntime with one image and with three before it takes its name.
+    It computes in float32, for a model in another precision with the same weights. The file is run by onnxruntime with
+    one image and with three before it takes its name.
 
     Args:
-        model: images (B,C,H,W) -> logits (B,classes), in float32. shape: (C,H,W).
+        model: images (B,C,H,W) -> logits (B,classes). shape: (C,H,W).
         opset: version of ONNX's operators, 18 to 25.
         metadata: plain values kept in the file as metadata properties.
         tolerance: how far the logits may be from PyTorch's, see `largest_difference`.
@@ -54,6 +56,8 @@ def export_onnx(
         raise ValueError(f"ONNX needs {', '.join(absent)}: pip install 'karat[export]'")
     if opset not in OPSETS:
         raise ValueError(f"opset {opset} can't be written; choose one of {OPSETS.start} to {OPSETS.stop - 1}")
+    if any(x.is_floating_point() and x.dtype != torch.float32 for x in model.parameters()):
+        model = copy.deepcopy(model).float()  # few runtimes have every operator in half precision
     program = exported_program(model, shape)
     with draft_of(Path(path)) as draft, _quiet():
         onnx_program: Any = _translated(program, shape, opset)
