@@ -1,7 +1,9 @@
 # make run   set up and do the main job: three attentions trained side by side on real scanned digits
 # make test  set up, then lint, types and tests
 # make docs  set up, then the documentation site in build/site
-# Both create .venv when it is missing and install again when pyproject.toml or constraints.txt change.
+# make wheel wheels for Linux in dist, with the C++ kernel compiled: for this machine, and for aarch64 where its
+#            cross compiler is (Debian: g++-aarch64-linux-gnu)
+# The first three create .venv when it is missing and install again when pyproject.toml or constraints.txt change.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +14,9 @@ STAMP := $(VENV)/.karat-installed
 JOBS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: run test docs install lint format clean
+MACHINES := $(shell uname -m) $(if $(shell command -v aarch64-linux-gnu-g++),aarch64)
+
+.PHONY: run test docs wheel install lint format clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -34,11 +38,14 @@ docs: $(STAMP)
 	$(BIN)/python docs/tables.py
 	$(BIN)/zensical build --strict --clean
 
+wheel: $(STAMP)
+	for machine in $(sort $(MACHINES)); do KARAT_WHEEL=$$machine $(BIN)/python -m build --wheel || exit 1; done
+
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,cpp,explore]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,explore]"
 	touch $@
 
 clean:

@@ -12,9 +12,7 @@ from karat.ops.cpp.build import library
 from support.against_float64 import assert_matches, make, parameters_of
 
 # Without a compiler the kernel can't be tested; with one, a build that fails is a failure.
-pytestmark = pytest.mark.skipif(
-    shutil.which("c++") is None or shutil.which("ninja") is None, reason="building the C++ kernel needs c++ and ninja"
-)
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="building the C++ kernel needs c++")
 
 
 def test_the_kernel_is_there() -> None:

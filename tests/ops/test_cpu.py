@@ -13,10 +13,10 @@ from karat.ops import basis_attention
 from support.against_float64 import assert_matches, make, parameters_of
 
 # Without a compiler the C++ kernel can't be tested; with one, a build that fails is a failure.
-COMPILER = shutil.which("c++") is not None and shutil.which("ninja") is not None
+COMPILER = shutil.which("c++") is not None
 IMPLS = [
     "tiled",
-    pytest.param("cpp", marks=pytest.mark.skipif(not COMPILER, reason="building the kernel needs c++ and ninja")),
+    pytest.param("cpp", marks=pytest.mark.skipif(not COMPILER, reason="building the kernel needs c++")),
 ]
 FOURIER = [f"fourier(grid={grid})" for grid in (1, 3, 5, 11)]
 OTHERS = [

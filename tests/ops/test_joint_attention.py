@@ -20,8 +20,8 @@ from karat.ops.tiled.softmax import RunningSoftmax
 from support.against_float64 import relative_error
 from support.joint_apart import check, make, some_mask, together, weights_of, well_posed
 
-COMPILER = shutil.which("c++") is not None and shutil.which("ninja") is not None
-needs_compiler = pytest.mark.skipif(not COMPILER, reason="building the kernel needs c++ and ninja")
+COMPILER = shutil.which("c++") is not None
+needs_compiler = pytest.mark.skipif(not COMPILER, reason="building the kernel needs c++")
 LINEAR = ["fourier(grid=1)", "fourier(grid=3)", "bspline(grid=4,order=2)", "silu+fourier(grid=2)", "identity+bspline"]
 OTHERS = ["dog", "gelu+morlet", "rational(m=2,n=2)"]
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from karat import runs
+from karat import KArAtOperator, runs
 from karat.runs import checkpoint, files
 from karat.train import step, watch
 from karat.train.classify import Classification, train
@@ -171,3 +171,17 @@ def test_models_without_operators_are_not_watched(tmp_path: Path) -> None:
     assert not trainer.parts.watch.norms
     assert trainer.parts.watch.operator_norm() == []
     assert "operator_gradient_norm" not in runs.read_history(tmp_path / "run")[-1]
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ("g3b,impl=tiled", "learnable attention runs in PyTorch, tile by tile"),
+        ("g3b,impl=reference", "learnable attention runs in PyTorch, by the definition"),
+        ("g3b,rank=None", "learnable attention runs in "),
+        ("recommended", None),
+    ],
+)
+def test_a_run_says_what_serves_its_attention(config: str, says: str | None) -> None:
+    said = watch.kernel(nn.Sequential(KArAtOperator(3, 17, config)))
+    assert said == says if said is None else said.startswith(str(says))

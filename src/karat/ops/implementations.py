@@ -34,6 +34,10 @@ class Implementation(Protocol):
         import or build anything heavy for a call that it would refuse."""
         ...
 
+    def about(self) -> str:
+        """What it is, and what its kernel was made for, in words."""
+        ...
+
 
 # name -> module, imported when first asked for. "reference" isn't here: it's ordinary PyTorch, outside the operator.
 IMPLEMENTATIONS: dict[str, str] = {
@@ -65,3 +69,11 @@ def choose(impl: str, call: Call, u: Tensor, basis: Basis, v: Tensor | None = No
     kind = call.q.device.type
     names = PREFERENCE.get("hip" if torch.version.hip and kind == "cuda" else kind, PREFERENCE_ELSEWHERE)
     return next(module for module in map(load, names) if module.unsupported(call, u, basis, v) is None)
+
+
+def about(impl: str, basis: Basis, like: Tensor) -> str:
+    """What serves plain calls with this basis on a tensor's device and in its precision, in words."""
+    if impl == "reference":
+        return "PyTorch, by the definition"
+    q, u = like.new_empty(1, 1, 1, 1), like.new_empty(1, basis.num_parameters, 1, 1)
+    return choose(impl, Call(q, q, 1.0), u, basis).about()

@@ -13,6 +13,8 @@ from collections import deque
 import torch
 from torch import Tensor, nn
 
+from karat.operator import karat_operators
+from karat.ops.implementations import about
 from karat.runs.optimisation import Optimisation
 from karat.train.optim import operator_parameters
 
@@ -26,6 +28,15 @@ WINDOW, LEAST = 101, 20  # updates of that median, and how many it takes to have
 def sizes(model: nn.Module) -> dict[str, float]:
     """The root mean square of each operator parameter; every process must call it where parameters are sharded."""
     return {name: whole(p).float().square().mean().sqrt().item() for name, p in operator_parameters(model).items()}
+
+
+def kernel(model: nn.Module) -> str | None:
+    """What computes the model's learnable attention, in words; None where nothing of it looks at scores."""
+    for operator in karat_operators(model).values():
+        if operator.layers:
+            config, like = operator.config, next(operator.parameters())
+            return f"learnable attention runs in {about(config.impl, config.edge_basis, like.detach())}"
+    return None
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -146,6 +146,11 @@ def _name_attended(task: _Task, softmax: SoftmaxPart) -> Tensor:
     return attended
 
 
+def about() -> str:
+    """What this is, in words."""
+    return f"C++ ({library().origin})"
+
+
 def forward(call: Call, u: Tensor, basis: Basis, softmax: SoftmaxPart | None = None) -> Tensor:
     """out (B,H,M,E) in q's precision; see `karat.basis_attention`."""
     out = torch.empty((*call.q.shape[:3], u.shape[-1]), dtype=_stored(call.q))

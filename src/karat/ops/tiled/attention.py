@@ -87,6 +87,11 @@ def _add(total: Tensor, part: Tensor, first: bool, factor: float = 1.0) -> None:
         total.add_(part, alpha=factor)
 
 
+def about() -> str:
+    """What this is, in words."""
+    return "PyTorch, tile by tile"
+
+
 def forward(call: Call, u: Tensor, basis: Basis, softmax: SoftmaxPart | None = None) -> Tensor:
     """out (B,H,M,E) in q's precision; see `karat.basis_attention`."""
     work = _Work(call, u, basis)

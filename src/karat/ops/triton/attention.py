@@ -51,6 +51,11 @@ def unsupported(call: Call, u: Tensor, basis: Basis, v: Tensor | None = None) ->
     return None
 
 
+def about() -> str:
+    """What this is, in words."""
+    return "Triton"
+
+
 def forward(call: Call, u: Tensor, basis: Basis, softmax: SoftmaxPart | None = None) -> Tensor:
     """out (B,H,M,E) in q's dtype; see `karat.basis_attention`."""
     from karat.ops.triton import launch

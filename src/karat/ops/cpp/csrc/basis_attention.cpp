@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "softmax.h"
+#include "threads.h"
 
 namespace karat {
 
@@ -201,27 +202,27 @@ using namespace karat;
 // Each of `threads` ranges of tasks is one thread's; what it computes doesn't depend on who runs it.
 extern "C" void karat_forward(const Call* c) {
   const int64_t tasks = c->B * c->H * c->parts, threads = c->threads;
-#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
-  for (int64_t t = 0; t < threads; ++t)
+  in_threads(threads, [=](int64_t t) {
     (c->half ? forward_range<bf16> : forward_range<float>)(*c, tasks * t / threads, tasks * (t + 1) / threads);
+  });
 }
 
 extern "C" void karat_backward(const Call* c) {
   const int64_t tasks = c->B * c->H * c->parts, threads = c->threads;
   std::vector<Unfinished> unfinished(static_cast<size_t>(2 * threads));
-#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
-  for (int64_t t = 0; t < threads; ++t)
+  in_threads(threads, [&](int64_t t) {
     (c->half ? backward_range<bf16> : backward_range<float>)(*c, tasks * t / threads, tasks * (t + 1) / threads, t,
                                                              &unfinished[2 * t]);
-#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
-  for (int64_t f = 0; f < c->F; ++f) {
-    int64_t last = -1;
+  });
+  in_threads(threads, [&](int64_t t) {
+    const int64_t first = c->F * t / threads, last = c->F * (t + 1) / threads;
+    int64_t written = -1;
     for (const Unfinished& part : unfinished) {
       if (part.group < 0) continue;
-      write_du(*c, part.group, part.sums.data(), part.group == last, f, f + 1);
-      last = part.group;
+      write_du(*c, part.group, part.sums.data(), part.group == written, first, last);
+      written = part.group;
     }
-  }
+  });
 }
 
 // For the tests: sines and cosines of n numbers (a multiple of 16), as the kernel computes them.
