@@ -136,7 +136,8 @@ class Trainer:
         of them after a checkpoint from which `--resume` goes on.
         """
         p, epochs = self.progress, self.recipe.epochs
-        for note in (watch.kernel(self.parts.bare), *self.notes):
+        watch.name_kernel(self.parts.bare, self.say)
+        for note in self.notes:
             self._warn(note)
         if p.epoch >= epochs:
             self._complete()

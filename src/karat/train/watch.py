@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +31,12 @@ def sizes(model: nn.Module) -> dict[str, float]:
     return {name: whole(p).float().square().mean().sqrt().item() for name, p in operator_parameters(model).items()}
 
 
-def kernel(model: nn.Module) -> str | None:
-    """What computes the model's learnable attention, in words; None where nothing of it looks at scores."""
-    for operator in karat_operators(model).values():
-        if operator.layers:
-            config, like = operator.config, next(operator.parameters())
-            return f"learnable attention runs in {about(config.impl, config.edge_basis, like.detach())}"
-    return None
+def name_kernel(model: nn.Module, say: Callable[[str], None]) -> None:
+    """Say what computes the model's learnable attention; nothing where none of it looks at scores."""
+    operator = next((one for one in karat_operators(model).values() if one.layers), None)
+    if operator is not None:
+        config, like = operator.config, next(operator.parameters())
+        say(f"learnable attention runs in {about(config.impl, config.edge_basis, like.detach())}")
 
 
 def whole(tensor: Tensor) -> Tensor:
