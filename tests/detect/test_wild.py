@@ -18,7 +18,7 @@ from karat.detect.coco import CocoPart, read_coco
 from karat.detect.compare import compare_runs
 from karat.detect.data import load_data, open_parts
 from karat.detect.evaluate import average_precision, kinds_of
-from karat.detect.measure import evaluate_run
+from karat.detect.measure import categories_of, evaluate_run
 from karat.detect.task import train
 from support.detection import annotation, tiny, write_coco
 
@@ -273,7 +273,6 @@ def test_images_without_objects_are_negatives_that_are_trained_on(tmp_path: Path
     assert sorted(len(target["boxes"]) for target in targets) == [0, 0, 0, 1]
     assert all(target["masks"].shape[1:] == image.shape[1:] for image, target in zip(images, targets, strict=True))
     assert all(target["labels"].dtype == torch.int64 for target in targets)
-    assert data.contents == "4 training images with 1 objects in 2 categories, 2 images to evaluate on"
 
 
 def renamed(path: Path, names: dict[int, str], offset: int = 0) -> Path:
@@ -314,3 +313,9 @@ def test_evaluation_images_without_objects_measure_no_masks_where_there_are_none
     plain["annotations"] = [one for one in plain["annotations"] if one["image_id"] < 4]
     data.write_text(json.dumps(plain))
     assert "mask_AP" not in train(tiny(data, tmp_path / "run", epochs=1))
+
+
+@pytest.mark.parametrize("value", [None, 3, "x", [], [1], [{"id": 3}], [{"id": "3", "name": "a"}], {"id": 3}], ids=str)
+def test_categories_of_a_config_that_are_none_are_refused(value: object) -> None:
+    with pytest.raises(ValueError, match=r"config\.json has the categories .*; a list of id and name"):
+        categories_of({"categories": value}, Path("run"))

@@ -44,15 +44,6 @@ class DetectData:
             raise ValueError(f"{train_part.source}: {why}")
 
     @property
-    def contents(self) -> str:
-        """What is used, in a line."""
-        objects = sum(len(picture.things) for picture in self.train_part.pictures)
-        return (
-            f"{len(self.train_part):,} training images with {objects:,} objects in {self.num_classes} categories, "
-            f"{len(self.eval_part):,} images to evaluate on"
-        )
-
-    @property
     def bad_images(self) -> int:
         """How many images could not be decoded so far (under on_bad_image="skip"), each counted once."""
         return len(self._bad.names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from karat.detect.coco import CocoPart
 from karat.detect.data import DetectData, find_files, load_data, open_file
 from karat.detect.detector import Detector, build_detector
 from karat.detect.evaluate import measure
+from karat.detect.objects import brief
 from karat.detect.settings import DetectSettings
 from karat.runs.checkpoint import load_weights
 from karat.runs.files import write_json
@@ -25,10 +27,25 @@ def load_run(folder: Path, weights: str = "last") -> tuple[Detector, DetectSetti
     are missing or were tampered with.
     """
     settings, facts = runs.read_config(folder, DetectSettings)
-    categories = {int(entry["id"]): str(entry["name"]) for entry in facts["categories"]}
+    categories = categories_of(facts, folder)
     detector = build_detector(settings, len(categories))
     load_weights(detector, runs.read_weights(folder, weights), str(runs.weights_path(folder, weights)))
     return detector.eval(), settings, categories
+
+
+def categories_of(facts: Mapping[str, Any], folder: Path) -> dict[int, str]:
+    """A run's categories {id: name}, by its config.json; ValueError where that holds something else."""
+    entries = facts.get("categories")
+    try:
+        found = {entry["id"]: entry["name"] for entry in entries}  # type: ignore[union-attr]
+    except (TypeError, KeyError, IndexError):
+        found = {}
+    whole = all(type(number) is int and isinstance(name, str) for number, name in found.items())
+    if not found or not whole or len(found) < len(entries):  # type: ignore[arg-type]
+        raise ValueError(
+            f"{folder / runs.CONFIG} has the categories {brief(entries)}; a list of id and name belongs there"
+        )
+    return found
 
 
 def evaluate_run(

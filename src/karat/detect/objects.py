@@ -38,7 +38,7 @@ TWICE = "annotations that the file has twice"
 CLIPPED = "boxes that reach beyond their image"
 WRONG_AREA = "areas that were 0, or larger than the box, by mask or box"
 NO_MASK = "objects without a mask: trained on with their boxes for masks, and left out of mask AP"
-DONE = {CLIPPED: "clipped", WRONG_AREA: "computed", NO_MASK: "note:"}  # what isn't left out
+DONE = {CLIPPED: "clipped", WRONG_AREA: "computed", NO_MASK: "it has"}  # what isn't left out
 NAMED = 3  # annotations that are named of each reason
 FARTHEST = 1e6  # pixels; drawing takes memory for every pixel of an outline, inside the image or not
 

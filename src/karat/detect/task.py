@@ -16,6 +16,7 @@ from karat.detect.data import DetectData, load_data
 from karat.detect.detector import Detector, build_detector
 from karat.detect.evaluate import measure
 from karat.detect.init import load_init
+from karat.detect.measure import categories_of
 from karat.detect.settings import DetectSettings
 from karat.train.engine import Trainer
 from karat.train.init import Transplanted
@@ -62,16 +63,16 @@ class Detection(Task[DetectSettings, DetectData]):
         )
 
     def notes(self, data: DetectData) -> list[str]:
-        """What is used, and what was left out or changed."""
-        return [data.contents, *data.skipped]
+        """What was left out or changed."""
+        return data.skipped
 
     def build(
         self, settings: DetectSettings, data: DetectData, folder: Path | None
     ) -> tuple[nn.Module, list[Transplanted]]:
         """As Task.build. Raises ValueError for a run to go on with whose categories were others."""
         if folder is not None:
-            before = runs.read_config(folder, DetectSettings)[1]["categories"]
-            if before != self.facts(data)["categories"]:
+            before = categories_of(runs.read_config(folder, DetectSettings)[1], folder)
+            if before != data.categories:
                 raise ValueError(
                     f"{folder} was trained on the categories {before}, the data now has {data.categories}: give the "
                     "data as it was, or begin a new run with --init"
