@@ -7,11 +7,12 @@ Statuses: 0 done; 1 training diverged; 2 input that can't be used, or a disk or 
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 
-from karat.errors import TrainingDiverged
+from karat.errors import TrainingDiverged, first_line
 
 # command -> (function that takes the rest of the line, what it does). Modules are imported when their command is run.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -57,6 +58,13 @@ def find(name: str) -> Callable[[Sequence[str]], None]:
     return found
 
 
+def refuse_empty(words: Sequence[str]) -> None:
+    """ValueError for an option without a value, as a shell's unset variable leaves it: it would name this folder."""
+    for before, word in zip(["", *words], words, strict=False):
+        if not word or re.fullmatch(r"--[\w-]+=", word):
+            raise ValueError(f"{word or before or 'an argument'} is empty: give a value, or leave it out")
+
+
 def complain(error: BaseException) -> None:
     """One line on stderr."""
     print("karat: " + " ".join(str(error).split()), file=sys.stderr)
@@ -72,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(metadata.version("karat"))
         return 0
     try:
+        refuse_empty(line[1:])
         find(line[0])(line[1:])
     except (ValueError, OSError) as error:
         complain(error)
@@ -82,6 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingDiverged as error:
         complain(error)
         return 1
+    except (MemoryError, RuntimeError, OverflowError) as error:
+        if not isinstance(error, MemoryError) and not re.search("memory|overflow|too large", str(error), re.I):
+            raise
+        complain(ValueError(f"this needs more memory than there is: {first_line(error)}"))
+        return 2
     return 0
 
 

@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from karat.values import check_parsed
+
 Parsed = TypeVar("Parsed")
 
 
@@ -35,18 +37,16 @@ def one_line_errors(command: str) -> Iterator[None]:
             raise
         lines = [re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", line).strip() for line in complaint.getvalue().splitlines()]
         words = " ".join(filter(None, lines)) or "the options can't be read"
+        # of a value that a dataclass itself refuses, what it says is enough
+        words = re.sub(r"^Value error Error parsing \S+ (.*) For full helptext, see .*", r"\1", words)
         raise ValueError(
             f"{re.sub(' +', ' ', words)}" + ("" if "--help" in words else f" ({command} --help)")
         ) from None
 
 
 def parse(parser: Callable[[], Parsed], command: str) -> Parsed:
-    """What `parser`, a call of tyro's, returns. Raises ValueError for options that can't be read."""
+    """What `parser`, a call of tyro's, returns, held against its annotations. Raises ValueError for what can't be."""
     with one_line_errors(command):
-        return parser()
-
-
-def require(ok: bool, name: str, value: object, remedy: str) -> None:
-    """ValueError unless `ok`: names the value and the remedy."""
-    if not ok:
-        raise ValueError(f"recipe: {name}={value!r}: {remedy}")
+        found = parser()
+    check_parsed(found)
+    return found

@@ -205,7 +205,7 @@ BAD = {
     "detect train --data DATA --img-size 224 --patch-size 14 --recipe small": "patch size 14: a detector takes 4, 8",
     "detect train --data DATA --images nowhere": "--images nowhere: no such folder",
     "detect eval nowhere": "is no run's folder",
-    "detect eval RUN --batch-size 0": "batch_size=0 must be at least 1",
+    "detect eval RUN --batch-size 0": "batch_size=0: give 1 or more",
     "detect predict RUN nowhere.jpg": "nowhere.jpg is not there",
     "detect predict RUN DATA": "is not an image of a known format",
     "detect predict RUN DATA --score 2": "score=2.0",

@@ -50,7 +50,7 @@ def test_saved_settings_have_the_ratio_that_they_meant(kind: Any, rate: float | 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan])
 def test_a_factor_that_is_none_is_refused(scale: float) -> None:
-    with pytest.raises(ValueError, match=r"operator_lr_scale=.*finite"):
+    with pytest.raises(ValueError, match=r"operator_lr_scale="):
         RECIPES["quick"].override(operator_lr_scale=scale)
 
 

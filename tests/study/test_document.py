@@ -62,10 +62,10 @@ BAD = {
     "unknown 'epoch': did you mean 'epochs'?": {"settings": {"epoch": 3}},
     "unknown 'variant': did you mean 'variants'?": {"variant": []},
     "unknown 'embed_dims': did you mean 'embed_dim'?": {"variants": [{"attention": "softmax", "embed_dims": 3}]},
-    "epochs='three' is not a whole number": {"settings": {"epochs": "three"}},
-    'embed_dim=1.5 is not a whole number or "none"': {"variants": [{"attention": "softmax", "embed_dim": 1.5}]},
-    "amp_dtype='half' is not one of float32": {"settings": {"amp_dtype": "half"}},
-    "opt_betas=[0.9] is not a list of numbers": {"settings": {"opt_betas": [0.9]}},
+    "epochs='three': give a whole number": {"settings": {"epochs": "three"}},
+    "embed_dim=1.5: give a whole number or none": {"variants": [{"attention": "softmax", "embed_dim": 1.5}]},
+    "amp_dtype='half': give one of float32": {"settings": {"amp_dtype": "half"}},
+    "opt_betas=[0.9]: give 2 values": {"settings": {"opt_betas": [0.9]}},
     "there are no variants": {"variants": []},
     "has no attention": {"variants": [{"name": "x"}]},
     "named twice": {"variants": [{"attention": "softmax"}, {"attention": "softmax"}]},
@@ -76,17 +76,16 @@ BAD = {
     "seeds=[1, 1] names one twice": {"seeds": [1, 1]},
     "unknown basis 'nope'": {"variants": [{"attention": "nope-b"}]},
     "would share a folder": {"variants": [{"attention": "softmax", "name": n} for n in ("a b", "a-b")]},
-    "variant 'softmax': lr=-1.0": {"variants": [{"attention": "softmax", "lr": -1}]},
+    "variant 'softmax': lr=-1: give a positive value": {"variants": [{"attention": "softmax", "lr": -1}]},
 }
 
 
 @pytest.mark.parametrize("named", BAD)
 def test_what_cannot_be_used_is_named(named: str) -> None:
     found = {"settings": SMALL, "variants": ROWS[:1]} | BAD[named]
-    said = named.replace("lr=-1.0", "recipe: lr=-1.0")
     with pytest.raises(ValueError) as error:
         plan_of(found)
-    assert said in str(error.value)
+    assert named in str(error.value)
 
 
 @pytest.mark.parametrize(

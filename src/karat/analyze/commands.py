@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from karat.analyze.subject import Options
 from karat.errors import parse
+from karat.values import Count, Range
 
 What = Literal[
     "curves",
@@ -55,11 +56,11 @@ class Report(Options):
     """Sections of the page; none: all of them."""
     output: Path | None = None
     """The page's file; none: report.html in the first folder that is named."""
-    points: int = 11
-    images: int = 4
-    eigenvalues: int = 1
-    probes: int = 5
-    hessian_samples: int = 16
+    points: Annotated[int, Range("give 3 to 1001", 3, 1001)] = 11
+    images: Count = 4
+    eigenvalues: Count = 1
+    probes: Count = 5
+    hessian_samples: Count = 16
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Explore:
     """Weights of the last epoch, of the epoch with the highest top-1, or averaged ones."""
     host: str = "127.0.0.1"
     """Address to serve on; 0.0.0.0 lets other machines in."""
-    port: int = 7860
+    port: Annotated[int, Range("give a port from 0 to 65535", 0, 65535)] = 7860
     """Port to serve on."""
     browser: bool = True
     """Open the page in the browser."""

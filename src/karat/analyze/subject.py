@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from karat.analyze.landscape import Progress
 from karat.analyze.loading import Run, Samples, labels_of, open_run, runs_in
 from karat.operator.config import KArAtConfig
 from karat.runs.settings import slug
+from karat.values import Count, Natural, Positive, Range, Seed
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,11 @@ class Options:
 
     weights: Literal["last", "best", "ema"] = "last"
     """Weights of the last epoch, of the epoch with the highest top-1, or averaged ones."""
-    block: int | None = None
+    block: Natural | None = None
     """The block to look at, counted from 0; none: the last one."""
-    head: int | None = None
+    head: Natural | None = None
     """The head to look at, counted from 0; none: all, or the dominant one."""
-    images: int = 8
+    images: Count = 8
     """How many evaluation images attention and spectra are computed on; the same ones each time."""
     image: Path | None = None
     """An image file to look at instead of the run's data (attention, spectrum, functions)."""
@@ -40,21 +41,21 @@ class Options:
     """Keep negative values in maps; off: clipped, as in the paper's figures."""
     directions: Literal["path", "random"] = "path"
     """Plane of the landscape: along the path of training, or two filter-normalised random directions."""
-    points: int = 21
+    points: Annotated[int, Range("give 3 to 1001", 3, 1001)] = 21
     """Points a side of the landscape."""
-    reach: float = 1.0
+    reach: Positive = 1.0
     """With random directions: how far the landscape reaches, in lengths of the filters."""
-    samples: int = 128
+    samples: Count = 128
     """Images that a landscape and an ablation are computed on."""
     split: Literal["train", "eval"] = "train"
     """Which part of the data they come from; without augmentation in either case."""
-    eigenvalues: int = 3
+    eigenvalues: Count = 3
     """How many top eigenvalues of the Hessian."""
-    probes: int = 10
+    probes: Count = 10
     """Random vectors for the trace of the Hessian."""
-    hessian_samples: int = 32
+    hessian_samples: Count = 32
     """Images that the Hessian is computed on; one graph holds them all."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of random directions and probes."""
     sweep: str | None = None
     """The setting to draw a sweep along, e.g. grid, rank, order or basis; none: the one with the most values."""

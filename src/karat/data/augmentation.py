@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
@@ -18,7 +19,7 @@ from torchvision import transforms
 
 from karat.data.images import Fit, Normalise, statistics
 from karat.data.randomness import uniforms
-from karat.errors import require
+from karat.values import Count, Low2High, Natural, OneOf, Positive, Probability, Share, Strength, check
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -43,50 +44,36 @@ class Augmentation:
     """
 
     # crop and flip
-    train_crop_mode: str = "rrc"
+    train_crop_mode: Annotated[str, OneOf(CROP_MODES)] = "rrc"
     """rrc, rkrc, rkrr, or pad: shifted over a border."""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: Annotated[tuple[Share, Share], Low2High] = (0.08, 1.0)
     """Range of a random crop's share of the area."""
-    ratio: tuple[float, float] = (0.67, 1.5)
+    ratio: Annotated[tuple[Positive, Positive], Low2High] = (0.67, 1.5)
     """Range of a random crop's aspect ratio."""
-    hflip: float = 0.5
+    hflip: Probability = 0.5
     """Probability of a horizontal flip."""
-    train_interpolation: str = "bicubic"
+    train_interpolation: Annotated[str, OneOf((*INTERPOLATIONS, "random"))] = "bicubic"
     """Interpolation of training images: nearest, bilinear, bicubic, box, hamming, lanczos, or random (one of two)."""
-    interpolation: str = "bicubic"
+    interpolation: Annotated[str, OneOf(INTERPOLATIONS)] = "bicubic"
     """Interpolation of evaluation images, one of the same but random."""
-    crop_pct: float = 0.9
+    crop_pct: Share = 0.9
     """Share of the side that the evaluation's centre crop keeps."""
     # colour and erasing
-    color_jitter: float = 0.4
+    color_jitter: Strength = 0.4
     """Strength of colour jitter, where aa is none."""
     aa: str | None = None
     """timm's spec of RandAugment or AutoAugment; none: neither."""
-    reprob: float = 0.0
+    reprob: Probability = 0.0
     """Probability of random erasing."""
-    remode: str = "pixel"
+    remode: Annotated[str, OneOf(ERASE_MODES)] = "pixel"
     """What is written over an erased part: const, rand or pixel."""
-    recount: int = 1
+    recount: Count = 1
     """Number of erased parts."""
-    aug_repeats: int = 0
+    aug_repeats: Natural = 0
     """Repeats of an image in an epoch (repeated augmentation); 0: none."""
 
     def __post_init__(self) -> None:
-        for name in ("scale", "ratio"):  # lists arrive from JSON
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("hflip", "reprob"):
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a probability lies in [0, 1]")
-        for name in ("color_jitter", "aug_repeats"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
-        for name in ("scale", "ratio"):
-            value = getattr(self, name)
-            ordered = len(value) == 2 and 0 < value[0] <= value[1]
-            require(ordered, name, value, "give (low, high), 0 < low <= high")
-        require(0 < self.crop_pct <= 1, "crop_pct", self.crop_pct, "give a value in (0, 1]")
-        require(self.scale[1] <= 1, "scale", self.scale, "a crop's area is at most 1")
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            require(value in choices, name, value, f"one of {', '.join(choices)}")
+        check(self)
         if self.aa is not None:
             _check_auto_augment(self.aa)
 
@@ -97,11 +84,22 @@ class Augmentation:
         return self.train_crop_mode == "pad" and not changed
 
 
+_MSTD = r"mstd\d+(\.\d+)?"
+_POLICIES: dict[str, tuple[Callable[[str], Any], str]] = {
+    "rand": (rand_augment_transform, rf"[mn]\d+|mmax\d+|inc[01]|p(0(\.\d+)?|1(\.0+)?)|t(weights|3aw?)|{_MSTD}"),
+    "augm": (augment_and_mix_transform, rf"[mwd]\d+|b[01]|a\d+(\.\d+)?|{_MSTD}"),
+}
+
+
 def _check_auto_augment(spec: str) -> None:
     """ValueError where timm can't read a spec of RandAugment, AugMix or AutoAugment."""
-    kinds = {"rand": rand_augment_transform, "augm": augment_and_mix_transform}  # as timm's create_transform tells them
+    # by the first letters, as timm's create_transform tells them; timm passes over a section without a number
+    make, section = _POLICIES.get(spec[:4], (auto_augment_transform, _MSTD))
     try:
-        kinds.get(spec[:4], auto_augment_transform)(spec)
+        wrong = next((one for one in spec.split("-")[1:] if not re.fullmatch(section, one)), None)
+        if wrong is not None:
+            raise ValueError(f"timm knows no section {wrong!r}")
+        make(spec)
     except (AssertionError, KeyError, ValueError) as error:
         reason = (str(error).splitlines() or ["timm knows no such"])[0]
         raise ValueError(f"recipe: aa={spec!r}: {reason}; e.g. rand-m9-mstd0.5-inc1, augmix-m3-w3 or v0") from None

@@ -17,6 +17,7 @@ from karat.detect.settings import DetectSettings
 from karat.errors import parse
 from karat.runs.settings import AUTO, Device
 from karat.train.commands import first_options, read_settings, resumed, train_and_say
+from karat.values import Count, Probability, Processes
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class Evaluate:
     """Another COCO JSON, or folder with one, to evaluate on, with the same categories."""
     images: str | None = None
     """The folder of its images, where it isn't beside the JSON."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Images per batch; none: the run's own."""
-    workers: int | None = None
+    workers: Processes | None = None
     """Processes that load data; none: as the run had."""
     device: Device | None = None
     """auto: the accelerator when there is one; none: as the run had."""
@@ -51,7 +52,7 @@ class Predict:
     """Image files."""
     weights: Literal["last", "best", "ema"] = "last"
     """Weights of the last epoch, of the epoch with the highest box AP, or averaged ones."""
-    score: float = 0.5
+    score: Probability = 0.5
     """Lowest score that is drawn."""
     output: Path | None = None
     """The folder of the drawings and of predictions.json; none: RUN/predictions."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from karat.errors import require
 from karat.runs.optimisation import Optimisation
+from karat.values import Count, Low2High, Natural, OneOf, Positive, Probability
 
 VIEWS = ("stretch", "pad")
 
@@ -20,56 +21,40 @@ class DetectRecipe(Optimisation):
     """
 
     # images
-    img_size: int = 224
+    img_size: Count = 224
     """Side of the input images in pixels, a multiple of the patch size."""
-    view: str = "stretch"
+    view: Annotated[str, OneOf(VIEWS)] = "stretch"
     """stretch: to a square, whatever the shape; pad: the shape is kept, the rest of the square is padding."""
-    jitter: tuple[float, float] = (1.0, 1.0)
+    jitter: Annotated[tuple[Positive, Positive], Low2High] = (1.0, 1.0)
     """Under view pad: range of the random factor by which a training image is scaled beyond fitting."""
-    hflip: float = 0.5
+    hflip: Probability = 0.5
     """Probability of a horizontal flip."""
-    repeat: int = 1
+    repeat: Count = 1
     """How often an epoch sees each training image; more for small data."""
     # proposals
-    pre_nms: tuple[int, int] = (12000, 6000)
+    pre_nms: tuple[Count, Count] = (12000, 6000)
     """Proposals per level before suppression, in training and in evaluation."""
-    post_nms: tuple[int, int] = (2000, 1000)
+    post_nms: tuple[Count, Count] = (2000, 1000)
     """Proposals per image after suppression, in training and in evaluation."""
-    rpn_anchors: int = 256
+    rpn_anchors: Count = 256
     """Anchors per image that the proposals' loss looks at."""
-    rois: int = 512
+    rois: Count = 512
     """Regions per image that the heads train on."""
     # trunk and heads
     rel_pos: bool = False
     """Relative positions added to the scores."""
-    channels: int = 256
+    channels: Count = 256
     """Channels of the pyramid and of the heads' convolutions."""
-    rpn_convs: int = 1
+    rpn_convs: Count = 1
     """Convolutions of the proposals' head."""
-    box_convs: int = 0
+    box_convs: Natural = 0
     """Convolutions of the box head before its one layer; 0: two layers and no convolution."""
-    head_width: int = 1024
+    head_width: Count = 1024
     """Width of the box head's layers."""
-    mask_convs: int = 4
+    mask_convs: Count = 4
     """Convolutions of the mask head."""
     head_norm: bool = False
     """Layer normalisation after each convolution of the box and the mask head."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("jitter", "pre_nms", "post_nms"):  # lists arrive from JSON
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        counts = ("img_size", "repeat", "rpn_anchors", "rois", "channels", "rpn_convs", "head_width", "mask_convs")
-        for name in counts:
-            require(getattr(self, name) > 0, name, getattr(self, name), "give 1 or more")
-        require(self.box_convs >= 0, "box_convs", self.box_convs, "give 0 or more")
-        for name in ("pre_nms", "post_nms"):
-            value = getattr(self, name)
-            require(len(value) == 2 and min(value) > 0, name, value, "give two numbers of 1 or more")
-        require(0 <= self.hflip <= 1, "hflip", self.hflip, "a probability lies in [0, 1]")
-        low, high = self.jitter
-        require(0 < low <= high, "jitter", self.jitter, "give (low, high), 0 < low <= high")
-        require(self.view in VIEWS, "view", self.view, f"one of {', '.join(VIEWS)}")
 
 
 PUBLISHED = DetectRecipe(

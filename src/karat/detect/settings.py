@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, TypedDict
 
 import tyro
 
 from karat.detect.recipes import RECIPES, DetectRecipe, get_recipe
-from karat.runs.settings import AUTO, RunSettings, check_counts, data_slug, slug
+from karat.runs.settings import AUTO, RunSettings, data_slug, slug
+from karat.values import Count, Natural
+
+
+class Category(TypedDict):
+    """A category as config.json has it."""
+
+    id: int
+    name: str
 
 
 @dataclass(frozen=True)
@@ -19,6 +27,7 @@ class DetectSettings(RunSettings):
     task: ClassVar[str] = "detect"
     command: ClassVar[str] = "karat detect train"
     recipe_type: ClassVar[type[DetectRecipe]] = DetectRecipe
+    facts: ClassVar[dict[str, Any]] = RunSettings.facts | {"categories": list[Category]}
 
     model: str = "vit_tiny_patch16_224"
     """timm's name of a plain ViT: vit_tiny_patch16_224, vit_small_patch16_224, vit_base_patch16_224, ..."""
@@ -39,29 +48,23 @@ class DetectSettings(RunSettings):
     """The folder of the images, where it isn't beside the JSON."""
     eval_data: str | None = None
     """A COCO JSON to evaluate on; none: the data's own, or --eval-images of it."""
-    eval_images: int | None = None
+    eval_images: Count | None = None
     """Of one JSON without an evaluation part: hold out that many images, the last ones; none: a tenth."""
     eval_train: bool = False
     """Also measure AP on the training images after each epoch; for small data."""
-    window: int = 14
+    window: Count = 14
     """Side of an attention window in tokens."""
-    global_blocks: tuple[int, ...] | None = None
+    global_blocks: tuple[Natural, ...] | None = None
     """The blocks that attend to the whole image; none: the last of each quarter (2, 5, 8, 11 of twelve)."""
-    patch_size: int | None = None
+    patch_size: Count | None = None
     """Patch size of the model; none: the model's own."""
-    embed_dim: int | None = None
+    embed_dim: Count | None = None
     """Embedding width of the model; none: the model's own."""
-    depth: int | None = None
+    depth: Count | None = None
     """Number of blocks of the model; none: the model's own."""
-    num_heads: int | None = None
+    num_heads: Count | None = None
     """Number of heads of the model; none: the model's own."""
     recipe: Annotated[DetectRecipe, tyro.conf.arg(name="")] = field(default_factory=lambda: RECIPES["published"])
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_counts(self, 1, "eval_images", "window", "patch_size", "embed_dim", "depth", "num_heads")
-        if self.global_blocks is not None:  # a list arrives from JSON
-            object.__setattr__(self, "global_blocks", tuple(self.global_blocks))
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Self:

@@ -14,6 +14,8 @@ from karat.paper.entries import rows, table_number
 from karat.paper.measured import compare
 from karat.paper.run import run_row, scaled_command
 from karat.paper.show import commands, measured_beside, notes, one_row, one_table, overview
+from karat.runs.settings import Device, Precision
+from karat.values import Count, Processes, Share
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,11 @@ class Paper:
 
     table: tyro.conf.Positional[str | None] = None
     """table1, table2, ...; none lists the tables, or with --results searches all of them."""
-    row: tyro.conf.Positional[int | None] = None
+    row: tyro.conf.Positional[Count | None] = None
     """A row of the table, counted from 1: its settings and its command."""
-    run: int | None = None
+    run: Count | None = None
     """Run that row of the table, as `karat train` would."""
-    scale: float | None = None
+    scale: Share | None = None
     """With --run: this fraction of the epochs and of the data; none: all of them."""
     results: tuple[Path, ...] = ()
     """Folders of runs whose results are put beside the published figures."""
@@ -40,13 +42,13 @@ class Paper:
     """With --run, for Table 4: learn from this RUN instead of the row's own teacher."""
     output: str | None = None
     """With --run: the run's folder; none: the row's own, below runs/paper."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """With --run: images per batch; none: the row's own."""
-    workers: int | None = None
+    workers: Processes | None = None
     """With --run: processes that load data."""
-    amp_dtype: str | None = None
+    amp_dtype: Precision | None = None
     """With --run: float32, bfloat16 or float16."""
-    device: str | None = None
+    device: Device | None = None
     """With --run: auto or cpu."""
 
 

@@ -13,7 +13,8 @@ from karat.data.images import read_image
 from karat.data.splits import Opener, is_path
 from karat.models.kan.peers import DEEP_KAN
 from karat.runs.recipes import RECIPES, Recipe, get_recipe
-from karat.runs.settings import AUTO, RunSettings, check_counts, data_slug, first_change, slug
+from karat.runs.settings import AUTO, RunSettings, data_slug, first_change, slug
+from karat.values import Count
 
 __all__ = ["AUTO", "Settings", "first_change", "is_small", "preset_for", "resolve"]
 
@@ -31,6 +32,11 @@ class Settings(RunSettings):
     task: ClassVar[str] = "classify"
     command: ClassVar[str] = "karat train"
     recipe_type: ClassVar[type[Recipe]] = Recipe
+    facts: ClassVar[dict[str, Any]] = RunSettings.facts | {
+        "num_classes": Count,
+        "in_chans": Count,
+        "class_names": list[Any] | None,
+    }
 
     model: str = AUTO
     """timm's name of a ViT, DeiT, ConViT or Swin; auto: a small ViT for small images, else vit_tiny_patch16_224."""
@@ -48,19 +54,19 @@ class Settings(RunSettings):
     """The run's folder; none: runs/DATA-MODEL-ATTENTION-sSEED."""
     mlp: str = "mlp"
     """MLP of the model: mlp (its own), kan, grkan, fourierkan, fastkan, or one with settings, "kan(grid=5,ratio=2)"."""
-    img_size: int | None = None
+    img_size: Count | None = None
     """Side of the input images in pixels; none: the model's own."""
-    patch_size: int | None = None
+    patch_size: Count | None = None
     """Patch size of the model; none: the model's own."""
-    embed_dim: int | None = None
+    embed_dim: Count | None = None
     """Embedding width of the model; none: the model's own."""
-    depth: int | None = None
+    depth: Count | None = None
     """Number of blocks of the model; none: the model's own."""
-    num_heads: int | None = None
+    num_heads: Count | None = None
     """Number of heads of the model; none: the model's own."""
-    num_samples: int | None = None
+    num_samples: Count | None = None
     """Training images of a stream that does not say how many it has."""
-    num_classes: int | None = None
+    num_classes: Count | None = None
     """Number of classes; none: as many as the data has."""
     teacher: str | None = None
     """Use the attention of this trained RUN in every block, frozen, and learn the rest (karat transfer)."""
@@ -70,7 +76,6 @@ class Settings(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, 1, "img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
         if self.img_size is not None and self.patch_size is not None and self.patch_size > self.img_size:
             raise ValueError(f"patch_size={self.patch_size} is larger than the images, img_size={self.img_size}")
         if self.teacher is not None and self.attention != "softmax":

@@ -24,6 +24,7 @@ from torch import Tensor
 MANIFEST = "manifest.json"
 INDEX = ".index.json"  # behind the name of what is cut into shards
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".th", ".tar")
+MOST_LEVELS = 100  # brackets within each other in a JSON file
 
 
 def sync(path: Path) -> None:
@@ -98,11 +99,21 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file; ValueError names the file that is missing or malformed."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is not there") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    except RecursionError:
+        found = None
+    else:
+        level = [found]  # what lies so many brackets deep
+        for _ in range(MOST_LEVELS):
+            inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+            level = [one for some in inner for one in some]
+            if not level:
+                return found
+    raise ValueError(f"{path} is no file of karat's: its JSON is nested more than {MOST_LEVELS} brackets deep")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

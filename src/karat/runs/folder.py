@@ -15,6 +15,7 @@ from torch import Tensor
 from karat.runs import checkpoint, files
 from karat.runs.classification import Settings
 from karat.runs.settings import RunSettings, data_slug, first_change, slug
+from karat.values import convert
 
 CONFIG, METRICS, SUMMARY, DIGESTS = "config.json", "metrics.jsonl", "summary.json", "weights.json"
 EVAL, DETECTIONS = "eval.json", "detections.json"
@@ -149,20 +150,23 @@ def read_config(folder: Path, kind: type[Any] = Settings) -> tuple[Any, dict[str
     if not is_run(folder):
         raise ValueError(f"{folder} is no run's folder: it has no {CONFIG}")
     config = files.read_json(folder / CONFIG)
-    if not isinstance(config, dict) or "settings" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
         other = "a saved model" if isinstance(config, dict) and "format" in config else "another program's"
         raise ValueError(
             f"{folder} is no run's folder: its {CONFIG} has no settings and is {other}; --init, karat predict and "
             "karat export take saved models"
         )
     task = config.get("task", Settings.task)
+    facts = {key: value for key, value in config.items() if key not in ("settings", "task")}
     if task != kind.task:
         raise ValueError(f"{folder} is a run of the task {task!r}, and a run of `{kind.command}` is needed here")
-    facts = {key: value for key, value in config.items() if key not in ("settings", "task")}
     try:
-        return kind.from_dict(config["settings"]), facts
-    except (TypeError, KeyError) as error:
+        facts |= {name: convert(name, facts.get(name), needed) for name, needed in kind.facts.items()}
+        return kind.from_dict(config["settings"]), {name: fact for name, fact in facts.items() if fact is not None}
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG} does not fit this version of karat: {error}") from None
+    except KeyError as error:
+        raise ValueError(f"{folder / CONFIG} does not fit this version of karat: it has no {error}") from None
 
 
 def write_history(folder: Path, history: list[dict[str, Any]]) -> None:

@@ -13,10 +13,11 @@ and `digits` are ours.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Annotated
 
 from karat.data.augmentation import Augmentation
-from karat.errors import require
 from karat.runs.optimisation import Optimisation
+from karat.values import Below1, OneOf, Probability, Strength
 
 MIXUP_MODES = ("batch", "pair", "elem")
 
@@ -33,28 +34,18 @@ class Recipe(Augmentation, Optimisation):
     """
 
     # mixing and targets
-    mixup: float = 0.0
+    mixup: Strength = 0.0
     """Alpha of mixup; 0: none."""
-    cutmix: float = 0.0
+    cutmix: Strength = 0.0
     """Alpha of cutmix; 0: none."""
-    mixup_prob: float = 1.0
+    mixup_prob: Probability = 1.0
     """Probability that a batch is mixed."""
-    mixup_switch_prob: float = 0.5
+    mixup_switch_prob: Probability = 0.5
     """Share of cutmix where both are on."""
-    mixup_mode: str = "batch"
+    mixup_mode: Annotated[str, OneOf(MIXUP_MODES)] = "batch"
     """What shares one mixing ratio: batch, pair or elem."""
-    smoothing: float = 0.1
+    smoothing: Below1 = 0.1
     """Label smoothing."""
-
-    def __post_init__(self) -> None:
-        Optimisation.__post_init__(self)
-        Augmentation.__post_init__(self)
-        for name in ("mixup_prob", "mixup_switch_prob"):
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a probability lies in [0, 1]")
-        require(0 <= self.smoothing < 1, "smoothing", self.smoothing, "give a value in [0, 1)")
-        for name in ("mixup", "cutmix"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
-        require(self.mixup_mode in MIXUP_MODES, "mixup_mode", self.mixup_mode, f"one of {', '.join(MIXUP_MODES)}")
 
     @property
     def augmentation(self) -> Augmentation:

@@ -10,6 +10,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from karat.values import convert
+
 OLD, NEW = "coefficient_lr", "operator_lr_scale"
 _OLD_OPTION, _NEW_OPTION = "--coefficient-lr", "--operator-lr-scale"
 
@@ -27,7 +29,7 @@ def renamed(values: Mapping[str, Any], lr: float) -> dict[str, Any]:
         return found
     if NEW in found:
         raise ValueError(f"{OLD} is now {NEW}, and both are given: leave {OLD} out")
-    rate = found.pop(OLD)
+    rate, lr = (convert(name, value, float | None) for name, value in ((OLD, found.pop(OLD)), ("lr", lr)))
     return found | {NEW: 1.0 if rate is None or lr == 0 else rate / lr}  # an lr of 0 is the recipe's to refuse
 
 

@@ -6,23 +6,24 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from karat.data.augmentation import INTERPOLATIONS
 from karat.data.images import statistics
 from karat.models.create import create_model
 from karat.models.kan.mlp import parse_mlp
 from karat.operator.config import KArAtConfig
 from karat.operator.operator import with_factors
 from karat.runs import files
+from karat.values import Count, Label, Natural, OneOf, Positive, Share, check
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 DIGEST = "weights_sha256"
 FORMAT = 1
 OWN_MLP = "mlp"
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 
 @dataclass(frozen=True)
@@ -52,49 +53,34 @@ class ModelConfig:
     model: str
     attention: str = "softmax"
     mlp: str = OWN_MLP
-    num_classes: int = 1000
-    in_chans: int = 3
-    img_size: int | tuple[int, int] = 224
+    num_classes: Natural = 1000
+    in_chans: Count = 3
+    img_size: Count | tuple[Count, Count] = 224
     model_args: dict[str, Any] = field(default_factory=dict)
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[Label, ...] = ()
     mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    crop_pct: float = 1.0
-    interpolation: str = "bicubic"
+    std: tuple[Positive, ...] = ()
+    crop_pct: Share = 1.0
+    interpolation: Annotated[str, OneOf(INTERPOLATIONS)] = "bicubic"
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, kinds in _KINDS.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, kinds):
-                wanted = " or ".join(kind.__name__ for kind in kinds)
-                raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        if isinstance(self.class_names, list | tuple):
+            object.__setattr__(self, "class_names", tuple(map(str, self.class_names)))
+        object.__setattr__(self, "attention", _name(self.attention))
+        check(self)
         for name, default in zip(("mean", "std"), statistics(self.in_chans), strict=True):
             values = tuple(float(number) for number in getattr(self, name)) or default
             if len(values) != self.in_chans:
                 raise ValueError(f"{name} has {len(values)} numbers for {self.in_chans} channels: {values}")
             object.__setattr__(self, name, values)
-        object.__setattr__(self, "class_names", tuple(map(str, self.class_names)))
         # JSON has lists where constructors and comparisons want tuples
-        object.__setattr__(self, "img_size", _tuples(self.img_size))
         object.__setattr__(self, "model_args", {name: _tuples(value) for name, value in self.model_args.items()})
         self._check()
         # impl says how it was run here; another machine chooses for itself
         object.__setattr__(self, "attention", str(replace(KArAtConfig.parse(self.attention), impl="auto")))
 
     def _check(self) -> None:
-        sides = self.img_size if isinstance(self.img_size, tuple) else (self.img_size,)
-        if len(sides) not in (1, 2) or any(isinstance(side, bool) or not isinstance(side, int) for side in sides):
-            raise ValueError(f"img_size must be a side or (height, width) in whole pixels, got {self.img_size!r}")
-        for name, value in (("num_classes", self.num_classes), ("in_chans", self.in_chans), ("img_size", min(sides))):
-            if value < (0 if name == "num_classes" else 1):
-                raise ValueError(f"{name}={value!r} must be at least {0 if name == 'num_classes' else 1}")
-        if min(self.std) <= 0:
-            raise ValueError(f"std={self.std} must be above 0")
-        if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct={self.crop_pct} must be in (0, 1]")
-        if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"unknown interpolation {self.interpolation!r}; one of {', '.join(INTERPOLATIONS)}")
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class_names for {self.num_classes} classes")
         if self.mlp != OWN_MLP:
@@ -139,21 +125,8 @@ class ModelConfig:
             raise ValueError(f"{source}: {error}") from None
 
 
-_KINDS: dict[str, tuple[type, ...]] = {
-    "model": (str,),
-    "attention": (str, KArAtConfig),
-    "mlp": (str,),
-    "num_classes": (int,),
-    "in_chans": (int,),
-    "img_size": (int, tuple, list),
-    "model_args": (dict,),
-    "class_names": (tuple, list),
-    "mean": (tuple, list),
-    "std": (tuple, list),
-    "crop_pct": (float, int),
-    "interpolation": (str,),
-    "training": (dict,),
-}
+def _name(attention: Any) -> Any:
+    return str(attention) if isinstance(attention, KArAtConfig) else attention
 
 
 def _tuples(value: Any) -> Any:

@@ -11,6 +11,7 @@ import tyro
 from karat.operator.config import KArAtConfig
 from karat.runs.optimisation import Optimisation
 from karat.runs.renamed import renamed
+from karat.values import Count, Natural, Processes, Seed, Share, check, convert
 
 AUTO = "auto"
 # What may differ between a run and its continuation: nothing here changes a single bit of the result.
@@ -20,18 +21,26 @@ MAY_CHANGE = frozenset(
 )
 
 Device = Literal["auto", "cpu"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """The settings that the training loop itself reads. A task's settings derive from these.
 
-    task: its name in config.json; command: what trains it; recipe_type: the class of `recipe`.
+    task: its name in config.json; command: what trains it; recipe_type: the class of `recipe`; facts: the types of what
+    config.json says beside the settings.
     """
 
     task: ClassVar[str]
     command: ClassVar[str]
     recipe_type: ClassVar[type[Optimisation]] = Optimisation
+    facts: ClassVar[dict[str, Any]] = {
+        "parameters": Natural | None,
+        "versions": dict[str, Any] | None,
+        "init": list[Any] | None,
+        "converted_from": str | None,
+    }
 
     model: str = AUTO
     """timm's name of the model."""
@@ -41,13 +50,13 @@ class RunSettings:
     """The data."""
     preset: Annotated[str, tyro.conf.arg(name="recipe")] = AUTO
     """The recipe's name. Its values are the defaults of the options below."""
-    data_fraction: float = 1.0
+    data_fraction: Share = 1.0
     """Share of the training and evaluation images to use, a fixed random subset."""
     data_dir: str | None = None
     """Where named data lies or is downloaded to; none: $KARAT_DATA or ~/.cache/karat."""
     init: str | None = None
     """Start from the weights of a RUN, a saved model, a safetensors FILE or hub:NAME."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation, data order, augmentation and mixing."""
     output: Path | None = None
     """The run's folder; none: one below runs, named after data, model, attention and seed."""
@@ -55,25 +64,25 @@ class RunSettings:
     """A run's folder to go on with, or auto: go on with --output's run if there is one, else begin."""
     overwrite: bool = False
     """Begin again where the output folder already holds a run."""
-    workers: int = 0
+    workers: Processes = 0
     """Processes that load data; 0 loads in the main process."""
     on_bad_image: Literal["error", "skip"] = "error"
     """An image that can't be decoded ends the run, or is skipped and counted."""
-    amp_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    amp_dtype: Precision = "float32"
     """Precision of the forward pass; weights stay float32."""
     device: Device = "auto"
     """auto: the accelerator when there is one."""
-    grad_accum_steps: int = 1
+    grad_accum_steps: Count = 1
     """Batches whose gradients are added up before an update."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
     """Compile the model with torch.compile."""
-    max_bad_steps: int = 20
+    max_bad_steps: Natural = 20
     """Updates skipped for a non-finite loss or gradient before the run stops with a diagnosis."""
-    checkpoint_hist: int = 2
+    checkpoint_hist: Count = 2
     """Full-state checkpoints kept besides the best."""
-    recovery_interval: int = 0
+    recovery_interval: Natural = 0
     """Also write a checkpoint every so many updates; 0: at each epoch's end only."""
     checkpoints: Literal["last", "trajectory"] = "last"
     """trajectory: also keep the weights of every epoch, for loss landscapes."""
@@ -82,8 +91,7 @@ class RunSettings:
     recipe: Annotated[Optimisation, tyro.conf.arg(name="")] = field(default_factory=Optimisation)
 
     def __post_init__(self) -> None:
-        check_counts(self, 1, "grad_accum_steps", "checkpoint_hist")
-        check_counts(self, 0, "max_bad_steps", "workers", "recovery_interval")
+        check(self)
         # A run says what it is, whatever is recommended when it's read again.
         object.__setattr__(self, "attention", KArAtConfig.explicit(self.attention))
 
@@ -114,19 +122,9 @@ class RunSettings:
             if name not in known:
                 raise ValueError(f"config.json has {name!r}, which this version of karat does not know")
         values = dict(plain)
-        if values.get("output") is not None:
-            values["output"] = Path(values["output"])
-        values["track"] = tuple(values.get("track", ()))
-        values["recipe"] = cls.recipe_type(**renamed(values["recipe"], values["recipe"].get("lr", cls.recipe_type.lr)))
-        return cls(**values)
-
-
-def check_counts(options: object, least: int, *names: str) -> None:
-    """ValueError for the first of these options that is less than `least`; None is no count."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
+        recipe = convert("recipe", values["recipe"], dict)
+        values["recipe"] = cls.recipe_type(**renamed(recipe, recipe.get("lr", cls.recipe_type.lr)))
+        return cls(**{"track": ()} | values)
 
 
 def slug(text: str) -> str:

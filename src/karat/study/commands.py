@@ -17,6 +17,7 @@ from karat.runs.settings import slug
 from karat.study.document import Document, read_document
 from karat.study.plan import Plan, common_settings, make_plan, refuse_other_runs, run_folder, summary_of
 from karat.train import commands as training
+from karat.values import Count
 
 _TAKEN_FROM_THE_LINE = ("recipe", "data", "model", "init")  # what other options' defaults depend on
 
@@ -28,7 +29,7 @@ class CompareSettings(Settings):
     attentions: tyro.conf.Positional[tuple[str, ...]] = ("softmax", "g3b", "g3u")
     """The attentions to compare, e.g. softmax g3b g3u; with an MLP behind a stroke, e.g. softmax/grkan g3b/kan; or
     whole models, e.g. kat_tiny_patch16_224 "deep_kan(order=3)", with attention and MLP behind strokes if you wish."""
-    seeds: int | None = None
+    seeds: Count | None = None
     """Runs of each attention, with seeds seed, seed+1, ... (none: 1, or as a study's file says); from two on the table
     shows mean ± deviation."""
     attention: tyro.conf.Suppress[str] = "softmax"
@@ -42,7 +43,7 @@ class CompareSettings(Settings):
     time: bool = False
     """With --study: train nothing; time a step of every variant, side by side, and write the table. Let nothing else
     run meanwhile."""
-    rounds: int | None = None
+    rounds: Count | None = None
     """With --time: how often each step is timed; the median is kept; none: 9."""
     measure: bool = True
     """With --study: measure sharpness and maps of every run that is finished."""

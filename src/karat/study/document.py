@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-import types
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args
 
 from karat.runs import renamed
 from karat.runs.classification import Settings
 from karat.runs.recipes import Recipe
+from karat.values import convert, hints
 
 # What the study itself decides, run by run.
 _OWN = frozenset({"attention", "seed", "resume", "overwrite", "preset", "recipe"})
@@ -122,9 +122,7 @@ def _entry(row: Mapping[str, Value], names: Mapping[str, Any]) -> VariantEntry:
 
 def setting_names() -> dict[str, Any]:
     """Every name that a study's settings may have, with its type: karat train's options."""
-    own, recipe = get_type_hints(Settings), get_type_hints(Recipe)
-    found = {f.name: own[f.name] for f in fields(Settings)} | {f.name: recipe[f.name] for f in fields(Recipe)}
-    return found | {"recipe": str, renamed.OLD: float | None}
+    return hints(Settings) | hints(Recipe) | {"recipe": str, renamed.OLD: float | None}
 
 
 def seeds_of(value: Value, where: str = "the study") -> tuple[int, ...]:
@@ -141,50 +139,12 @@ def seeds_of(value: Value, where: str = "the study") -> tuple[int, ...]:
 def checked(name: str, value: Value, kind: Any, where: str = "settings") -> Value:
     """A value as the setting of that type takes it; "none" stands for None, which TOML doesn't have.
 
-    Raises ValueError for one of another type.
+    Raises ValueError for one of another type or out of range.
     """
-    found, fits = _convert(value, kind)
-    if not fits:
-        raise ValueError(f"{where}: {name}={value!r} is not {_words(kind)}")
-    return found
-
-
-def _convert(value: Value, kind: Any) -> tuple[Value, bool]:
-    """The value as `kind` has it, and whether it fits."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        if value == "none" and type(None) in arguments:
-            return None, True
-        tried = [_convert(value, one) for one in arguments if one is not type(None)]
-        return next((pair for pair in tried if pair[1]), (value, False))
-    if origin is Literal:
-        return value, value in arguments
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            return value, False
-        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        parts = [_convert(one, wanted) for one, wanted in zip(value, kinds, strict=False)]
-        return tuple(part for part, _ in parts), len(value) == len(kinds) and all(ok for _, ok in parts)
-    if kind is Path:
-        return (Path(value), True) if isinstance(value, str) else (value, False)
-    if kind is float:
-        return (float(value), True) if _whole(value) or isinstance(value, float) else (value, False)
-    if kind is int:
-        return value, _whole(value)
-    return value, isinstance(value, kind)
-
-
-def _words(kind: Any) -> str:
-    """A type for people."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return " or ".join('"none"' if one is type(None) else _words(one) for one in arguments)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
-    if origin is tuple:
-        return "a list of " + ("words" if arguments[0] is not float else "numbers")
-    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
-    return plain.get(kind, str(kind))
+    try:
+        return convert(name, None if value == "none" and type(None) in get_args(kind) else value, kind)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _whole(value: Value) -> bool:

@@ -18,6 +18,7 @@ from karat.runs.classification import AUTO, Settings, preset_for
 from karat.runs.recipes import get_recipe
 from karat.runs.renamed import renamed_options
 from karat.runs.settings import Device, RunSettings
+from karat.values import Count, Processes
 
 if TYPE_CHECKING:
     from karat.train.task import Task
@@ -35,11 +36,11 @@ class Evaluate:
     """Weights of the last epoch, of the epoch with the highest top-1, or averaged ones."""
     data: str | None = None
     """Another data set to evaluate on; none: the run's own evaluation images."""
-    img_size: int | None = None
+    img_size: Count | None = None
     """Another input size: position embeddings and operators are resampled; none: the run's own."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Images per batch; none: the run's own."""
-    workers: int | None = None
+    workers: Processes | None = None
     """Processes that load data; none: as the run had."""
     device: Device | None = None
     """auto: the accelerator when there is one; none: as the run had."""

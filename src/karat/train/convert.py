@@ -30,13 +30,14 @@ from karat.runs import files
 from karat.runs.classification import AUTO, Settings, preset_for, resolve
 from karat.runs.model import data_options, input_size
 from karat.runs.recipes import get_recipe
-from karat.runs.settings import Device, check_counts
+from karat.runs.settings import Device
 from karat.train import reports
 from karat.train.build import create_accelerator
 from karat.train.classify import Classification
 from karat.train.evaluate import evaluate
 from karat.train.snapshot import Progress
 from karat.train.teachers import softmax_run, softmax_timm
+from karat.values import Below1, Count, Natural, Positive, Processes, Seed, check
 
 
 @dataclass(frozen=True)
@@ -57,42 +58,41 @@ class Convert:
     """Which weights of a teacher run."""
     checkpoint: Path | None = None
     """Weights of a timm model, a safetensors file with its own names; none: timm's pretrained ones."""
-    images: int = 1024
+    images: Count = 1024
     """Training images for the closed form."""
-    eval_images: int | None = None
+    eval_images: Count | None = None
     """Evaluation images at most; none: all of them."""
-    distill_epochs: int = 0
+    distill_epochs: Natural = 0
     """Epochs of layer-wise distillation after the closed form."""
-    distill_images: int = 10_000
+    distill_images: Count = 10_000
     """Training images of such an epoch."""
-    distill_lr: float = 1e-3
+    distill_lr: Positive = 1e-3
     """Peak rate of its Adam."""
     distill_scope: Literal["operator", "attention"] = "operator"
     """What it trains: the operators, or queries, keys, values and projections too."""
     distill_inputs: Literal["student", "teacher"] = "student"
     """Whose tokens a block sees there."""
-    ridge: float = 1e-4
+    ridge: Below1 = 1e-4
     """Ridge of the regressions, as a share of the mean feature's power."""
     fold: bool = True
     """Centre and scale the scores by folding both into queries and keys."""
     refit_projection: bool = True
     """Fit each output projection too, by least squares."""
-    img_size: int | None = None
+    img_size: Count | None = None
     """Side of the input images; none: the teacher's own."""
-    num_classes: int | None = None
+    num_classes: Count | None = None
     """Number of classes; none: as many as the data has."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images per batch."""
-    workers: int = 0
+    workers: Processes = 0
     """Processes that load data; 0 loads in the main process."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the choice of images and of what starts at random."""
     device: Device = "auto"
     """auto: the accelerator when there is one."""
 
     def __post_init__(self) -> None:
-        check_counts(self, 1, "images", "batch_size", "distill_images", "eval_images")
-        check_counts(self, 0, "workers")
+        check(self)
         if KArAtConfig.parse(self.attention).is_softmax:
             raise ValueError(
                 f"attention={self.attention!r} has softmax like the teacher: name a learnable one, e.g. g3b"

@@ -9,6 +9,7 @@ and what a model lists in `no_weight_decay()` are not decayed either.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from karat.errors import first_line
 from karat.operator.operator import KArAtOperator
+from karat.runs.checkpoint import pack_optimizer, unpack_optimizer
 from karat.runs.optimisation import Optimisation
 
 
@@ -54,15 +57,60 @@ def parameter_groups(model: nn.Module, recipe: Optimisation) -> list[dict[str, A
 
 
 def create_optimizer(model: nn.Module, recipe: Optimisation, total_batch: int) -> torch.optim.Optimizer:
-    """timm's optimiser `recipe.opt` at the rate of the recipe's rule. ValueError when timm has no such optimiser."""
+    """timm's optimiser `recipe.opt` at the rate of the recipe's rule.
+
+    Raises ValueError when timm has no such optimiser, or a run with it could not be saved and gone on with.
+    """
+    _try_out(recipe, total_batch)
+    return _create(parameter_groups(model, recipe), recipe, total_batch)
+
+
+def _create(parameters: Any, recipe: Optimisation, total_batch: int) -> torch.optim.Optimizer:
     return create_optimizer_v2(
-        parameter_groups(model, recipe),
+        parameters,
         opt=recipe.opt,
         lr=recipe.scaled_lr(total_batch),
         weight_decay=recipe.weight_decay,
         eps=recipe.opt_eps,
         betas=recipe.opt_betas,
     )
+
+
+def _try_out(recipe: Optimisation, total_batch: int) -> None:
+    """Step a few small tensors, save and restore as a run does, and step on: both ways must come to the same bits.
+
+    Better now than at the end of an epoch: some optimisers keep what safetensors can't hold, or where no file sees it.
+    """
+    shapes = {"matrix": (4, 6), "vector": (6,), "stack": (2, 3, 4), "kernel": (4, 3, 2, 2)}
+
+    def start(source: dict[str, nn.Parameter] | None = None) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+        own = {
+            n: nn.Parameter(torch.ones(s) if source is None else source[n].detach().clone()) for n, s in shapes.items()
+        }
+        return own, _create(list(own.values()), recipe, total_batch)
+
+    def step(own: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, number: int) -> None:
+        for parameter in own.values():
+            parameter.grad = torch.linspace(-1, number, parameter.numel()).view_as(parameter)
+        optimizer.step()
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first, optimizer = start()
+        try:
+            for number in (1, 2, 3):
+                step(first, optimizer, number)
+            second, restored = start(first)
+            packed = pack_optimizer(optimizer, {parameter: name for name, parameter in first.items()})
+            copied = {name: value.clone() for name, value in packed.items()}
+            unpack_optimizer(restored, {parameter: name for name, parameter in second.items()}, copied)
+            for own, one in ((first, optimizer), (second, restored)):
+                step(own, one, 4)
+            same = all(torch.equal(first[name], second[name]) or not first[name].isfinite().all() for name in shapes)
+        except Exception as error:  # whatever a stranger's optimiser says of tensors as these
+            raise ValueError(f"opt={recipe.opt!r} can't be used here: {first_line(error)}; take e.g. adamw") from None
+    if not same:
+        raise ValueError(f"opt={recipe.opt!r} keeps what a checkpoint doesn't see: no run could go on; take e.g. adamw")
 
 
 def create_schedule(optimizer: torch.optim.Optimizer, recipe: Optimisation, updates_per_epoch: int) -> Scheduler:

@@ -145,10 +145,10 @@ CONFIG_DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
     "unknown attention": ({"attention": "g3"}, "can't read the attention 'g3'"),
     "unknown model": ({"model": "vit_tinny_patch16_224"}, "unknown model 'vit_tinny_patch16_224'"),
     "unknown mlp": ({"mlp": "nope"}, "unknown mlp 'nope'"),
-    "wrong type": ({"num_classes": "four"}, "num_classes must be int, got 'four'"),
+    "wrong type": ({"num_classes": "four"}, "num_classes='four': give a whole number"),
     "class names": ({"class_names": ["a"]}, "1 class_names for 4 classes"),
     "unknown argument": ({"model_args": {"widht": 3}}, "widht"),
-    "deviation": ({"std": [1.0, 1.0, 0.0]}, "must be above 0"),
+    "deviation": ({"std": [1.0, 1.0, 0.0]}, "give a positive value"),
     "another attention": ({"attention": "g2b"}, r"is (3, 6, 17, 12), the config gives (3, 4, 17, 12)"),
     "more blocks": ({"model_args": {**SMALL["vit"][1], "depth": 3}}, "'blocks.2."),
 }
@@ -206,7 +206,7 @@ def test_config_writes_and_reads_itself() -> None:
     again = ModelConfig.from_dict(json.loads(json.dumps(config.as_dict())))
     assert again.arguments() == config.arguments()
     assert again.sides == (32, 64)
-    with pytest.raises(ValueError, match="unknown interpolation"):
+    with pytest.raises(ValueError, match="interpolation='guess': one of"):
         ModelConfig("vit_tiny_patch16_224", interpolation="guess")
 
 

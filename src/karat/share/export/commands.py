@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from karat.errors import parse
+from karat.values import Positive, Range
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class Export:
     """The file to write; none: model.onnx or model.pt2 in the model's folder, or here for a name on the Hub."""
     weights: Literal["last", "best", "ema"] = "last"
     """For a run: weights of the last epoch, of the epoch with the highest top-1, or averaged ones."""
-    opset: int = 23
+    opset: Annotated[int, Range("give 18 to 25", 18, 25)] = 23
     """With onnx: version of ONNX's operators, 18 to 25."""
-    tolerance: float = 1e-4
+    tolerance: Positive = 1e-4
     """Largest difference of the logits from PyTorch's."""
     overwrite: bool = False
     """Replace a file that is there already."""
@@ -35,8 +36,6 @@ class Export:
 def export(arguments: Sequence[str]) -> None:
     """karat export."""
     parsed = parse(lambda: tyro.cli(Export, args=arguments, prog="karat export"), "karat export")
-    if not parsed.tolerance > 0:
-        raise ValueError(f"--tolerance {parsed.tolerance} must be above 0")
     from karat.share.hub.runs import open_model
 
     folder = Path(parsed.model)

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from karat.errors import parse
+from karat.values import Count
 
 Weights = Literal["last", "best", "ema"]
 
@@ -41,7 +42,7 @@ class PredictClasses:
     """A run's folder, a saved model's folder, or a name on the Hugging Face Hub."""
     images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...")]
     """Image files."""
-    top: int = 5
+    top: Count = 5
     """Classes to name for each image."""
     weights: Weights = "last"
     """For a run: weights of the last epoch, of the epoch with the highest top-1, or averaged ones."""
@@ -80,8 +81,6 @@ def hub(arguments: Sequence[str]) -> None:
 def predict(arguments: Sequence[str]) -> None:
     """karat predict."""
     parsed = parse(lambda: tyro.cli(PredictClasses, args=arguments, prog="karat predict"), "karat predict")
-    if parsed.top < 1:
-        raise ValueError(f"--top {parsed.top} must be at least 1")
     if not parsed.images:
         raise ValueError("no image is given: karat predict MODEL IMAGE...")
     import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -16,6 +16,7 @@ from karat.study.bench import attention, memory, paper_way, step, throughput
 from karat.study.bench.attention import AttentionShape
 from karat.study.bench.measurement import Measurement
 from karat.study.bench.timing import Timing, against_softmax
+from karat.values import Count, Natural, Processes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -24,19 +25,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Benchmark:
     """Where a benchmark runs and where its results go."""
 
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     """cpu or cuda"""
-    threads: int = 0
+    threads: Processes = 0
     """CPU threads; 0 keeps torch's own choice"""
     output: Path | None = None
     """folder for the JSON and the figure; nothing is written without it"""
 
     def prepare(self) -> None:
         """Set the threads. Raises ValueError for values that can't be."""
-        if self.threads < 0:
-            raise ValueError(f"--threads must be >= 0, got {self.threads}")
-        if self.device not in ("cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
-            raise ValueError(f"--device {self.device} is not there; choose cpu{' or cuda' * torch.cuda.is_available()}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda is not there; choose cpu")
         if self.threads:
             torch.set_num_threads(self.threads)
 
@@ -52,14 +51,8 @@ class Benchmark:
 class TimedBenchmark(Benchmark):
     """Options of all benchmarks that are timed."""
 
-    rounds: int = 15
+    rounds: Count = 15
     """counted rounds; the median is quoted"""
-
-    def prepare(self) -> None:
-        """Raises ValueError for values that can't be."""
-        if self.rounds < 1:
-            raise ValueError(f"--rounds must be >= 1, got {self.rounds}")
-        super().prepare()
 
 
 def _bars(value: str, *groups: str) -> Callable[[Measurement, Path], None]:
@@ -68,12 +61,6 @@ def _bars(value: str, *groups: str) -> Callable[[Measurement, Path], None]:
 
 def _curves(rows: Measurement, path: Path) -> None:
     rows.draw(path, "value", "median ms", "way")
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise ValueError(f"--dtype {name} is unknown; choose one of {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def _timing_rows(head: dict[str, Any], timings: dict[str, Timing]) -> list[dict[str, Any]]:
@@ -90,15 +77,15 @@ class Op(TimedBenchmark):
 
     attention: tuple[str, ...] = ("g1b", "g3b", "g3b,residual=softmax", "g3b,residual=softmax")
     """learnable attentions, by short name"""
-    heads: tuple[int, ...] = (12, 3, 3, 6)
+    heads: tuple[Count, ...] = (12, 3, 3, 6)
     """heads of each attention, in the same order"""
-    batch: int = 8
+    batch: Count = 8
     """images"""
-    tokens: int = 197
+    tokens: Count = 197
     """tokens"""
-    head_dim: int = 64
+    head_dim: Count = 64
     """width of a head"""
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """float32 or bfloat16"""
 
     def run(self) -> None:
@@ -112,7 +99,7 @@ class Op(TimedBenchmark):
             for backward in (False, True):
                 head = {"attention": name, "H": heads, "pass": "forward+backward" if backward else "forward"}
                 timings = attention.measure(
-                    shape, name, rounds=self.rounds, device=self.device, dtype=_dtype(self.dtype), backward=backward
+                    shape, name, rounds=self.rounds, device=self.device, dtype=DTYPES[self.dtype], backward=backward
                 )
                 rows += _timing_rows(head, timings)
         title = f"attention alone, B={self.batch}, N={self.tokens}, D={self.head_dim}, {self.dtype}"
@@ -139,7 +126,7 @@ class ModelBenchmark(TimedBenchmark):
 
     models: tuple[str, ...] = ("tiny", "small", "base")
     """which of tiny, small, base, tiny-residual, small-residual"""
-    batch: int = 16
+    batch: Count = 16
     """images a batch"""
     bf16: bool = False
     """bfloat16 autocast"""
@@ -183,7 +170,7 @@ class Memory(Benchmark):
 
     models: tuple[str, ...] = ("tiny", "small", "base")
     """which of tiny, small, base"""
-    batch: int = 16
+    batch: Count = 16
     """images a step"""
 
     def run(self) -> None:
@@ -212,19 +199,19 @@ class Memory(Benchmark):
 class Scaling(TimedBenchmark):
     """Forward+backward of attention alone over N, G and R."""
 
-    tokens: tuple[int, ...] = (65, 197, 785, 3137)
+    tokens: tuple[Count, ...] = (65, 197, 785, 3137)
     """N, at G=3, R=12"""
-    grids: tuple[int, ...] = (1, 3, 5, 11)
+    grids: tuple[Count, ...] = (1, 3, 5, 11)
     """G, at N=197, R=12"""
-    ranks: tuple[int, ...] = (2, 4, 12, 24)
+    ranks: tuple[Count, ...] = (2, 4, 12, 24)
     """R, at N=197, G=3"""
-    batch: int = 2
+    batch: Count = 2
     """images"""
-    heads: int = 3
+    heads: Count = 3
     """heads"""
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """float32 or bfloat16"""
-    most_materialised: int = 800
+    most_materialised: Natural = 800
     """the paper's way is left out above this many tokens: it needs M·N·(2+3G) numbers a head"""
 
     def run(self) -> None:
@@ -237,7 +224,7 @@ class Scaling(TimedBenchmark):
                 f"g{G}b,rank={R}",
                 rounds=self.rounds,
                 device=self.device,
-                dtype=_dtype(self.dtype),
+                dtype=DTYPES[self.dtype],
                 materialised=self.most_materialised >= N,
             )
             rows += _timing_rows({"axis": axis, "value": value}, timings)

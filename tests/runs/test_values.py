@@ -1,0 +1,55 @@
+"""What a setting may be: every field of every recipe and of every kind of run, against what it can't be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+
+from karat.detect.recipes import DetectRecipe
+from karat.detect.settings import DetectSettings
+from karat.runs.classification import Settings
+from karat.runs.recipes import Recipe
+from karat.values import hints
+
+FIELDS = [
+    (kind, name)
+    for kind in (Settings, Recipe, DetectSettings, DetectRecipe)
+    for name in hints(kind)
+    if name != "recipe"
+]
+NUMBERS = (math.nan, math.inf, -math.inf, -1, 10**400, True)
+TEXTS = ("", "a\0b", "~nosuchuser/x", [], {"a": 1})
+
+
+def leaves(kind: Any) -> set[Any]:
+    """The plain types within an annotation."""
+    return {leaf for part in get_args(kind) for leaf in leaves(part)} or {kind}
+
+
+@pytest.mark.parametrize(("kind", "name"), FIELDS, ids=[f"{kind.__name__}.{name}" for kind, name in FIELDS])
+def test_what_no_setting_can_be_is_refused_by_name(kind: Any, name: str) -> None:
+    plain = leaves(hints(kind)[name])
+    texts = TEXTS[:0] if name == "track" else TEXTS
+    wrong = texts if str in plain else NUMBERS if {int, float} & plain else (math.nan, [1], "~nosuchuser")
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"{name}="):
+            replace(kind(), **{name: value})
+    for value in (object(), {"a": {}}):
+        with pytest.raises(ValueError, match=f"{name}="):
+            replace(kind(), **{name: value})
+
+
+@pytest.mark.parametrize(
+    "aa", ["rand-mX-n2", "rand-n", "rand-m9-mstd", "rand-tweight", "v0-", "v0-x", "augmix-mm3", "rand-p5", "auto"]
+)
+def test_a_misspelt_policy_is_refused(aa: str) -> None:
+    with pytest.raises(ValueError, match="aa="):
+        Recipe(aa=aa)
+
+
+@pytest.mark.parametrize("aa", ["rand-m15-n2-mstd1.0-inc1", "rand-m9-p0.5-mmax12-tweights", "augmix-m5-w4-d2-b1", "3a"])
+def test_a_policy_that_timm_reads_is_accepted(aa: str) -> None:
+    assert Recipe(aa=aa).aa == aa
