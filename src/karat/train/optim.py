@@ -96,8 +96,8 @@ def _try_out(recipe: Optimisation, total_batch: int) -> None:
 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        first, optimizer = start()
         try:
+            first, optimizer = start()
             for number in (1, 2, 3):
                 step(first, optimizer, number)
             second, restored = start(first)
