@@ -71,10 +71,8 @@ class Trainer:
         self.changing = False  # weights and progress are being changed: not a moment to save
         self.notes = task.notes(self.data)
         self.step_seconds: list[float] = []  # of this epoch's updates since the start or the resumption
-        if resuming:
-            self._resume()
-        else:
-            self._begin()
+        begin = self._resume if resuming else self._begin
+        begin()
         if self.main:
             task.keep(settings, self.folder)
 
