@@ -12,6 +12,7 @@ from torch import nn
 
 from karat.basis.specs import parse_call
 from karat.errors import first_line
+from karat.models.attach.example import Example, example_of
 from karat.models.kan.mlp import replace_mlp
 from karat.models.kan.peers import DEEP_KAN, register_peers
 from karat.models.karatize import karatize
@@ -75,6 +76,7 @@ def create_model(
     if "(" in name:
         name, settings = parse_call(name)
         timm_kwargs = settings | timm_kwargs
+    example: Example | None = None
     sincos = timm_kwargs.get("pos_embed") == SINCOS
     if sincos:
         del timm_kwargs["pos_embed"]
@@ -92,12 +94,24 @@ def create_model(
         model = _from_timm(name, **chosen, **timm_kwargs)
         config = None
     else:
-        model = _from_timm(name, **timm_kwargs)
+        model, example = _with_size(name, timm_kwargs, config)
     if sincos:
         start_as_sincos(model)
     if mlp is not None:
         replace_mlp(model, mlp, take_over=bool(timm_kwargs.get("pretrained")))
-    return model if config is None else karatize(model, config)
+    return model if config is None else karatize(model, config, example)
+
+
+def _with_size(name: str, arguments: dict[str, Any], config: KArAtConfig | None) -> tuple[nn.Module, Example | None]:
+    """timm's model; of one that takes images of any size the size isn't its, but that of an example."""
+    try:
+        return _from_timm(name, **arguments), None
+    except ModelArgumentsError as error:
+        size = arguments.get("img_size")
+        if size is None or config is None or "unexpected keyword argument 'img_size'" not in str(error):
+            raise
+    model = _from_timm(name, **{key: value for key, value in arguments.items() if key != "img_size"})
+    return model, example_of(model, (size, size) if isinstance(size, int) else size)
 
 
 def _from_timm(name: str, **kwargs: Any) -> nn.Module:

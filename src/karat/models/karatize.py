@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from karat.models.attach.example import Example
-from karat.models.attach.place import attach
+from karat.models.attach.place import Sites, attach
 from karat.models.attention import BiasedAttention
 from karat.models.backbones import OWN, AttentionSite, Backbone, attention_sites, backbone_of, refusal
 from karat.models.relative_bias import RelativeBias, relative_biases
@@ -20,7 +20,7 @@ from karat.operator.operator import KArAtOperator, karat_operators
 SHARED_NAME = "karat_operator"
 
 
-def karatize(model: nn.Module, config: KArAtConfig | str, example: Example | None = None) -> nn.Module:
+def karatize(model: nn.Module, config: KArAtConfig | str, example: Example | Sites | None = None) -> nn.Module:
     """Replace softmax by the learnable operator in any model with attention, in place (SPEC §3).
 
     timm's ViT, DeiT, ConViT and Swin are known and need no example. Of any other model one run of an example, which

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from karat.models.attach.resize import has_attached, resize_attached
 from karat.models.backbones import BACKBONES, backbone_of
 
 
@@ -26,13 +27,14 @@ def resample_tokens(
     first, registers after it); a model that loses its class token pools by the average from then on. Added ones are
     registers, with timm's initial value and a position embedding of zero.
     ConViT: square grids only. Swin: windows grow with the image as timm does it, unless `window_size` is given; an
-    operator lives on the window's grid.
+    operator lives on the window's grid. Any other converted model: an example is run at the new size, and key grids are
+    told from the numbers of keys; a model without timm's `set_input_size` must take images of any size by itself.
 
     The same size leaves the model untouched, bit for bit. Otherwise parameters are new objects: build the optimiser
     afterwards.
 
     Args:
-        model: a timm ViT, DeiT, ConViT or Swin, converted or not; not wrapped.
+        model: a timm ViT, DeiT, ConViT or Swin, converted or not, or any converted model of images; not wrapped.
         img_size: side or (height, width) in pixels; None keeps it.
         num_prefix_tokens: ViT only; None keeps their number.
         window_size: Swin only.
@@ -47,6 +49,15 @@ def resample_tokens(
         img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         if len(img_size) != 2 or any(side < 1 for side in img_size):
             raise ValueError(f"img_size must be a side or (height, width) in pixels, got {img_size}")
+    if has_attached(model):
+        if num_prefix_tokens is not None or window_size is not None:
+            raise ValueError(
+                f"num_prefix_tokens and window_size are for models that karat knows, not "
+                f"{type(model).__name__}; give img_size alone"
+            )
+        if img_size is not None:
+            resize_attached(model, img_size=img_size)
+        return model
     backbone = backbone_of(model)
     if window_size is not None and not (backbone and backbone.windows):
         raise ValueError(f"window_size is Swin's; {type(model).__name__} has no windows")
@@ -70,6 +81,9 @@ class SetInputSize:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """As timm's own method, whose arguments it takes; other parameters are new objects afterwards."""
+        if has_attached(self.model):
+            resize_attached(self.model, *args, **kwargs)
+            return
         backbone = backbone_of(self.model)
         assert backbone is not None  # karatize served it
         backbone.resize(self.model, *args, **kwargs)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch  # noqa: F401  for the example above
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedModel
@@ -20,14 +20,17 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.deit.modeling_deit import DeiTAttention
 from transformers.models.vit.modeling_vit import ViTAttention
 
+from karat.models.attach.example import example_of, from_description
+from karat.models.attach.find import find
+from karat.models.attach.place import Sites
 from karat.models.attention import split_mask
-from karat.models.karatize import SHARED_NAME, NoWeightDecay, chosen_blocks
+from karat.models.karatize import SHARED_NAME, NoWeightDecay, chosen_blocks, karatize
 from karat.operator.config import KArAtConfig
 from karat.operator.operator import KArAtOperator, factors_of
 from karat.ops.masks import safe_softmax, softmax_attention
 
 NAME = "karat"
-SETTING = "karat_attention"  # in the model's config.json
+SETTING, EXAMPLE = "karat_attention", "karat_example"  # in the model's config.json
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -175,7 +178,9 @@ def _model_class(auto: Any, config: Any) -> Any:
 
 
 def from_pretrained(kind: type[Model], name_or_folder: str | Path, **options: Any) -> Model:
-    """A model that `karatize_hf` converted and its own save_pretrained or push_to_hub saved, operators included.
+    """A model that `karatize_hf` or `karat.karatize` converted and its own save_pretrained or push_to_hub saved.
+
+    Operators are included; config.json says where they are and what they are made of.
 
     Args:
         kind: its class, such as ViTForImageClassification, or one of transformers' Auto classes.
@@ -195,12 +200,22 @@ def from_pretrained(kind: type[Model], name_or_folder: str | Path, **options: An
     if spec is None:
         raise ValueError(f"{name_or_folder} has no {SETTING!r} in its config: load it with {kind.__name__} itself")
 
+    sites = None
+    if hasattr(config, EXAMPLE):  # by karatize; weights come later, and an example needs some
+        config = reader.from_pretrained(name_or_folder)  # its attention calls what it called
+        with torch.random.fork_rng(devices=()):
+            plain, twin = getattr(config, EXAMPLE), kind(config)
+        sites = Sites(find(twin, example_of(twin) if plain is None else from_description(plain)))
+
     class Converted(kind):  # type: ignore[valid-type,misc]  # a base chosen at run time
         """`kind`, with its operators from the start, so that transformers' loader fills them too."""
 
         def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
             super().__init__(config, *arguments, **keywords)
-            karatize_hf(self, str(spec))
+            if sites is None:
+                karatize_hf(self, str(spec))
+            else:
+                karatize(self, str(spec), sites)
 
     Converted.__name__ = kind.__name__
     loaded, report = Converted.from_pretrained(name_or_folder, config=config, output_loading_info=True, **options)

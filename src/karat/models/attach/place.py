@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,17 @@ from karat.operator.config import KArAtConfig
 from karat.operator.operator import KArAtOperator
 
 Choose = Callable[[list[int], int], list[int]]
+
+
+@dataclass(frozen=True)
+class Sites:
+    """What was found in a model with weights, for its twin on the meta device, where no example can be run."""
+
+    found: list[Found]
+
+    def on(self, model: nn.Module, _: Any) -> list[Found]:
+        """The same places of another model."""
+        return [replace(site, module=model.get_submodule(site.name)) for site in self.found]
 
 
 @contextmanager
@@ -32,7 +44,7 @@ def _fused(model: nn.Module) -> Iterator[list[nn.Module]]:
             module.fused_attn = False  # type: ignore[assignment]
 
 
-def attach(model: nn.Module, config: KArAtConfig, example: Example | None, choose: Choose, name: str) -> None:
+def attach(model: nn.Module, config: KArAtConfig, example: Example | Sites | None, choose: Choose, name: str) -> None:
     """Operators for the chosen calls of attention of any model; `name` is a shared one's.
 
     choose: (indices that can be converted, number of all) -> those to convert.
@@ -45,16 +57,17 @@ def attach(model: nn.Module, config: KArAtConfig, example: Example | None, choos
         raise ValueError(
             f"position_bias={config.position_bias!r}: karat doesn't know how the tokens of {kind} lie; leave it out"
         )
-    given = example_of(model) if example is None else example
+    given: Any = example_of(model) if example is None else example
+    look = example.on if isinstance(example, Sites) else find
     with _fused(model) as back:
         try:
-            found = find(model, given)
+            found = look(model, given)
         except ValueError:
             if not back:
                 raise
             for module in back:
                 module.fused_attn = False  # type: ignore[assignment]
-            found = find(model, given)
+            found = look(model, given)
         if not found:
             raise ValueError(
                 f"{kind} has no attention that karat knows: its forward pass calls neither "
@@ -85,7 +98,7 @@ def attach(model: nn.Module, config: KArAtConfig, example: Example | None, choos
     for i, site in enumerate(found):
         _place(site, own.get(i), shared).index = i
     settings: Any = getattr(model, "config", None)
-    if hasattr(settings, "to_dict"):  # transformers': what save_pretrained writes
+    if hasattr(settings, "to_dict") and not isinstance(given, Sites):  # transformers': what save_pretrained writes
         settings.karat_attention, settings.karat_example = str(config), described(given)
     if stays and config.blocks is None:
         warnings.warn(f"stays softmax: {stays}", stacklevel=3)
