@@ -17,7 +17,7 @@ from karat.data.sources import size_of
 from karat.data.splits import Data, Opener
 from karat.runs.classification import Settings
 from karat.runs.files import read_json
-from karat.runs.model import data_options, input_size, load_run
+from karat.runs.model import class_names, data_options, input_size, load_run
 
 WEIGHTS = ("last", "best", "ema")
 SPLITS = ("eval", "train")
@@ -74,6 +74,7 @@ class Run:
         fraction = 1.0 if count is None or count >= total else count / total
         classes = int(self.facts["num_classes"])
         options = data_options(s, batch_size=128, workers=0, seed=0, num_classes=classes, fraction=fraction)
+        options = replace(options, classes=class_names(self.facts))
         return Data(options, splits)
 
     def samples(self, count: int, split: str = "eval") -> Samples:

@@ -7,15 +7,19 @@ compared letter by letter. What stands for no class, or for one that the other s
 
 from __future__ import annotations
 
+import copy
 import math
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from karat.data.sources import Source, Stream, is_stream
+
 MOST_NUMBERS = 2**20  # a larger number is an identifier of something, and a head of so many classes fits nowhere
 SHOWN = 8  # names in a message
+P = TypeVar("P", Source, Stream, Source | Stream)
 
 
 class Column(NamedTuple):
@@ -64,7 +68,7 @@ def name_of(label: Any, declared: Sequence[str] | None, where: str) -> str:
             raise ValueError(f"{where} has label {number}: a class's number is below {MOST_NUMBERS}; give its name")
         return str(number)
     if number >= len(declared):
-        raise ValueError(f"{where} has label {number}, but its file names {len(declared)} classes ({_some(declared)})")
+        raise ValueError(f"{where} has label {number}, but its file names {len(declared)} classes ({some(declared)})")
     return declared[number]
 
 
@@ -121,7 +125,7 @@ def positions(names: Iterable[str], classes: Sequence[str], where: str, whose: s
     for name in names:
         if name not in places:
             raise ValueError(
-                f"{where} has the class {name!r}, which {whose} lacks ({_some(classes)}){_nearly(name, classes)}; "
+                f"{where} has the class {name!r}, which {whose} lacks ({some(classes)}){_nearly(name, classes)}; "
                 "add it there or remove it here"
             )
         if len(places) < len(classes) and list(classes).count(name) > 1:
@@ -129,20 +133,35 @@ def positions(names: Iterable[str], classes: Sequence[str], where: str, whose: s
     return np.array([places[name] for name in names], dtype=np.int64)
 
 
-def check_unchanged(before: Sequence[str], now: Sequence[str], where: object) -> None:
+def relabel(part: P, names: Sequence[str], classes: Sequence[str], where: str, whose: str) -> P:
+    """A source or stream whose labels are places among `classes` instead of `names`; only the names that occur count.
+
+    Raises ValueError as `positions`, of a stream when the row comes.
+    """
+    changed: Any = copy.copy(part)
+    if is_stream(part):
+        changed.classes, changed.whose = tuple(classes), whose
+        return changed
+    used, codes = np.unique(part.labels, return_inverse=True)
+    if list(names) != list(classes):
+        changed.labels = positions([names[label] for label in used], classes, where, whose)[codes]
+    return changed
+
+
+def check_unchanged(before: Iterable[str], now: Iterable[str], where: object) -> None:
     """Raise ValueError, saying which, where the classes of a run's data are no longer those that it began with."""
     before, now = list(map(str, before)), list(map(str, now))
     if before == now:
         return
     gone, new = ([name for name in some if name not in set(others)] for some, others in ((before, now), (now, before)))
-    parts = [f"{_some(gone)} gone"] if gone else []
-    parts += [f"{_some(new)} new{_nearly(new[0], before)}"] if new else []
+    parts = [f"{some(gone)} gone"] if gone else []
+    parts += [f"{some(new)} new{_nearly(new[0], before)}"] if new else []
     if not parts:
         moved = [name for name, other in zip(now, before, strict=False) if name != other]
-        parts = [f"{_some(moved)} in another order" if moved else "another number of them"]
+        parts = [f"{some(moved)} in another order" if moved else "another number of them"]
     raise ValueError(
         f"{where} can't go on: the data's classes have changed ({', '.join(parts)}); give it back its classes "
-        f"({_some(before)}) or begin a new run"
+        f"({some(before)}) or begin a new run"
     )
 
 
@@ -156,7 +175,8 @@ def _plain(name: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """Names in a line, the first of them where there are many."""
     more = f", … {len(names)} in all" if len(names) > SHOWN else ""
     return ", ".join(map(str, names[:SHOWN])) + more
 

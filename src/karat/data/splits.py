@@ -26,6 +26,7 @@ from karat.data.augmentation import Augmentation, eval_transform, train_transfor
 from karat.data.folder import Tree, local_path, open_folder
 from karat.data.hub import open_hub, open_parquet
 from karat.data.images import Fit, Normalise, statistics
+from karat.data.labels import relabel
 from karat.data.loader import Loader, ResidentLoader, Views, WorkerLoader, decode_all
 from karat.data.named import open_digits, open_torch
 from karat.data.order import BadImages, Order
@@ -66,6 +67,7 @@ class DataOptions:
         processes let one open it first.
     fraction: use that share of both parts, a fixed random subset.
     num_samples: training images of a stream that does not say how many it has.
+    classes: those of a model that is measured or looked at, in its order: labels follow them by name.
     whole: a folder without an evaluation part is evaluated on in full, and none of it held out or trained on.
 
     Raises ValueError for a size below 1 or workers below 0.
@@ -85,6 +87,7 @@ class DataOptions:
     fraction: float = 1.0
     num_samples: int | None = None
     whole: bool = False
+    classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.img_size is not None and self.img_size < 1:
@@ -105,7 +108,8 @@ class Data:
         self.options, self.mirror, self.found = options, splits.mirror, splits.found
         self._bad = BadImages(options.on_bad_image)
         # a stream may not name its classes
-        self.class_names = splits.class_names or tuple(map(str, range(options.num_classes or 0)))
+        self._names = splits.class_names or tuple(map(str, range(options.num_classes or 0)))
+        self.class_names = options.classes or self._names
         self.num_classes = options.num_classes or len(self.class_names)
         if not self.num_classes:
             raise ValueError(f"{options.spec} does not name its classes; give --num-classes")
@@ -115,8 +119,16 @@ class Data:
             "train": take_fraction(splits.train, options.fraction),
             "eval": take_fraction(splits.eval, options.fraction),
         }
+        if options.classes is not None:  # the training part, which may not be needed, follows with its loader
+            self._parts["eval"] = self._part("eval")
+            return
         for name, part in self._parts.items():
             check_labels(part, self.num_classes, f"{options.spec} ({name})")
+
+    def _part(self, split: str) -> Source | Stream:
+        """A part with its labels in the order of `class_names`."""
+        part, names = self._parts[split], self.options.classes
+        return part if names is None else relabel(part, self._names, names, f"{self.options.spec}:{split}", "the model")
 
     @property
     def bad_images(self) -> int:
@@ -134,7 +146,8 @@ class Data:
         return self._loader("eval")
 
     def _loader(self, split: str) -> Loader:
-        part, train, seen = self._parts[split], split == "train", self.options.augmentation
+        train, seen = split == "train", self.options.augmentation
+        part = self._part(split) if train else self._parts[split]
         title = f"{self.options.spec} ({split})"
         pixels = size_of(part) * self.in_chans * self.img_size**2
         if not is_stream(part) and pixels <= RESIDENT_LIMIT and (not train or seen.is_batched):

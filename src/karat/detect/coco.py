@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from karat.data.labels import positions
 from karat.detect.objects import (
     NAMED,
     NO_AREA,
@@ -74,16 +75,16 @@ class CocoPart:
         """
         if self.categories == categories:
             return self
-        names, labels = list(self.categories.values()), {name: i for i, name in enumerate(categories.values(), 1)}
-        used = {names[thing.label - 1] for picture in self.pictures for thing in picture.things}
-        theirs = ", ".join(categories.values())
-        if lacking := sorted(used - set(labels)):
-            raise ValueError(f"{self.source} has objects of {', '.join(lacking)}; training has the categories {theirs}")
-        if len(set(names)) < len(names) or len(labels) < len(categories):
+        names, theirs = list(self.categories.values()), list(categories.values())
+        if names == theirs:
+            return replace(self, categories=dict(categories))
+        if len(set(names)) < len(names):
             raise ValueError(f"{self.source} numbers its categories otherwise than training, and names aren't unique")
+        used = sorted({thing.label for picture in self.pictures for thing in picture.things})
+        places = positions([names[label - 1] for label in used], theirs, str(self.source))
+        labels = {label: int(place) + 1 for label, place in zip(used, places, strict=True)}
         pictures = tuple(
-            replace(p, things=tuple(replace(t, label=labels[names[t.label - 1]]) for t in p.things))
-            for p in self.pictures
+            replace(p, things=tuple(replace(t, label=labels[t.label]) for t in p.things)) for p in self.pictures
         )
         return replace(self, pictures=pictures, categories=dict(categories))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +23,37 @@ from karat.models.resample import resample_tokens
 from karat.operator.operator import with_factors, without_torn_layers
 from karat.operator.token_grid import resample_operator
 from karat.runs.weights import Given
-from karat.train.init import FRESH, Transplanted, assumed, other_meaning, read_source, transplant
+from karat.train.init import FRESH, Transplanted, assumed, other_classes, other_meaning, read_source, transplant
+
+# Layers with one output a class.
+BY_CLASS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
 
 
-def load_init(detector: Detector, settings: DetectSettings) -> list[Transplanted]:
+def load_init(detector: Detector, settings: DetectSettings, class_names: Sequence[str] = ()) -> list[Transplanted]:
     """Give the detector the weights that `settings.init` names, as far as they fit; what became of each part.
 
-    A detector's run gives everything, the heads where the classes are as many; anything else gives the trunk.
+    A detector's run gives everything, the last layers where the classes are the same; anything else gives the trunk.
+    class_names: of the detector, empty where they aren't known.
     Raises ValueError as `karat.train.init` does.
     """
     assert settings.init is not None
     folder = Path(settings.init).expanduser()
     if runs.is_run(folder) and runs.task_of(folder) == DetectSettings.task:
-        return _load_detector(detector, settings, folder)
+        return _load_detector(detector, settings, folder, class_names)
     return load_trunk(detector, settings)
 
 
-def _load_detector(detector: Detector, settings: DetectSettings, folder: Path) -> list[Transplanted]:
-    source, theirs, _ = load_run(folder)
+def _load_detector(
+    detector: Detector, settings: DetectSettings, folder: Path, class_names: Sequence[str]
+) -> list[Transplanted]:
+    source, theirs, categories = load_run(folder)
     before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
     _carry(source.trunk, settings.recipe.img_size // detector.trunk.stride)
     weights = source.state_dict()
-    given = Given(str(folder), weights, source, theirs.attention)
+    given = Given(str(folder), weights, source, theirs.attention, class_names=tuple(categories.values()))
     other, resized = other_meaning(detector, given, settings.attention), _changed(before, weights)
+    if why := other_classes(given, class_names):
+        other |= {name: why for name in detector.state_dict() if name.startswith(BY_CLASS)}
     return transplant(detector, weights, str(folder), other=other, resized=resized)
 
 

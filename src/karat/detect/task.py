@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from karat import runs
+from karat.data.labels import check_unchanged
 from karat.detect.data import DetectData, load_data
 from karat.detect.detector import Detector, build_detector
 from karat.detect.evaluate import measure
@@ -69,16 +70,12 @@ class Detection(Task[DetectSettings, DetectData]):
     def build(
         self, settings: DetectSettings, data: DetectData, folder: Path | None
     ) -> tuple[nn.Module, list[Transplanted]]:
-        """As Task.build. Raises ValueError for a run to go on with whose categories were others."""
+        """As Task.build. Raises ValueError for a run to go on with whose categories had other names."""
         if folder is not None:
             before = categories_of(runs.read_config(folder, DetectSettings)[1], folder)
-            if before != data.categories:
-                raise ValueError(
-                    f"{folder} was trained on the categories {before}, the data now has {data.categories}: give the "
-                    "data as it was, or begin a new run with --init"
-                )
+            check_unchanged(before.values(), data.categories.values(), folder)
         detector = build_detector(settings, data.num_classes)
-        return detector, [] if settings.init is None else load_init(detector, settings)
+        return detector, [] if settings.init is None else load_init(detector, settings, list(data.categories.values()))
 
     def objective(self, settings: DetectSettings, data: DetectData) -> Objective:
         """As Task.objective."""

@@ -5,6 +5,7 @@ Building and loading stand together: a student's model is built around its teach
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,11 @@ def data_options(settings: Settings, **changes: Any) -> DataOptions:
         num_samples=s.num_samples,
     )
     return replace(options, **changes)
+
+
+def class_names(facts: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The classes that a run notes in its config.json, in the order of its logits; None where it notes none."""
+    return tuple(map(str, facts.get("class_names", ()))) or None
 
 
 def plain_model(settings: Settings, num_classes: int, in_chans: int) -> nn.Module:

@@ -14,9 +14,11 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from karat import runs
+from karat.data.labels import check_unchanged
 from karat.data.splits import Data, Opener
 from karat.runs.classification import Settings, resolve
-from karat.runs.model import data_options, plain_model, with_teacher
+from karat.runs.model import class_names, data_options, plain_model, with_teacher
 from karat.runs.recipes import Recipe
 from karat.train import transfer
 from karat.train.engine import Trainer
@@ -106,9 +108,11 @@ class Classification(Task[Settings, Data]):
         return {"num_classes": data.num_classes, "class_names": list(data.class_names), "in_chans": data.in_chans}
 
     def build(self, settings: Settings, data: Data, folder: Path | None) -> tuple[nn.Module, list[Transplanted]]:
-        """As Task.build."""
+        """As Task.build. Raises ValueError for a run to go on with whose classes had other names."""
+        if folder is not None and (before := class_names(runs.read_config(folder)[1])):
+            check_unchanged(before, data.class_names, folder)
         model = plain_model(settings, data.num_classes, data.in_chans)
-        loaded = [] if settings.init is None else load_init(model, settings)
+        loaded = [] if settings.init is None else load_init(model, settings, data.class_names)
         model = with_teacher(model, settings, data.in_chans, folder)
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)

@@ -28,7 +28,7 @@ from karat.models.resample import resample_tokens
 from karat.operator.config import KArAtConfig
 from karat.runs import files
 from karat.runs.classification import AUTO, Settings, preset_for, resolve
-from karat.runs.model import data_options, input_size
+from karat.runs.model import class_names, data_options, input_size
 from karat.runs.recipes import get_recipe
 from karat.runs.settings import Device
 from karat.train import reports
@@ -118,7 +118,7 @@ def convert_run(options: Convert, console: Console | None = None) -> dict[str, A
     folder = runs.choose_folder(settings, runs.default_folder(settings))
     runs.spare(folder, options.teacher, options.checkpoint)
     accelerator = create_accelerator(settings)
-    few, data = _data(settings, options)
+    few, data = _data(settings, options, class_names(facts or {}))
     if facts is not None and (data.num_classes, data.in_chans) != (facts["num_classes"], facts["in_chans"]):
         raise ValueError(
             f"{settings.data} has {data.num_classes} classes and {data.in_chans} channels, the teacher "
@@ -204,8 +204,11 @@ def _teacher(options: Convert) -> tuple[Settings, nn.Module | None, dict[str, An
     return resolve(replace(settings, **changed)), None, None
 
 
-def _data(settings: Settings, options: Convert) -> tuple[Data, Data]:
-    """The training images that are needed, a fixed subset, and the evaluation images."""
+def _data(settings: Settings, options: Convert, classes: tuple[str, ...] | None) -> tuple[Data, Data]:
+    """The training images that are needed, a fixed subset, and the evaluation images.
+
+    classes: the teacher's, whose names labels follow; None where it has none.
+    """
     opened = Opener()
     source = opened.splits(settings.data, settings.data_dir, settings.num_samples).train
     needed = max(options.images, options.distill_images if options.distill_epochs else 0) + options.batch_size
@@ -216,6 +219,7 @@ def _data(settings: Settings, options: Convert) -> tuple[Data, Data]:
         workers=options.workers,
         seed=options.seed,
         num_classes=options.num_classes or settings.num_classes,
+        classes=classes,
     )
     few, whole = (opened.data(replace(found, fraction=fraction)) for fraction in fractions)
     return few, whole

@@ -7,7 +7,7 @@ source has none or others, KAN layers of other settings, heads that are cut diff
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor, nn
 
+from karat.data.labels import some
 from karat.models.fit import fit, places_of_weights, same_rates
 from karat.models.kan import FourierLinear, RBFLinear, SplineLinear, parse_mlp
 from karat.models.kan.mlp import PLAIN, refuse_other_form
@@ -28,7 +29,7 @@ from karat.runs.weights import Given, mlp_of, open_weights
 from karat.train.optim import operator_parameters
 
 KAN_LAYERS = (SplineLinear, FourierLinear, RBFLinear, Rational)
-OPERATORS = "operators"
+OPERATORS, HEAD = "operators", "head"
 LOADED, RESIZED, FRESH, DROPPED = "loaded", "resized", "fresh", "dropped"
 
 
@@ -66,15 +67,31 @@ def account(fates: list[Transplanted], source: str) -> str:
     return "\n".join([f"tensors of {source}: {', '.join(said)}", *(f"{part}: {why}" for why, part in reasons.items())])
 
 
-def load_init(model: nn.Module, settings: Settings) -> list[Transplanted]:
+def load_init(model: nn.Module, settings: Settings, class_names: Sequence[str] = ()) -> list[Transplanted]:
     """Give `model` the weights that `settings.init` names, as far as they fit; returns what became of each part.
+
+    class_names: of the model's head, empty where they aren't known.
 
     Raises ValueError when the source is missing, was tampered with, or shares no weight with the model.
     """
     given = read_source(settings)
     other = other_meaning(model, given, settings.attention, mlp_of(settings.model, settings.mlp))
+    if why := other_classes(given, class_names):
+        operators = set(operator_parameters(model))
+        other |= {name: why for name in model.state_dict() if _part(name, model, operators) == HEAD}
     fates = transplant(model, given.weights, given.name, other=other, origin=given.model)
+    if class_names and not given.class_names:
+        why = f"nothing in or beside {given.name} says of which classes it is: taken as the data's"
+        fates = [replace(f, why=f.why or why) if f.part == HEAD and f.fate == LOADED else f for f in fates]
     return assumed(fates, given, settings.attention)
+
+
+def other_classes(given: Given, class_names: Sequence[str]) -> str:
+    """Why a head can't be taken over, its size equal or not; nothing where both have the same classes, or one's aren't
+    known."""
+    if not (given.class_names and class_names) or list(given.class_names) == list(class_names):
+        return ""
+    return f"{given.name} has the classes {some(given.class_names)}, the data {some(class_names)}"
 
 
 def assumed(fates: list[Transplanted], given: Given, attention: str) -> list[Transplanted]:
@@ -214,7 +231,7 @@ def _part(name: str, model: nn.Module, operators: set[str]) -> str:
     config: Any = getattr(model, "pretrained_cfg", {})
     heads = config.get("classifier", "head")
     if name.startswith((heads,) if isinstance(heads, str) else tuple(heads)):
-        return "head"
+        return HEAD
     pieces = name.split(".")
     return f"{pieces[0]}: {pieces[2]}" if pieces[0] == "blocks" and len(pieces) > 2 else pieces[0]
 

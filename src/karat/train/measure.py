@@ -11,7 +11,7 @@ from karat.data.splits import load_data, same_data
 from karat.models.resample import resample_tokens
 from karat.models.transfer import teacher_of
 from karat.runs.files import write_json
-from karat.runs.model import data_options, input_size, load_run
+from karat.runs.model import class_names, data_options, input_size, load_run
 from karat.runs.settings import Device
 from karat.train.build import create_accelerator
 from karat.train.evaluate import evaluate
@@ -31,7 +31,9 @@ def evaluate_run(
 
     Of another folder its evaluation part is measured, or all of it where it has none.
     Another `img_size` resamples position embeddings and operators to the new token grid (SPEC §9).
-    Raises ValueError for data whose labels the model does not have, and as `load_run` does.
+    Labels follow the names of the run's classes.
+
+    Raises ValueError for data with a class that the run lacks, and as `load_run` does.
     """
     settings, facts = runs.read_config(run)
     if device is not None:
@@ -44,7 +46,7 @@ def evaluate_run(
         teacher = teacher_of(model)
         if teacher is not None:
             resample_tokens(teacher, img_size=img_size)
-    changed: dict[str, Any] = {"img_size": side, "num_classes": facts["num_classes"]}
+    changed: dict[str, Any] = {"img_size": side, "num_classes": facts["num_classes"], "classes": class_names(facts)}
     changed |= {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     given = {"spec": data, "batch_size": batch_size, "workers": workers}
     changed |= {name: value for name, value in given.items() if value is not None}

@@ -11,7 +11,7 @@ from karat import runs
 from karat.data.images import statistics
 from karat.runs import files
 from karat.runs.classification import Settings
-from karat.runs.model import input_size, load_run
+from karat.runs.model import class_names, input_size, load_run
 from karat.runs.recipes import get_recipe
 from karat.runs.saved import ModelConfig, is_saved
 from karat.share.hub.model import KArAtModel
@@ -73,7 +73,9 @@ def from_run(folder: Path, weights: str = "last") -> KArAtModel:
         )
     model = load_run(folder, weights)
     mean, std = statistics(facts["in_chans"])
-    names = tuple(map(str, facts.get("class_names", ())))
+    names = class_names(facts) or ()
+    if names:  # --num-classes may ask for more than the data has
+        names = (*names, *map(str, range(len(names), facts["num_classes"])))
     arguments = {name: value for name, value in settings.model_kwargs().items() if name != "mlp"}
     config = ModelConfig(
         settings.model,
@@ -83,7 +85,7 @@ def from_run(folder: Path, weights: str = "last") -> KArAtModel:
         in_chans=facts["in_chans"],
         img_size=settings.img_size or input_size(settings.model),
         model_args=arguments,
-        class_names=names if len(names) == facts["num_classes"] else (),
+        class_names=names,
         mean=mean,
         std=std,
         crop_pct=settings.recipe.crop_pct,
