@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from itertools import combinations
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from karat import basis_attention
+from karat import KArAtOperator, basis_attention
 from karat.basis import parse_basis
+from karat.ops import Call, implementations, joint_attention
 
 B, H, M, N, D, E = 2, 3, 9, 7, 8, 5
 
@@ -17,6 +23,71 @@ def inputs(spec: str, *, per_image: bool = False) -> list[Tensor]:
     shape = (H, parse_basis(spec).num_parameters, N, E)
     u = (B, *shape) if per_image else shape
     return [torch.randn(size).requires_grad_() for size in ((B, H, M, D), (B, H, N, D), u)]
+
+
+class Looker(TorchDispatchMode):
+    """Something beside autograd that looks on, and names the operators of ours that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "karat":
+            self.seen.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wanted", [*combinations(range(5), 1), (0, 1, 2, 3, 4), (0, 3)])
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("impl", ["auto", "tiled"])
+def test_the_dispatcher_is_stepped_around_without_a_trace(impl: str, joint: bool, wanted: tuple[int, ...]) -> None:
+    """Alone and looked upon: the same bits, and no gradient is worked out that nobody wants."""
+    shapes = ((B, H, M, D), (B, H, N, D), (B, H, N, D), (H, 6, N, E), (1, H, M, N))
+    leaves = [torch.randn(shape).requires_grad_(place in wanted) for place, shape in enumerate(shapes)]
+    leaves = leaves if joint else leaves[:2] + leaves[3:]
+    asked: list[tuple[bool, ...]] = []
+    results = []
+    for way in (nullcontext(), Looker()):
+        with pytest.MonkeyPatch.context() as patch, way:
+            module = implementations.choose(impl, Call(*leaves[:2], 1.0), leaves[-2], parse_basis("fourier"))
+            patch.setattr(module, "backward", _spy(module.backward, asked))
+            *qkvu, bias = leaves
+            out = (joint_attention if joint else basis_attention)(*qkvu, "fourier", bias=bias, impl=impl)
+            outs = out if joint else (out,)
+            upstream = [torch.linspace(-1, 1, x.numel()).view(x.shape) for x in outs]
+            needing = [leaf for leaf in leaves if leaf.requires_grad]
+            found = torch.autograd.grad(outs, needing, upstream) if needing else ()
+        results.append([*outs, *found])
+    assert all(map(torch.equal, *results))
+    assert [x.stride() for x in results[0]] == [x.stride() for x in results[1]]
+    if needing:
+        name = "joint_attention" if joint else "basis_attention"
+        assert way.seen == [name, f"{name}_backward"]
+        needs = [leaf.requires_grad for leaf in leaves]
+        assert asked == [(*needs[:2], *needs[-2:])] * 2
+
+
+def _spy(backward: Any, asked: list[tuple[bool, ...]]) -> Any:
+    def spied(grad: Tensor, call: Call, u: Tensor, basis: Any, needs: Any, softmax: Any = None) -> Any:
+        asked.append(tuple(needs))
+        return backward(grad, call, u, basis, needs, softmax)
+
+    return spied
+
+
+def test_results_may_be_written_to() -> None:
+    q, k, u = inputs("fourier(grid=3)")
+    _, sums = joint_attention(q, k, k, u, "fourier(grid=3)")  # softmax's output is kept for its gradient
+    for out in (sums, basis_attention(q, k, u, "fourier(grid=3)")):
+        out.mul_(2).sum().backward()
+
+
+def test_no_numbers_make_no_numbers() -> None:
+    q, k, u = (x.to("meta") for x in inputs("fourier(grid=3)"))
+    assert basis_attention(q, k, u, "fourier(grid=3)").shape == (B, H, M, E)
+    op = KArAtOperator(H, M, "g2b,residual=softmax").to("meta")
+    assert op.attend(q, q, q).shape == q.shape
 
 
 @pytest.mark.parametrize("per_image", [False, True])

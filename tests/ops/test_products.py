@@ -6,12 +6,19 @@ import pytest
 import torch
 
 from karat import KArAtOperator
-from karat.ops.products import product_for_tokens, shared_product
+from karat.ops import products
+from karat.ops.products import low_rank_product, product_for_tokens, shared_product
 
 PRODUCTS = {"shared": (shared_product, (3, 2, 5)), "tokens": (product_for_tokens, (4, 3, 6, 5))}
 X = (4, 3, 5, 2)
 
 
+@pytest.fixture(params=[0, products.FEW_TOKENS], ids=["head by head", "heads at once"])
+def few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "FEW_TOKENS", request.param)
+
+
+@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_equals_the_product_and_its_two_derivatives(name: str) -> None:
     product, shape = PRODUCTS[name]
@@ -22,6 +29,27 @@ def test_equals_the_product_and_its_two_derivatives(name: str) -> None:
     assert torch.autograd.gradgradcheck(product, (w, x))
 
 
+@pytest.mark.usefixtures("few")
+def test_both_products_at_once() -> None:
+    """Their values and two derivatives, any of the gradients alone, the same bits twice."""
+    h, w, x = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 2, 3, 2), (2, 4, 2), (2, 4, 2, 3)))
+    leaves = [leaf.requires_grad_() for leaf in (h, w, x.transpose(1, 2))]
+    plain = h @ (w.transpose(-2, -1) @ leaves[2])
+    out = low_rank_product(*leaves)
+    torch.testing.assert_close(out, plain)
+    assert out.transpose(1, 2).is_contiguous()
+    assert torch.autograd.gradcheck(low_rank_product, leaves)
+    assert torch.autograd.gradgradcheck(low_rank_product, leaves)
+    upstream = torch.randn_like(out)
+    exact = torch.autograd.grad(plain, leaves, upstream)
+    for wanted in range(3):
+        alone = [leaf.detach().requires_grad_(place == wanted) for place, leaf in enumerate(leaves)]
+        again = [torch.autograd.grad(low_rank_product(*alone), alone[wanted], upstream)[0] for _ in range(2)]
+        torch.testing.assert_close(again[0], exact[wanted])
+        assert torch.equal(*again)
+
+
+@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("name", PRODUCTS)
 @pytest.mark.parametrize("wanted", [0, 1])
 def test_one_gradient_alone(wanted: int, name: str) -> None:

@@ -18,6 +18,7 @@ from karat.operator.simplex import simplex_projection
 from karat.ops import Call, basis_sums, joint_sums
 from karat.ops.checks import check_values
 from karat.ops.masks import as_mask, row_patterns, safe_softmax, softmax_attention
+from karat.ops.reference import autocasting
 
 
 class KArAtOperator(OperatorParameters):
@@ -125,7 +126,7 @@ class KArAtOperator(OperatorParameters):
             ValueError: q, k and v that don't fit each other, a number of heads or keys, or of queries where they have
                 places of their own, that isn't the operator's.
         """
-        if not torch.is_autocast_enabled(q.device.type):  # which brings dtypes together
+        if not autocasting(q):  # which brings dtypes together
             check_values(q, k, v)
         self._check(q.shape[1], q.shape[2], k.shape[2])
         call = Call(q, k, q.shape[-1] ** -0.5 if scale is None else scale, as_mask(bias), as_mask(mask))

@@ -14,7 +14,7 @@ from karat.operator.parameters import OperatorParameters, Settings
 from karat.operator.power import scale_edges
 from karat.operator.rates import Gains
 from karat.ops import Call, basis_contraction
-from karat.ops.products import product_for_tokens, shared_product
+from karat.ops.products import low_rank_product
 
 # Numbers that op(scores) may hold at a time in a feature or edge tensor when no graph is recorded.
 CHUNK_NUMBERS = 1 << 25
@@ -104,5 +104,4 @@ def through_projector(parameters: OperatorParameters, hidden: Tensor, v: Tensor 
     """σ v = hidden (Wᵀ v), hidden (B,H,M,R); σ = hidden Wᵀ where v is None."""
     if v is None:
         return hidden @ parameters.projector_as(hidden).transpose(-2, -1)
-    projected = shared_product(parameters.projector_as(v).transpose(-2, -1), v)  # (B,H,R,D)
-    return product_for_tokens(hidden, projected)
+    return low_rank_product(hidden, parameters.projector_as(v), v)

@@ -60,7 +60,7 @@ def basis_sums(call: Call, u: Tensor, basis: str | Basis, impl: str = "auto") ->
         with reference.full_precision(call.q):
             return reference.basis_attention(call, u, basis)
     q, k, scale, bias, mask = call
-    sums: Tensor = library.basis_attention(q, k, u, bias, mask, str(basis), scale, impl)
+    sums: Tensor = library.basis_attention(q, k, u, bias, mask, basis, scale, impl)
     return sums
 
 

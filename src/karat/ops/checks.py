@@ -11,6 +11,7 @@ from karat.basis import Basis, parse_basis
 from karat.ops.call import Call
 from karat.ops.implementations import IMPLEMENTATIONS
 from karat.ops.masks import as_mask
+from karat.ops.reference import autocasting
 from karat.ops.transforms import serving
 
 IMPLS = ("auto", "reference", *IMPLEMENTATIONS)
@@ -53,12 +54,13 @@ def _autocast(call: Call, v: Tensor | None) -> tuple[Call, Tensor | None]:
 
     Before the dtypes are compared: a norm of q and k that autocast leaves in float32 may stand beside v in bfloat16.
     """
-    kinds = {x.dtype for x in (call.q, call.k, v) if x is not None}
-    castable = torch.float64 not in kinds and all(kind.is_floating_point for kind in kinds)
-    kind = call.q.device.type
-    if not (castable and torch.is_autocast_enabled(kind)):
+    if not autocasting(call.q):
         return call, v
-    low = torch.get_autocast_dtype(kind)
+    kinds = {x.dtype for x in (call.q, call.k, v) if x is not None}
+    castable = torch.float64 not in kinds and all(dtype.is_floating_point for dtype in kinds)
+    if not castable:
+        return call, v
+    low = torch.get_autocast_dtype(call.q.device.type)
     return call._replace(q=call.q.to(low), k=call.k.to(low)), None if v is None else v.to(low)
 
 

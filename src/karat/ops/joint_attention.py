@@ -65,5 +65,5 @@ def joint_sums(call: Call, v: Tensor, u: Tensor, basis: str | Basis, impl: str =
         with reference.full_precision(call.q):
             return reference.joint_attention(call, values, u, basis)
     q, k, scale, bias, mask = call
-    attended, sums, _ = library.joint_attention(q, k, values, u, bias, mask, str(basis), scale, impl)
+    attended, sums, _ = library.joint_attention(q, k, values, u, bias, mask, basis, scale, impl)
     return attended, sums

@@ -1,7 +1,8 @@
 """Basis and joint attention as operators of torch.library: autograd, fake tensors, autocast, FLOP counts.
 
 One opaque operator forward and one backward each; inside, a table of implementations. They're what lets torch.compile,
-the FLOP counter and autocast see attention as one thing, on every device.
+the FLOP counter and autocast see attention as one thing, on every device. Where nothing but autograd looks on, the same
+functions are called without the dispatcher, whose detours cost more than a small attention itself.
 
 The operators take tensors and plain settings alone, as their schemas say: those of a Call, u, and v in joint attention
 (`_Opened` reads them again).
@@ -20,20 +21,27 @@ from karat.basis import Basis, parse_basis
 from karat.ops import implementations, reference
 from karat.ops.call import Call
 from karat.ops.softmax_part import SoftmaxPart
-from karat.ops.transforms import refuse_tangents
+from karat.ops.transforms import observed, refuse_tangents
 
 _SETTINGS = "str basis, float scale, str impl"
 _ALONE = "Tensor q, Tensor k, Tensor u, Tensor? bias, Tensor? mask"
 _JOINT = "Tensor q, Tensor k, Tensor v, Tensor u, Tensor? bias, Tensor? mask"
 
 
-def _operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+class _Operation(NamedTuple):
+    """A function, and the operator that it is to all who look on."""
+
+    function: Callable[..., Any]
+    operator: Any
+
+
+def _operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], _Operation]:
     """Make a function an operator; `fake` gives memory in the shapes of its results."""
 
-    def register(function: Callable[..., Any]) -> Any:
+    def register(function: Callable[..., Any]) -> _Operation:
         operator = torch.library.custom_op(f"karat::{name}", function, mutates_args=(), schema=schema)
         operator.register_fake(fake)
-        return operator
+        return _Operation(function, operator)
 
     return register
 
@@ -44,8 +52,8 @@ def _memory_of_sums(q: Tensor, k: Tensor, u: Tensor, *rest: Any) -> Tensor:
 
 def _memory_of_softmax(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """For attended (B,H,M,Dv), laid out as (B,M,H,Dv), and logsumexp (B,H,M)."""
-    B, H, M, _ = q.shape
-    attended = q.new_empty(B, M, H, v.shape[-1]).transpose(1, 2)
+    B, H, M, Dv = *q.shape[:3], v.shape[-1]
+    attended = q.new_empty_strided((B, H, M, Dv), (M * H * Dv, Dv, H * Dv, 1))
     return attended, q.new_empty(B, H, M, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
@@ -77,7 +85,7 @@ class _Opened(NamedTuple):
     impl: str
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], basis: str, scale: float, impl: str) -> _Opened:
+    def of(cls, tensors: Sequence[Tensor], basis: str | Basis, scale: float, impl: str) -> _Opened:
         """Of q, k, v if there is one, u, bias, mask."""
         q, k, *v, u, bias, mask = tensors
         return cls(Call(q, k, scale, bias, mask), v[0] if v else None, u, parse_basis(basis), impl)
@@ -98,7 +106,7 @@ class _Opened(NamedTuple):
 
 
 @_operator("basis_attention", f"({_ALONE}, {_SETTINGS}) -> Tensor", _memory_of_sums)
-def basis_attention(q: Tensor, k: Tensor, u: Tensor, *rest: Any) -> Tensor:
+def _basis_attention(q: Tensor, k: Tensor, u: Tensor, *rest: Any) -> Tensor:
     """out (B,H,M,E); see `karat.basis_attention`."""
     bias, mask, *settings = rest
     return _Opened.of((q, k, u, bias, mask), *settings).forward()
@@ -109,14 +117,14 @@ def basis_attention(q: Tensor, k: Tensor, u: Tensor, *rest: Any) -> Tensor:
     f"(Tensor grad, {_ALONE}, {_SETTINGS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     _memory_of_gradients,
 )
-def basis_attention_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def _basis_attention_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k, u, bias; an empty tensor where `needs` says that none is wanted."""
     *tensors, basis, scale, impl, needs = inputs
     return tuple(_Opened.of(tensors, basis, scale, impl).backward(grad, needs))
 
 
 @_operator("joint_attention", f"({_JOINT}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)", _memory_of_both)
-def joint_attention(q: Tensor, k: Tensor, v: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _joint_attention(q: Tensor, k: Tensor, v: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """attended (B,H,M,Dv), sums (B,H,M,E), logsumexp (B,H,M); see `karat.ops.joint_attention`."""
     bias, mask, *settings = rest
     part = SoftmaxPart(v, *_memory_of_softmax(q, v))
@@ -130,7 +138,7 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, u: Tensor, *rest: Any) -> t
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _memory_of_joint_gradients,
 )
-def joint_attention_backward(grad_attended: Tensor, grad_sums: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def _joint_attention_backward(grad_attended: Tensor, grad_sums: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, u, bias; an empty tensor where `needs` says that none is wanted."""
     *tensors, attended, logsumexp, basis, scale, impl, needs = inputs
     v = tensors[2]
@@ -140,8 +148,11 @@ def joint_attention_backward(grad_attended: Tensor, grad_sums: Tensor, *inputs: 
     return dq, dk, v.new_empty(0) if dv is None else dv, du, dbias
 
 
-def _register_autograd(forward: Any, backward: Any) -> None:
-    """Differentiate `forward` by `backward`, once."""
+def _differentiable(forward: _Operation, backward: _Operation) -> Callable[..., Any]:
+    """Differentiate `forward` by `backward`, once: the operators, and the functions where nothing else looks on.
+
+    What is returned is called as the operators are, but for the basis, which needn't be text.
+    """
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.basis, ctx.scale, ctx.impl = inputs
@@ -154,8 +165,12 @@ def _register_autograd(forward: Any, backward: Any) -> None:
 
     def differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_tangents(*grads)
+        saved = ctx.saved_tensors  # asked for once: checkpointing doesn't give them twice
+        again, basis = backward.function, ctx.basis
+        if torch.is_grad_enabled() or observed(*saved, *grads):  # somebody may ask for a second derivative
+            again, basis = backward.operator, str(ctx.basis)
         needs = list(ctx.needs_input_grad[: ctx.inputs - 1])  # a mask has no gradient, nor has logsumexp, the third
-        gradients = backward(*grads[:2], *ctx.saved_tensors, ctx.basis, ctx.scale, ctx.impl, needs)
+        gradients = again(*grads[:2], *saved, basis, ctx.scale, ctx.impl, needs)
         wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
         return *wanted, None, None, None, None
 
@@ -164,12 +179,30 @@ def _register_autograd(forward: Any, backward: Any) -> None:
             "basis attention has second derivatives in its reference implementation only; use impl='reference'"
         )
 
-    forward.register_autograd(differentiate, setup_context=keep)
-    backward.register_autograd(refuse)
+    forward.operator.register_autograd(differentiate, setup_context=keep)
+    backward.operator.register_autograd(refuse)
+
+    class Unobserved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = forward.function(*inputs)
+            keep(ctx, inputs, output)
+            return output
+
+        backward = staticmethod(differentiate)
+
+    def call(*inputs: Any) -> Any:
+        *tensors, basis, scale, impl = inputs
+        if observed(*tensors):
+            return forward.operator(*tensors, str(basis), scale, impl)
+        return Unobserved.apply(*inputs)
+
+    return call
 
 
-_register_autograd(basis_attention, basis_attention_backward)
-_register_autograd(joint_attention, joint_attention_backward)
+basis_attention = _differentiable(_basis_attention, _basis_attention_backward)
+joint_attention = _differentiable(_joint_attention, _joint_attention_backward)
 
 Shape = Sequence[int]
 

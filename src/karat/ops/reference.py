@@ -16,10 +16,14 @@ from karat.ops.call import Call
 from karat.ops.masks import safe_softmax
 
 
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on where x lies; tensors without numbers have none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Autocast off where it's on: the low precision is that of q and k; every sum after them is in float32."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocasting(x) else nullcontext()
 
 
 def contract(scores: Tensor, u: Tensor, basis: Basis, mask: Tensor | None = None) -> Tensor:

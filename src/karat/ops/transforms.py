@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+_PLAIN = (Tensor, Parameter)
 
 
 def looked_through(*tensors: Tensor | None) -> bool:
@@ -47,3 +50,18 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
             "gradients of basis attention have a forward mode in its reference implementation only; "
             "use impl='reference'"
         )
+
+
+def observed(*tensors: Tensor | None) -> bool:
+    """Whether more than autograd looks on: a compiler, an exporter, a mode such as the FLOP counter, torch.func, or a
+    tensor of a kind of its own."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return True
+    return any(x is not None and _is_special(x) for x in tensors)
+
+
+def _is_special(x: Tensor) -> bool:
+    """Whether a tensor is more, or less, than numbers in memory; batched gradients are of an old kind of torch's."""
+    return type(x) not in _PLAIN or x.is_meta or torch._C._functorch.is_legacy_batchedtensor(x)
