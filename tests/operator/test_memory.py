@@ -42,7 +42,7 @@ def test_at_most_what_sdpa_keeps() -> None:
 
 @pytest.mark.parametrize("config", ["g3b", "g3b,order=PhiW", "g3b,order=PhiPhi", "morlet-b", "rational-b,rank=4"])
 def test_grows_linearly_with_the_tokens(config: str) -> None:
-    sizes = (65, 197, 785) if "g3b" not in config else (197, 785, 3137)
+    sizes = (129, 257, 785) if "g3b" not in config else (197, 785, 3137)  # with few tokens less is kept
     kept = []
     for tokens in sizes:
         op = KArAtOperator(1, tokens, f"{config},impl=tiled,init=paper")
