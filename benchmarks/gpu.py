@@ -4,6 +4,16 @@
     python benchmarks/gpu.py --sweep          # tile sizes of the Triton kernels as well
     python benchmarks/gpu.py --dry            # no GPU: the same steps at toy sizes on the CPU, to try the script itself
 
+A machine that is lent for a while often has torch and no network. What it lacks then (tyro, faster-coco-eval, entmax,
+datasets and the like) is collected on one that has it, for the lender's Python, and installed there:
+
+    pip download -c constraints.txt --only-binary :all: --python-version 3.11 -d wheels \\
+        tyro rich jinja2 timm accelerate datasets safetensors huggingface_hub matplotlib tensorboard scikit-learn \\
+        psutil filelock faster-coco-eval entmax pytest
+    make wheel && cp dist/*x86_64.whl wheels
+    pip install --no-index --find-links wheels karat entmax pytest    # there; torch stays what it is
+
+It's restartable: a step that is complete in gpu.json, on the same chip with the same versions, isn't run again.
 Every check is a line of gpu.json: what was measured, its target, whether it's met. Without a CUDA GPU nothing is
 measured, which it says, ending with status 1. A failing check doesn't stop the others; the status is then 1 too.
 """
@@ -96,25 +106,45 @@ class Gpu:
         ]  # fmt: skip
         if self.sweep:
             steps.append(self.tiles)
-        checks: list[dict[str, Any]] = []
+        done = self.done()
         for one in steps:
-            print(f"== {one.__name__}", flush=True)
+            name = one.__name__
+            if name in done:
+                print(f"== {name}: kept", flush=True)
+                continue
+            print(f"== {name}", flush=True)
+            lines: list[dict[str, Any]] = []
             try:
                 for line in one():
                     print(json.dumps(line), flush=True)
-                    checks.append(line)
+                    lines.append(line)
             except Exception as error:  # a GPU is lent for a while: what else can be measured, is
                 traceback.print_exc()
-                checks.append(check(one.__name__, None, None, f"failed: {error}") | {"met": False})
-            self.write(checks)
+                lines.append(check(name, None, None, f"failed: {error}") | {"met": False, "failed": True})
+            done[name] = lines
+            self.write(done)
+        checks = [line for lines in done.values() for line in lines]
         Measurement("GPU checks" + " (dry run on the CPU: figures mean nothing)" * self.dry, checks).show()
         return int(any(line["met"] is False for line in checks) and not self.dry)
 
-    def write(self, checks: list[dict[str, Any]]) -> None:
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Chip, versions, and what else a figure depends on."""
+        return environment() | {"triton": _triton(), "dry": self.dry, "rounds": self.rounds}
+
+    def done(self) -> dict[str, list[dict[str, Any]]]:
+        """The lines of each step that an earlier call completed in this environment."""
+        path = self.output / "gpu.json"
+        report = json.loads(path.read_text()) if path.is_file() else {}
+        steps = report.get("steps", {}) if report.get("environment") == self.environment else {}
+        return {name: lines for name, lines in steps.items() if not any(line.get("failed") for line in lines)}
+
+    def write(self, steps: dict[str, list[dict[str, Any]]]) -> None:
         """Keep what there is so far."""
         self.output.mkdir(parents=True, exist_ok=True)
-        report = {"dry": self.dry, "environment": environment() | {"triton": _triton()}, "checks": checks}
-        (self.output / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+        half = self.output / "gpu.json.part"
+        half.write_text(json.dumps({"environment": self.environment, "steps": steps}, indent=1) + "\n")
+        half.replace(self.output / "gpu.json")
 
     def tests(self) -> Iterator[dict[str, Any]]:
         """The kernels' tests, compiled where there is a GPU."""

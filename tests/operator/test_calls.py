@@ -168,3 +168,13 @@ def test_compiles_with_open_sizes_and_settings(basis: str, residual: str) -> Non
     for batch in (2, 3):
         q, k, v = torch.randn(3, batch, H, N, D)
         torch.testing.assert_close(compiled(q, k, v), op.attend(q, k, v))
+
+
+@pytest.mark.parametrize("spec", ["g3b", "g3b,residual=softmax", "g3b,softmax_heads=1", "rational-b", "recommended"])
+def test_on_meta_tensors_there_are_shapes(spec: str) -> None:
+    operator = KArAtOperator(H, N, spec).to("meta")
+    q = torch.empty(B, H, N, D, device="meta", requires_grad=True)
+    out = operator.attend(q, q, q)
+    out.sum().backward()
+    assert (out.shape, out.device.type) == (q.shape, "meta")
+    assert q.grad is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from karat.ops.call import Call  # noqa: E402
+from karat.ops.triton import launch  # noqa: E402
+from karat.ops.triton.arguments import Tiles  # noqa: E402
 from karat.ops.triton.attention import LARGEST_ORDER, unsupported  # noqa: E402
 from karat.ops.triton.features import spline  # noqa: E402
 from karat.ops.triton.functions import activation, activation_slope, sincos  # noqa: E402
@@ -98,3 +101,25 @@ def test_spline_of_whole_knots(order: int) -> None:
     for got, function in ((value, exact), (slope, exact.derivative())):
         wanted = torch.from_numpy(function(points)).nan_to_num(0)
         torch.testing.assert_close(got.cpu(), wanted, rtol=0, atol=5e-6)
+
+
+class Fitting:
+    """A kernel whose buffers fit at a depth of one; it counts what is tried."""
+
+    def __init__(self) -> None:
+        self.tried: list[int] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._run
+
+    def _run(self, num_stages: int, **arguments: object) -> None:
+        self.tried.append(num_stages)
+        if num_stages > 1:
+            raise triton.OutOfResources(2, 1, "shared memory")
+
+
+def test_a_launch_that_failed_is_not_tried_again() -> None:
+    kernel, tiles = Fitting(), Tiles(64, 64, 4, 3)
+    for N, width in ((197, 12), (65, 12), (197, 24)):  # the last one is another variant
+        launch._launch(kernel, 1, tiles, q=ONE, N=N, E=width)
+    assert kernel.tried == [3, 2, 1, 1, 3, 2, 1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import Protocol, cast
 
-import torch
 from torch import Tensor
 
 from karat.basis import Basis
@@ -66,8 +65,7 @@ def choose(impl: str, call: Call, u: Tensor, basis: Basis, v: Tensor | None = No
                 f"impl={impl!r} can't serve this call: {reason}; use impl='auto' or one of reference, {', '.join(able)}"
             )
         return load(impl)
-    kind = call.q.device.type
-    names = PREFERENCE.get("hip" if torch.version.hip and kind == "cuda" else kind, PREFERENCE_ELSEWHERE)
+    names = PREFERENCE.get(call.q.device.type, PREFERENCE_ELSEWHERE)
     return next(module for module in map(load, names) if module.unsupported(call, u, basis, v) is None)
 
 

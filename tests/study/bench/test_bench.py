@@ -114,3 +114,13 @@ def test_the_gpu_script_says_that_there_is_none(
     assert importlib.import_module("gpu").main() == 1
     assert "No CUDA GPU is here, so nothing was measured" in capsys.readouterr().err
     assert not (tmp_path / "gpu").exists()
+
+
+def test_the_gpu_script_goes_on_where_it_was_cut_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    gpu = importlib.import_module("gpu")
+    script, whole = gpu.Gpu(dry=True, output=tmp_path), [gpu.check("error", 1.0, 2.0)]
+    assert script.done() == {}
+    script.write({"tests": whole, "memory": [gpu.check("memory", None, None) | {"failed": True}]})
+    assert script.done() == {"tests": whole}
+    assert gpu.Gpu(dry=True, rounds=3, output=tmp_path).done() == {}  # other figures

@@ -173,7 +173,7 @@ class Arguments:
             "SETTINGS": self.settings,
             "HAS_BIAS": bias is not None,
             "HAS_MASK": mask is not None,
-            "PRECISION": "tf32x3" if q.is_cuda and q.dtype == torch.float32 else "ieee",
+            "PRECISION": "tf32x3" if q.is_cuda and q.dtype == torch.float32 and not torch.version.hip else "ieee",
             "EXACT": q.dtype == torch.float32,
         }
         return run_time | compile_time | ({} if self.grad is None else self._backward(self.grad))

@@ -13,7 +13,7 @@ from karat.ops.triton.kernels import accumulators, differentiate, feature_of, lo
 from karat.ops.triton.softmax import softmax_backward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "IMAGES"])  # a last batch of another size is no other kernel
 def basis_attention_bwd_dkdu_kernel(
     q, k, u, v, bias, mask, do, da, logsumexp, delta, dk, du, dv, scale, B, H, M, N, IMAGES,
     s_q, s_k, s_u, s_v, s_bias, s_mask, s_do, s_da, s_dk, s_dv,
@@ -87,7 +87,7 @@ def basis_attention_bwd_dkdu_kernel(
         tl.store(p_du, b_du[slot], mask=m_n[:, None] & (o_e < E)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "IMAGES"])  # a last batch of another size is no other kernel
 def basis_attention_bwd_dbias_kernel(
     q, k, u, v, bias, mask, do, da, logsumexp, delta, dbias, scale, B, H, M, N, IMAGES,
     s_q, s_k, s_u, s_v, s_bias, s_mask, s_do, s_da, s_dbias,

@@ -18,17 +18,26 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 BIAS_NUMBERS = 1 << 24  # most numbers of partial results for the gradient of a bias that images share
 
 
+# What launched once: kernel, GPU, tiles and all that it was compiled for -> the pipeline's depth that fitted.
+_FITTING: dict[tuple[Any, ...], int] = {}
+_RUN_TIME = {"B", "H", "M", "N", "IMAGES"}  # the other names in capitals are what a kernel is compiled for
+
+
 def _launch(kernel: Any, programs: int, tiles: Tiles, **arguments: Any) -> None:
     """Launch with the deepest pipeline whose buffers fit into this GPU's shared memory; the result is the same."""
     arguments |= {"BM": tiles.queries, "BN": tiles.keys, "num_warps": tiles.warps}
-    with torch.cuda.device_of(arguments["q"]):
-        for stages in range(tiles.stages, 0, -1):
+    q, fixed = arguments["q"], sorted(name for name in arguments if name.isupper() and name not in _RUN_TIME)
+    variant = (kernel, q.device, q.dtype, tiles, *((name, arguments[name]) for name in fixed))
+    with torch.cuda.device_of(q):
+        for stages in range(_FITTING.get(variant, tiles.stages), 0, -1):
             try:
                 kernel[(programs,)](**arguments, num_stages=stages)
-                return
             except triton.OutOfResources:
                 if stages == 1:
                     raise
+            else:
+                _FITTING[variant] = stages
+                return
 
 
 def _images_per_program(images: int, programs_per_image: int, device: torch.device) -> int:
