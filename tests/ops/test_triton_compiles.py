@@ -111,7 +111,6 @@ CASES = [
     *((*case, "90") for case in CASES),
     *(("fourier(grid=3)", "bfloat16", 64, 12, "plain", chip) for chip in ("80", "86", "89", "120", "gfx942")),
     ("fourier(grid=1)", "bfloat16", 64, 12, "beside softmax", "gfx942"),
-    ("fourier(grid=3)", "float32", 128, 128, "beside softmax", "86"),
 ]
 
 
