@@ -50,6 +50,7 @@ TILES: dict[str, dict[str, Tiles]] = {
         "dbias": Tiles(64, 16, 4, 1),
     },
 }
+LARGE_SHARED_BYTES = 200 << 10  # on chips with less, the widest tiles get smaller
 WIDEST = {"half": 128, "float": 64, "edges": 16}  # outputs of one launch; wider ones are cut
 
 
@@ -105,7 +106,8 @@ class Arguments:
         if max(self.call.q.shape[-1], values, min(self.u.shape[-1], WIDEST[self.kind])) > 64:
             tiles = tiles._replace(warps=2 * tiles.warps, stages=max(1, tiles.stages - 1))
             if self.kind == "float":
-                tiles = tiles._replace(keys=16)
+                small = shared_memory(self.call.q.device) < LARGE_SHARED_BYTES
+                tiles = tiles._replace(keys=16, queries=min(tiles.queries, 32 if small else 64))
         return tiles
 
     def slices(self) -> Iterator[tuple[slice, Arguments]]:
@@ -185,6 +187,14 @@ class Arguments:
             da = self.softmax.grad.to(self.call.q.dtype)
             rows = {"logsumexp": self.softmax.logsumexp, "delta": self.softmax.delta().contiguous()}
         return {"do": grad, "s_do": grad.stride(), "da": da, "s_da": da.stride(), **rows}
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may use."""
+    if device.type != "cuda":
+        return LARGE_SHARED_BYTES
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
 def padded(width: int) -> int:
