@@ -63,7 +63,7 @@ def published() -> str:
         able, reason = entry.runnable
         command = f"`karat paper table{number} --run {entry.row}`" if able else f"not run: {reason}"
         names = (entry.row, entry.model, f"`{entry.variant}`", entry.dataset, entry.metric)
-        return (*names, f"{entry.value:g}", measured(entry), command)
+        return (*names, entry.printed, measured(entry), command)
 
     parts = []
     for number, title in PUBLISHED.items():

@@ -10,10 +10,11 @@ from typing import Annotated, Literal
 
 from torch import nn
 
-from karat.analyze.attention import BlockAttention, attention_of
+from karat.analyze.attention import BlockAttention, attention_of, check_head, choose_block
 from karat.analyze.functions import operators_of
 from karat.analyze.landscape import Progress
 from karat.analyze.loading import Run, Samples, labels_of, open_run, runs_in
+from karat.data.images import read_file
 from karat.operator.config import KArAtConfig
 from karat.runs.settings import slug
 from karat.values import Count, Natural, Positive, Range, Seed
@@ -113,8 +114,29 @@ def open_subjects(folders: Sequence[Path], options: Options, progress: Progress 
     twice = next((run for run in chosen if chosen.count(run) > 1), None)
     if twice is not None:
         raise ValueError(f"{twice} is named twice: name each run once")
+    _check_object(options)
     opened = [open_run(folder) for folder in chosen]
-    return [Subject(run, label, options, progress) for run, label in zip(opened, labels_of(opened), strict=True)]
+    found = [Subject(run, label, options, progress) for run, label in zip(opened, labels_of(opened), strict=True)]
+    if options.block is not None or options.head is not None:
+        for s in found:
+            check_head(options.head or 0, choose_block(s.attention, options.block).sigma.shape[1])
+    return found
+
+
+def _check_object(options: Options) -> None:
+    """ValueError for an image that isn't there, and for a mask or a box that isn't one object of it."""
+    image, box = options.image, options.box
+    if options.mask is not None and box is not None:
+        raise ValueError("--mask and --box both say where the object is: give one of them")
+    if image is None:
+        if options.mask is not None or box is not None:
+            raise ValueError("--mask and --box belong to one image: name it with --image")
+        return
+    width, height = read_file(image).size
+    if box is not None and not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
+        raise ValueError(
+            f"--box {box}: give x0 y0 x1 y1, x0 < x1 and y0 < y1, within {image}'s {width}×{height} pixels"
+        )
 
 
 def learning(subjects: Sequence[Subject]) -> list[Subject]:

@@ -10,7 +10,10 @@ from importlib import resources
 
 @dataclass(frozen=True)
 class PublishedFigure:
-    """One published figure: `row` counts from 1 within its table; value in percent for accuracies and AP."""
+    """One published figure: `row` counts from 1 within its table; value in percent for accuracies and AP.
+
+    decimals: how many places the table gives figures of this metric.
+    """
 
     table: int
     row: int
@@ -20,6 +23,12 @@ class PublishedFigure:
     metric: str
     value: float
     note: str
+    decimals: int
+
+    @property
+    def printed(self) -> str:
+        """The value as it is printed, last zero included: 72.90."""
+        return f"{self.value:.{self.decimals}f}" if self.value else "0"
 
 
 @cache
@@ -27,11 +36,20 @@ def published() -> tuple[PublishedFigure, ...]:
     """All 468 figures of arXiv 2503.10632v3, table by table."""
     text = resources.files("karat.paper").joinpath("published.csv").read_text(encoding="utf-8")
     found: list[PublishedFigure] = []
-    for line in csv.DictReader(text.splitlines()):
+    lines = list(csv.DictReader(text.splitlines()))
+    places: dict[tuple[str, str], int] = {}
+    for line in lines:
+        kind = (line["table"], line["metric"])
+        places[kind] = max(places.get(kind, 0), len(line["value"].partition(".")[2]))
+    for line in lines:
         table = int(line["table"])
         row = 1 + sum(figure.table == table for figure in found)
         words = (line["model"], line["variant"], line["dataset"], line["metric"])
-        found.append(PublishedFigure(table, row, *words, float(line["value"]), line["note"]))
+        found.append(
+            PublishedFigure(
+                table, row, *words, float(line["value"]), line["note"], places[line["table"], line["metric"]]
+            )
+        )
     return tuple(found)
 
 

@@ -40,7 +40,7 @@ def one_table(number: int, results: Sequence[tuple[Entry, Measured]] = ()) -> Ta
         table.add_column("run", overflow="fold")
     for entry in entries:
         found = [run for e, run in results if e == entry]
-        cells = [str(entry.row), entry.model, entry.variant, entry.dataset, entry.metric, f"{entry.value:g}"]
+        cells = [str(entry.row), entry.model, entry.variant, entry.dataset, entry.metric, entry.printed]
         if results:
             cells.append("\n".join(f"{run.figures[entry.metric]:.2f}" for run in found))
             cells.append("\n".join(run.run + (f" ({run.caveat})" if run.caveat else "") for run in found))
@@ -94,7 +94,7 @@ def one_row(entry: Entry) -> Table:
         "model": f"{entry.model} ({setup.model})",
         "variant": entry.variant,
         "data": entry.dataset and f"{entry.dataset} ({setup.data}, {setup.num_classes} classes)",
-        "published": f"{entry.metric} {entry.value:g}",
+        "published": f"{entry.metric} {entry.printed}",
         "attention": setup.attention,
         "kind": setup.kind,
         "recipe": setup.recipe,
@@ -118,5 +118,5 @@ def measured_beside(entry: Entry, measured: dict[str, float], console: Console) 
         table.add_column(name, justify="left" if name == "metric" else "right")
     for other in alike:
         if other.metric in measured:
-            table.add_row(other.metric, f"{other.value:g}", f"{measured[other.metric]:.3f}")
+            table.add_row(other.metric, other.printed, f"{measured[other.metric]:.3f}")
     console.print(table)

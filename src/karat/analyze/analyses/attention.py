@@ -114,8 +114,7 @@ def _overlap(s: Subject, maps: Tensor) -> dict[str, list[float]]:
     options = s.options
     if options.mask is None and options.box is None:
         return {}
-    if options.image is None:
-        raise ValueError("--mask and --box belong to one image: name it with --image")
+    assert options.image is not None  # `open_subjects` saw to it
     size = read_file(options.image).size
     if options.mask is not None:
         drawn = read_file(options.mask, 1, ground="black")
