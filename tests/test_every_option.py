@@ -68,7 +68,6 @@ def options(command: str) -> list[str]:
 
 
 def cases() -> Iterator[tuple[str, str]]:
-    """Command and option; one that several commands share through the same dataclass is tried with the first of them."""
     seen: set[str] = set()
     for command in ("train", *[name for name in LINES if name != "train"]):
         shared = {"train", "compare", "transfer"}
@@ -150,4 +149,4 @@ def test_no_value_of_an_option_is_a_traceback(
 
 
 def test_every_command_has_options() -> None:
-    assert {command for command, _ in CASES} == set(LINES)
+    assert {command for command, _ in CASES} == set(LINES) - {"transfer"}  # its options are those of train
