@@ -142,12 +142,30 @@ def stability() -> str:
     return subprocess.run(command, cwd=DOCS.parent, check=True, capture_output=True, text=True).stdout.strip()
 
 
+def served() -> str:
+    """Each model with attention: how it was converted, what it does then, and why not."""
+    rows = {name: row for name, row in read("served.json")["rows"].items() if row["attention"] is not False}
+
+    def cells(name: str, row: dict[str, Any]) -> tuple[object, ...]:
+        works = ["yes" if row.get(key) else "no" if row.get("converted") else "" for key in ("trained", "exported")]
+        reason = (row.get("reason") or row.get("export_error") or "").replace("|", "/")
+        short = reason if len(reason) <= 160 else reason[:157] + "..."
+        return (f"`{name}`", row.get("converted") or "no", row.get("sites", ""), *works, short)
+
+    lines = [cells(name, row) for name, row in rows.items()]
+    ours = [row for name, row in rows.items() if name.startswith("timm.")]
+    some = sum(bool(row.get("converted")) for row in ours)
+    table = markdown("module or class | converted by | attentions > | trained | exported | what stays, and why", lines)
+    return f"Of {len(ours)} modules of timm with attention {some} were converted.\n\n{table}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "published": published,
     "cost": cost,
     "rates": rates,
     "layer-rates": layer_rates,
     "stability": stability,
+    "served": served,
 }
 
 

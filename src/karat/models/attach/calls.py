@@ -21,20 +21,21 @@ class Layout:
     """Where the H heads are among the leading axes of queries or scores (…,M,N).
 
     axis: the head axis; None: there is none, and H is one. folded: the heads are the inner part of the first axis,
-    (B·H,…), as in `F.multi_head_attention_forward`.
+    (B·H,…), as in `F.multi_head_attention_forward`. leading: how many leading axes there are.
     """
 
     heads: int
     axis: int | None = 1
     folded: bool = False
+    leading: int = 2
 
     def fits(self, leading: int) -> Layout:
         """The layout for a call with so many leading axes: this one, or what is usual for (B,H) and (B·H)."""
-        if leading == (1 if self.axis is None or self.folded else 2) or leading > 2:
+        if leading == self.leading or leading > 2:
             return self
         if leading == 2:
             return Layout(self.heads)
-        return Layout(self.heads, None if self.heads == 1 else 1, folded=self.heads > 1)
+        return Layout(self.heads, None if self.heads == 1 else 1, folded=self.heads > 1, leading=1)
 
     def fold(self, x: Tensor) -> Tensor:
         """(…,M,D) -> (B,H,M,D), all other leading axes in B."""
@@ -192,25 +193,26 @@ def layout_of(call: Call, heads: int | None, batch: int) -> Layout | str:
     """Where the heads of a call are, from the module's number of heads and the example's images; or why it can't be
     told."""
     leading = list(call.shape[:-2])
+    count = len(leading)
     where = f"queries or scores of shape {tuple(call.shape)}"
-    if len(leading) == 2 and (leading[1] == heads or heads is None):
+    if count == 2 and (leading[1] == heads or heads is None):
         return Layout(leading[1])
-    if len(leading) == 1:
+    if count == 1:
         if heads == 1 or leading[0] == batch:
-            return Layout(1, None)
+            return Layout(1, None, leading=count)
         if heads is not None and leading[0] % (batch * heads) == 0:
-            return Layout(heads, folded=True)
+            return Layout(heads, folded=True, leading=count)
         return f"{where} don't tell which axis is the heads'; give the module an attribute num_heads"
     found = [i for i, size in enumerate(leading) if size == heads and (i or heads != batch)]
     if heads == 1:
-        return Layout(1, found[-1]) if found else Layout(1, None)
+        return Layout(1, found[-1], leading=count) if found else Layout(1, None, leading=count)
     if len(found) > 1:
         found = [i for i in found if _beside(call, i)] or found
     if len(found) == 1:
-        return Layout(int(leading[found[0]]), found[0])
+        return Layout(int(leading[found[0]]), found[0], leading=count)
     if heads is not None and not found and leading[0] % (batch * heads) == 0 and isinstance(call, Written):
-        return Layout(heads, folded=True)
-    if len(leading) == 2 and isinstance(call, Fused):
+        return Layout(heads, folded=True, leading=count)
+    if count == 2 and isinstance(call, Fused):
         return Layout(leading[1])  # as PyTorch documents it
     told = f"num_heads={heads} fits {len(found)} of them" if heads else "the module has no num_heads"
     return f"{where} don't tell which axis is the heads': {told}; try an example of another size"

@@ -30,7 +30,7 @@ def example_of(model: Any, img_size: Sequence[int] | None = None) -> Example:
             f"{type(model).__name__} doesn't say what its inputs are: give one, "
             "karat.karatize(model, ..., example=torch.zeros(2, 3, 224, 224))"
         )
-    return torch.zeros(BATCH, _channels(model), *size)
+    return torch.zeros(BATCH, channels(model), *size)
 
 
 def _pixels(model: Any) -> tuple[int, int] | None:
@@ -42,7 +42,7 @@ def _pixels(model: Any) -> tuple[int, int] | None:
     return None if size is None else (int(size[-2]), int(size[-1]))
 
 
-def _channels(model: nn.Module) -> int:
+def channels(model: nn.Module) -> int:
     """The channels of the first convolution; 3 where there is none."""
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     return 3 if first is None else first.in_channels
@@ -52,7 +52,7 @@ def _of_transformers(model: Any, config: Any, img_size: Sequence[int] | None) ->
     side = img_size or getattr(config, "image_size", None)
     if getattr(model, "main_input_name", "") == "pixel_values" and side is not None:
         size = (side, side) if isinstance(side, int) else tuple(side)
-        return {"pixel_values": torch.zeros(BATCH, getattr(config, "num_channels", 3), *size)}
+        return {"pixel_values": torch.zeros(BATCH, getattr(config, "numchannels", 3), *size)}
     return dict(model.dummy_inputs)
 
 
