@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import karat
-from karat.models.create import REGISTERED, ModelArgumentsError
+from karat.models.create import REGISTERED, ModelArgumentsError, rebuild_model
 from support.small_models import VIT
 
 
@@ -112,3 +112,31 @@ def test_a_failing_download_is_not_the_arguments_fault(monkeypatch: pytest.Monke
     monkeypatch.setattr("timm.create_model", offline)
     with pytest.raises(RuntimeError, match="no network"):
         karat.create_model("vit_tiny_patch16_224", pretrained=True)
+
+
+CUT = [
+    ("vit_tiny_patch16_224", {"img_size": 31}, "15 pixels would be cut off; give 16 or 32"),
+    ("vit_tiny_patch16_224", {"img_size": (32, 20)}, "img_size=20 is no multiple of the patch size 16"),
+    ("vit_tiny_patch16_224", {"patch_size": 15}, "img_size=224 is no multiple of the patch size 15"),
+    ("vit_tiny_patch16_224", {"img_size": 8}, "img_size=8 is smaller than a patch of 16 pixels"),
+    ("karat_vit_tiny_patch16_224", {"img_size": 31}, "no multiple"),
+    ("convit_tiny", {"img_size": 30}, "no multiple"),
+    ("swin_tiny_patch4_window7_224", {"img_size": 30}, "no multiple"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "message"), CUT)
+def test_images_that_patches_do_not_divide_are_refused(name, arguments, message):
+    sizes = {} if "swin" in name else {"depth": 1}
+    for create in (karat.create_model, karat.KArAtModel.create):
+        with pytest.raises(ValueError, match=message):
+            create(name, "softmax" if "convit" in name else "g3b", **sizes, **arguments)
+
+
+def test_padding_cuts_nothing_and_saved_models_are_built_as_they_were():
+    sizes = {"img_size": 30, "depth": 1, "embed_dim": 24, "num_heads": 2}
+    karat.create_model("vit_tiny_patch16_224", dynamic_img_pad=True, dynamic_img_size=True, **sizes)
+    assert rebuild_model("vit_tiny_patch16_224", **sizes).patch_embed.grid_size == (1, 1)
+    model = karat.create_model("vit_tiny_patch16_224", "g3b", **sizes | {"img_size": 32})
+    with pytest.raises(ValueError, match="img_size=40 is no multiple of the patch size 16"):
+        karat.resample_tokens(model, img_size=40)

@@ -1,17 +1,7 @@
 """One image, from its file or bytes to the pixels that a model takes, without randomness.
 
-Every image of the package comes through `read_image`, which makes of each of Pillow's modes what a person sees:
-
-| what is in the file | what comes out |
-|---|---|
-| an EXIF orientation | turned as it says, then everything else; sizes are those of the picture as shown |
-| 1 bit, 8-bit grey, RGB, RGBX | as it stands |
-| a palette, CMYK, YCbCr, HSV, CIELAB | its colours, by Pillow; ICC profiles are not applied |
-| transparency of any kind | laid over white |
-| 16-bit grey | scaled to 8 by the file's bit depth |
-| 16-bit colour | its upper 8 bits, by Pillow |
-| 32-bit whole or real numbers | refused: the file doesn't say which is white |
-| several frames or pages | the first |
+Every image of the package comes through `read_image`, which makes of each of Pillow's modes what a person sees, or
+refuses it; docs/data.md has the table.
 """
 
 from __future__ import annotations

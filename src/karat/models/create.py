@@ -17,6 +17,7 @@ from karat.models.kan.mlp import replace_mlp
 from karat.models.kan.peers import DEEP_KAN, register_peers
 from karat.models.karatize import karatize
 from karat.models.positions import SINCOS, start_as_sincos
+from karat.models.regrid import check_patches
 from karat.operator.config import KArAtConfig
 
 PREFIX = "karat_"
@@ -64,14 +65,23 @@ def create_model(
             pos_embed="sincos": position embeddings that start as sines and cosines (`karat.models.positions`).
 
     Raises:
-        ValueError: a name that timm doesn't know, or what `karat.karatize` refuses. ModelArgumentsError, a kind of it:
-            arguments that the model doesn't take or that contradict each other. With pretrained=True what timm raises
-            is handed on, for there it may also be the network's fault.
+        ValueError: a name that timm doesn't know, images that patches don't divide, or what `karat.karatize` refuses.
+            ModelArgumentsError, a kind of it: arguments that the model doesn't take or that contradict each other. With
+            pretrained=True what timm raises is handed on, for there it may also be the network's fault.
 
     >>> model = create_model("vit_tiny_patch16_224", "g3b", img_size=32, patch_size=4, embed_dim=96, depth=6)
     >>> model.blocks[0].attn.operator.num_tokens
     65
     """
+    model = rebuild_model(name, attention, mlp, **timm_kwargs)
+    check_patches(model)
+    return model
+
+
+def rebuild_model(
+    name: str, attention: KArAtConfig | str | None = None, mlp: str | None = None, **timm_kwargs: Any
+) -> nn.Module:
+    """As `create_model`, for weights that were saved: what their patches cut off, they were trained without."""
     config = None if attention is None else KArAtConfig.parse(attention)
     if "(" in name:
         name, settings = parse_call(name)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 from torch import nn
 
 from karat.models.attention import KArAtWindowAttention
@@ -59,16 +59,32 @@ def _carry(model: nn.Module, old: tuple[int, int], new: tuple[int, int], old_pre
         bias.resample(new, prefix)
 
 
+def check_patches(model: Any, img_size: Sequence[int] | None = None) -> None:
+    """Raise ValueError where patches don't divide images of that size, None for the model's: pixels would be cut off.
+
+    A model without patches is served, as is one that pads its images.
+    """
+    patches = getattr(model, "patch_embed", None)
+    sides = img_size or getattr(patches, "img_size", None)
+    if not isinstance(patches, PatchEmbed) or patches.dynamic_img_pad or sides is None:
+        return
+    for side, patch in zip(sides, patches.patch_size, strict=True):
+        if side < patch:
+            raise ValueError(f"img_size={side} is smaller than a patch of {patch} pixels; give {patch} or more")
+        if side % patch:
+            fits = side - side % patch
+            raise ValueError(
+                f"img_size={side} is no multiple of the patch size {patch}: {side % patch} pixels would be cut off; "
+                f"give {fits} or {fits + patch}, or another patch size"
+            )
+
+
 def _new_grid(model: Any, img_size: tuple[int, int] | None) -> tuple[int, int]:
     """The patch grid that `img_size` gives."""
-    if img_size is None:
+    if img_size is None or img_size == tuple(model.patch_embed.img_size):
         return tuple(model.patch_embed.grid_size)
-    grid = tuple(model.patch_embed.dynamic_feat_size(img_size))
-    if min(grid) < 1:
-        raise ValueError(
-            f"img_size={img_size} is smaller than a patch {model.patch_embed.patch_size}; give a larger one"
-        )
-    return grid
+    check_patches(model, img_size)
+    return tuple(model.patch_embed.dynamic_feat_size(img_size))
 
 
 def resample_vit(model: Any, img_size: tuple[int, int] | None, num_prefix: int | None, _: Any) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from karat import runs
 from karat.data.splits import DEFAULT_SIZE, DataOptions
-from karat.models.create import create_model
+from karat.models.create import create_model, rebuild_model
 from karat.models.transfer import transfer_attention
 from karat.runs.checkpoint import load_weights
 from karat.runs.classification import Settings
@@ -53,22 +53,19 @@ def class_names(facts: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(map(str, facts.get("class_names", ()))) or None
 
 
-def plain_model(settings: Settings, num_classes: int, in_chans: int) -> nn.Module:
-    """The model that the settings describe, with attention of its own; ValueError for patches larger than images."""
-    side = settings.img_size or input_size(settings.model)
-    if settings.patch_size is not None and settings.patch_size > side:
-        raise ValueError(
-            f"patch_size={settings.patch_size} is larger than the images of {settings.model}, {side} pixels"
-        )
+def plain_model(settings: Settings, num_classes: int, in_chans: int, *, saved: bool = False) -> nn.Module:
+    """The model that the settings describe, with attention of its own.
+
+    saved: its weights exist. Raises ValueError where they don't and patches don't divide the images.
+    """
     recipe = settings.recipe
     extra: dict[str, Any] = settings.model_kwargs()
     if recipe.drop:
         extra["drop_rate"] = recipe.drop
     if recipe.drop_path:
         extra["drop_path_rate"] = recipe.drop_path
-    return create_model(
-        settings.model, attention=settings.attention, num_classes=num_classes, in_chans=in_chans, **extra
-    )
+    create = rebuild_model if saved else create_model
+    return create(settings.model, attention=settings.attention, num_classes=num_classes, in_chans=in_chans, **extra)
 
 
 def build_model(settings: Settings, num_classes: int, in_chans: int, folder: Path | None = None) -> nn.Module:
@@ -76,7 +73,8 @@ def build_model(settings: Settings, num_classes: int, in_chans: int, folder: Pat
 
     folder: the run's, where it is there already: it keeps the teacher of a student.
     """
-    return with_teacher(plain_model(settings, num_classes, in_chans), settings, in_chans, folder)
+    model = plain_model(settings, num_classes, in_chans, saved=folder is not None)
+    return with_teacher(model, settings, in_chans, folder)
 
 
 def with_teacher(model: nn.Module, settings: Settings, in_chans: int, folder: Path | None) -> nn.Module:

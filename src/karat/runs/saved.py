@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from karat.data.augmentation import INTERPOLATIONS
 from karat.data.images import statistics
-from karat.models.create import create_model
+from karat.models.create import rebuild_model
 from karat.models.kan.mlp import parse_mlp
 from karat.operator.config import KArAtConfig
 from karat.operator.operator import with_factors
@@ -170,7 +170,7 @@ def read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 def build(config: ModelConfig, **sources: Any) -> nn.Module:
     """The model that a configuration describes, its weights drawn anew."""
-    return create_model(config.model, **config.arguments(), **sources)
+    return rebuild_model(config.model, **config.arguments(), **sources)
 
 
 def first_difference(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:

@@ -60,13 +60,13 @@ class Trainer:
         self.main = self.accelerator.is_main_process
         self.console = console if console is not None and self.main else Console(quiet=True)
         self.data = data or task.load_data(settings, self.accelerator)
-        if data is None and (found := task.found(self.data)):
-            self.say(found)
         self.batches_per_epoch = len(self.data.train)
         updates = -(-self.batches_per_epoch // settings.grad_accum_steps)
         self.total_steps = self.recipe.epochs * updates
         resumed = self.folder if resuming else None
         self.parts = assemble(task, settings, self.accelerator, self.data, updates_per_epoch=updates, folder=resumed)
+        if data is None and (found := task.found(self.data)):
+            self.say(found)
         self.progress = Progress()
         self.changing = False  # weights and progress are being changed: not a moment to save
         self.notes = task.notes(self.data)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from karat.models.backbones import backbone_of
 from karat.models.create import PREFIX, REGISTERED
+from karat.models.regrid import check_patches
 from karat.runs import saved
 from karat.runs.saved import ModelConfig
 from karat.share.hub import card, storage
@@ -93,7 +94,9 @@ class KArAtModel(
             class_names=tuple(class_names),
             **own,
         )
-        return cls(config, saved.build(config, **sources) if sources else None)
+        made = cls(config, saved.build(config, **sources) if sources else None)
+        check_patches(made.backbone)
+        return made
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B,classes) of images (B,C,H,W), normalised as `config` says."""
