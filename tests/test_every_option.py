@@ -141,7 +141,7 @@ def test_no_value_of_an_option_is_a_traceback(
     # parsers of many options are slow, and tests/runs/test_values.py holds each of their fields against each value
     turn = CASES.index((command, option))
     several = "train" in command or command in ("compare", "transfer")
-    for value in [VALUES[(turn + 7 * k) % len(VALUES)] for k in range(1 if several else len(VALUES))]:
+    for value in [VALUES[(turn + 7 * k) % len(VALUES)] for k in range(1 if several else 4)]:
         before = [places.get(word, word) for word in LINES[command]]
         status, said = outcome([*command.split(), *before, option, places.get(value, value)])
         assert status in (0, 2), (value, said)
