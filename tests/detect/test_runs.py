@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 
 from karat import runs
 from karat.cli import main
@@ -24,7 +27,7 @@ from karat.detect.task import Detection, total_loss, train
 from karat.models.create import create_model
 from karat.models.transfer import transfer_attention
 from karat.runs.classification import Settings
-from karat.runs.files import read_tensors
+from karat.runs.files import read_tensors, write_tensors
 from karat.runs.weights import Given
 from karat.train.engine import Trainer
 from karat.train.init import DROPPED, FRESH, LOADED, RESIZED
@@ -350,18 +353,46 @@ def test_a_detector_gives_all_it_has_at_another_size_too(data: Path, finished: P
     assert {("roi_heads", FRESH), ("roi_heads", LOADED)} <= {(f.part, f.fate) for f in load_init(more, settings)}
 
 
-def test_weights_from_a_file_are_what_its_run_gives(data: Path, classifier: Path) -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_weights_from_a_file_are_what_its_run_gives(data: Path, classifier: Path, tmp_path: Path, alone: bool) -> None:
     """Of another image size than the model's own: position embeddings and operators are resampled alike."""
-    given = []
-    for init in (classifier / "model.safetensors", classifier):
+    given, file = [], classifier / "model.safetensors"
+    for init in (Path(shutil.copy(file, tmp_path)) if alone else file, classifier):
         settings = tiny(data, attention="g1b,rank=2", init=str(init))
         detector = build_detector(settings, 2)
-        fates = {f for f in load_trunk(detector, settings) if f.fate in (LOADED, RESIZED)}
+        fates = {replace(f, why="") for f in load_trunk(detector, settings) if f.fate in (LOADED, RESIZED)}
         given.append((fates, detector.trunk.vit.state_dict()))
     (fates, mine), (their_fates, theirs) = given
     assert fates == their_fates
     assert {f.part for f in fates if f.fate == RESIZED} == {"operators", "pos_embed", "patch_embed"}
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("vit_tiny_patch16_224", 1),
+        ("deit3_small_patch16_224", 0),
+        ("deit_tiny_distilled_patch16_224", 2),
+        ("vit_base_patch16_reg4_gap_256", 0),
+    ],
+)
+def test_a_files_tokens_reach_the_trunk_whatever_stands_before_them(
+    data: Path, tmp_path: Path, name: str, own: int
+) -> None:
+    source = timm.create_model(name, img_size=48, patch_size=16, embed_dim=16, depth=2, num_heads=2)
+    weights = source.state_dict()
+    weights["pos_embed"] = torch.randn_like(weights["pos_embed"])
+    write_tensors(tmp_path / "x.safetensors", weights)
+    settings = tiny(data, init=str(tmp_path / "x.safetensors"))
+    detector = build_detector(settings, 2)
+    fates = {f.part: f.fate for f in load_trunk(detector, settings) if f.fate in (LOADED, RESIZED)}
+    assert fates["pos_embed"] == RESIZED
+    window, side = settings.window, settings.recipe.img_size // 16
+    expected = weights["pos_embed"][:, own:]
+    for old, new in ((3, window), (window, side)):
+        expected = resample_abs_pos_embed(expected, [new, new], [old, old], num_prefix_tokens=0)
+    assert torch.allclose(detector.trunk.vit.pos_embed, expected, atol=1e-6)
 
 
 def _student() -> torch.nn.Module:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import karat
 from karat.runs import files
+from karat.runs.model import load_run
 from karat.runs.weights import Given, mlp_of, open_weights
 from support.training import tiny
 
@@ -134,6 +135,16 @@ def test_a_folder_of_a_pickle_and_nothing_are_refused(tmp_path: Path) -> None:
         open_weights(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"hub:no_such_model.*network"):
         open_weights("hub:no_such_model")
+
+
+def test_a_file_where_a_run_or_a_saved_model_is_needed(saved: Path, tmp_path: Path) -> None:
+    _pickle(tmp_path / "x.pth")
+    for name, words in ((tmp_path / "x.pth", "pickle"), (saved / "model.safetensors", "is a file")):
+        for take in (load_run, karat.from_pretrained):
+            with pytest.raises(ValueError, match=words):
+                take(name)
+    with pytest.raises(ValueError, match="is a saved model"):
+        load_run(saved)
 
 
 def test_mlps_by_their_names() -> None:

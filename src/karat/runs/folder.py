@@ -130,10 +130,18 @@ def tidy(folder: Path) -> None:
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def task_of(folder: Path) -> str:
-    """The task of a run, by its config.json; ValueError when it is no run's folder."""
+def _check_is_run(folder: Path) -> None:
+    """ValueError for what holds no run, saying what it is instead where that can be told."""
+    if folder.is_file():
+        files.refuse_pickle(folder)
+        raise ValueError(f"{folder} is a file, and the folder of a run is needed here; --init takes files of weights")
     if not is_run(folder):
         raise ValueError(f"{folder} is no run's folder: it has no {CONFIG}")
+
+
+def task_of(folder: Path) -> str:
+    """The task of a run, by its config.json; ValueError when it is no run's folder."""
+    _check_is_run(folder)
     config = files.read_json(folder / CONFIG)
     return str(config.get("task", Settings.task)) if isinstance(config, dict) else Settings.task
 
@@ -147,8 +155,7 @@ def read_config(folder: Path, kind: type[Any] = Settings) -> tuple[Any, dict[str
 
     Raises ValueError when it is no run's folder, or a run of another kind of task.
     """
-    if not is_run(folder):
-        raise ValueError(f"{folder} is no run's folder: it has no {CONFIG}")
+    _check_is_run(folder)
     config = files.read_json(folder / CONFIG)
     if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
         other = "a saved model" if isinstance(config, dict) and "format" in config else "another program's"

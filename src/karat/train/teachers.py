@@ -16,6 +16,7 @@ from karat.runs import files
 from karat.runs.checkpoint import load_weights
 from karat.runs.classification import Settings
 from karat.runs.model import build_model, load_run
+from karat.runs.weights import quiet_hub
 
 
 def softmax_run(folder: Path, weights: str) -> tuple[nn.Module, Settings, dict[str, Any]]:
@@ -44,7 +45,8 @@ def softmax_timm(settings: Settings, num_classes: int, in_chans: int, checkpoint
         return model
     sizes = {"num_classes": num_classes, "in_chans": in_chans, **settings.model_kwargs()}
     try:
-        return create_model(settings.model, "softmax", pretrained=True, **sizes)
+        with quiet_hub():
+            return create_model(settings.model, "softmax", pretrained=True, **sizes)
     except ValueError:
         raise
     except Exception as error:  # timm raises RuntimeError, the Hub's client its own kinds

@@ -29,6 +29,9 @@ def fetch(name_or_folder: str | Path, **options: Any) -> Path:
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        files.refuse_pickle(folder)
+        raise ValueError(f"{folder} is a file; give the folder of the saved model or run that it lies in")
     name = str(name_or_folder)
     if folder.exists() or name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise ValueError(f"{name} is no folder; give a saved model's folder or its name on the Hub, user/name")
