@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from karat import runs
 from karat.runs import checkpoint, files
+from karat.runs.optimisation import Optimisation
 from karat.train.classify import Classification, train
 from karat.train.engine import Trainer
+from karat.train.optim import create_optimizer
 from support.interrupted import CutOff, Doomed
 from support.training import NOISY, outcome, python, tiny
 
@@ -31,6 +35,32 @@ def test_cut_off_after_any_update_and_resumed_ends_bit_equal(tmp_path: Path, who
         doomed.fit()
     train(tiny(tmp_path / "run", resume="auto", **settings))
     assert outcome(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("opt", ["lamb", "lambcw"])
+def test_the_steps_that_an_optimiser_counts_for_whole_groups_go_on(tmp_path: Path, opt: str) -> None:
+    settings = {"opt": opt, "epochs": 2, "recovery_interval": 3, "grad_accum_steps": 2}
+    train(tiny(tmp_path / "whole", **settings))
+    doomed = Doomed(Classification(), tiny(tmp_path / "run", **settings))
+    doomed.lives = 5
+    with pytest.raises(CutOff):
+        doomed.fit()
+    train(tiny(tmp_path / "run", resume="auto", **settings))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_an_optimiser_saved_without_its_count_goes_on_from_the_updates() -> None:
+    layers = [nn.Linear(3, 2) for _ in range(2)]
+    names = [{parameter: name for name, parameter in layer.named_parameters()} for layer in layers]
+    first, again = [create_optimizer(layer, Optimisation(opt="lamb"), 128) for layer in layers]
+    for _ in range(3):
+        layers[0](torch.ones(1, 3)).sum().backward()
+        first.step()
+    packed = checkpoint.pack_optimizer(first, names[0])
+    earlier = {name: value for name, value in packed.items() if not name.endswith(checkpoint.COUNTER)}
+    assert len(earlier) == len(packed) - len(first.param_groups)
+    checkpoint.unpack_optimizer(again, names[1], earlier, updates=3)
+    assert [group["step"] for group in again.param_groups] == [group["step"] for group in first.param_groups] == [3, 3]
 
 
 def test_cut_off_again_and_again(tmp_path: Path, whole: tuple) -> None:

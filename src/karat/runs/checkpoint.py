@@ -8,6 +8,7 @@ written under a hidden name and renamed when all of it is on disk.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from karat.runs import files
 
 FOLDER = "checkpoints"
 MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
+COUNTER = "group.step"
 
 
 @dataclass
@@ -121,16 +123,22 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, s
                 kind = type(optimizer).__name__
                 raise ValueError(f"{kind} keeps {key!r} as {type(value).__name__}: it can't be saved as safetensors")
             packed[f"{names[parameter]}/{key}"] = value  # type: ignore[index]  # the keys are parameters
-    return packed
+    return packed | pack_counters(optimizer.param_groups, names)
 
 
 def unpack_optimizer(
-    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], packed: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], packed: dict[str, Tensor], updates: int = 0
 ) -> None:
-    """Give an optimiser the state that `pack_optimizer` took; ValueError names the first entry that doesn't fit."""
+    """Give an optimiser the state that `pack_optimizer` took; ValueError names the first entry that doesn't fit.
+
+    updates: how many there were, for groups whose count an earlier version didn't save.
+    """
+    unpack_counters(optimizer.param_groups, packed, updates, names)
     parameters = {name: parameter for parameter, name in names.items()}
     for full_name, value in packed.items():
         name, key = full_name.rsplit("/", 1)
+        if key == COUNTER:
+            continue
         if name not in parameters:
             raise ValueError(f"the optimiser's file has state for {name!r}, which the model does not have")
         parameter = parameters[name]
@@ -140,6 +148,25 @@ def unpack_optimizer(
         # torch keeps a step counter on the CPU, moments beside their parameter
         device = torch.device("cpu") if value.ndim == 0 and key == "step" else parameter.device
         optimizer.state[parameter][key] = value.to(device)
+
+
+def pack_counters(groups: list[dict[str, Any]], names: Mapping[Any, str] | None = None) -> dict[str, Tensor]:
+    """The steps that some optimisers count for a whole group, beside its first parameter's name."""
+    firsts = [(group["params"][0], group) for group in groups if "step" in group]
+    return {f"{first if names is None else names[first]}/{COUNTER}": torch.as_tensor(g["step"]) for first, g in firsts}
+
+
+def unpack_counters(
+    groups: list[dict[str, Any]], packed: Mapping[str, Tensor], updates: int, names: Mapping[Any, str] | None = None
+) -> None:
+    """Give groups the steps that `pack_counters` took; `updates` where an earlier version took none."""
+    for group in groups:
+        first = group["params"][0]
+        found = packed.get(f"{first if names is None else names[first]}/{COUNTER}")
+        if found is not None:  # some count in Python's whole numbers
+            group["step"] = found.clone() if found.is_floating_point() else int(found)
+        elif "step" in group:
+            group["step"] = group["step"] * 0 + updates
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:

@@ -102,7 +102,7 @@ def read_json(path: Path) -> Any:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is not there") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, and of numbers with thousands of digits
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     except RecursionError:
         found = None

@@ -99,7 +99,7 @@ def assemble(
         checkpoint_gradients(model, settings.model)
     count = sum(p.numel() for p in model.parameters())
     total_batch = recipe.batch_size * settings.grad_accum_steps * accelerator.num_processes
-    optimizer = create_optimizer(model, recipe, total_batch)
+    optimizer = create_optimizer(model, recipe, total_batch, accelerator.device)
     if settings.compile:
         task.compile(model)
     wrapped, prepared = accelerator.prepare(model, optimizer)

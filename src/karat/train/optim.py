@@ -56,13 +56,19 @@ def parameter_groups(model: nn.Module, recipe: Optimisation) -> list[dict[str, A
     return split
 
 
-def create_optimizer(model: nn.Module, recipe: Optimisation, total_batch: int) -> torch.optim.Optimizer:
-    """timm's optimiser `recipe.opt` at the rate of the recipe's rule.
+def create_optimizer(
+    model: nn.Module, recipe: Optimisation, total_batch: int, device: torch.device | str = "cpu"
+) -> torch.optim.Optimizer:
+    """timm's optimiser `recipe.opt` at the rate of the recipe's rule; `device` is where the model will be trained.
 
     Raises ValueError when timm has no such optimiser, or a run with it could not be saved and gone on with.
     """
-    _try_out(recipe, total_batch)
-    return _create(parameter_groups(model, recipe), recipe, total_batch)
+    counter = _try_out(recipe, total_batch, torch.device(device))
+    optimizer = _create(parameter_groups(model, recipe), recipe, total_batch)
+    if counter is not None:
+        for group in optimizer.param_groups:
+            group["step"] = counter * 0
+    return optimizer
 
 
 def _create(parameters: Any, recipe: Optimisation, total_batch: int) -> torch.optim.Optimizer:
@@ -76,25 +82,26 @@ def _create(parameters: Any, recipe: Optimisation, total_batch: int) -> torch.op
     )
 
 
-def _try_out(recipe: Optimisation, total_batch: int) -> None:
+def _try_out(recipe: Optimisation, total_batch: int, device: torch.device) -> Any:
     """Step a few small tensors, save and restore as a run does, and step on: both ways must come to the same bits.
 
     Better now than at the end of an epoch: some optimisers keep what safetensors can't hold, or where no file sees it.
+    Gives the number in which the optimiser counts the steps of a whole group; None where it counts otherwise.
     """
-    shapes = {"matrix": (4, 6), "vector": (6,), "stack": (2, 3, 4), "kernel": (4, 3, 2, 2)}
+    # the matrix is large enough for those that keep rows and columns in place of large ones
+    shapes = {"matrix": (40, 48), "vector": (6,), "stack": (2, 3, 4), "kernel": (4, 3, 2, 2)}
 
     def start(source: dict[str, nn.Parameter] | None = None) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
-        own = {
-            n: nn.Parameter(torch.ones(s) if source is None else source[n].detach().clone()) for n, s in shapes.items()
-        }
+        values = {n: torch.ones(s, device=device) if source is None else source[n].detach() for n, s in shapes.items()}
+        own = {name: nn.Parameter(value.clone()) for name, value in values.items()}
         return own, _create(list(own.values()), recipe, total_batch)
 
     def step(own: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, number: int) -> None:
         for parameter in own.values():
-            parameter.grad = torch.linspace(-1, number, parameter.numel()).view_as(parameter)
+            parameter.grad = torch.linspace(-1, number, parameter.numel(), device=device).view_as(parameter)
         optimizer.step()
 
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             first, optimizer = start()
@@ -111,6 +118,7 @@ def _try_out(recipe: Optimisation, total_batch: int) -> None:
             raise ValueError(f"opt={recipe.opt!r} can't be used here: {first_line(error)}; take e.g. adamw") from None
     if not same:
         raise ValueError(f"opt={recipe.opt!r} keeps what a checkpoint doesn't see: no run could go on; take e.g. adamw")
+    return optimizer.param_groups[0].get("step")
 
 
 def create_schedule(optimizer: torch.optim.Optimizer, recipe: Optimisation, updates_per_epoch: int) -> Scheduler:

@@ -88,7 +88,8 @@ def give(parts: Parts, saved: Checkpoint) -> Progress:
         state.load_model_state(accelerator, parts.model, saved.ema, where)
         parts.ema.restart()
     state.load_model_state(accelerator, parts.model, saved.model, where)
-    state.load_optimizer_state(accelerator, parts.model, parts.optimizer.optimizer, saved.optimizer)
+    optimizer, updates = parts.optimizer.optimizer, saved.state["step"]
+    state.load_optimizer_state(accelerator, parts.model, optimizer, saved.optimizer, updates)
     if accelerator.scaler is not None and saved.state["scaler"]:
         accelerator.scaler.load_state_dict(saved.state["scaler"])
     parts.watch.norms.clear()

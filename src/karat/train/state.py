@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as sharded
 
 from karat.operator.operator import with_factors
-from karat.runs.checkpoint import load_weights, pack_optimizer, unpack_optimizer
+from karat.runs.checkpoint import (
+    COUNTER,
+    load_weights,
+    pack_counters,
+    pack_optimizer,
+    unpack_counters,
+    unpack_optimizer,
+)
 
 WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -65,20 +72,27 @@ def optimizer_state(accelerator: Accelerator, model: nn.Module, optimizer: torch
     if is_sharded(accelerator):
         state: Any = sharded.get_optimizer_state_dict(model, optimizer, options=WHOLE)
         entries = state.get("state", {})  # only the main process is given any
-        return {f"{name}/{key}": value for name, entry in entries.items() for key, value in entry.items()}
+        packed = {f"{name}/{key}": value for name, entry in entries.items() for key, value in entry.items()}
+        return packed | pack_counters(state["param_groups"] if entries else [])
     return pack_optimizer(optimizer, names_of(bare(accelerator, model)))
 
 
 def load_optimizer_state(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, packed: dict[str, Tensor]
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    packed: dict[str, Tensor],
+    updates: int = 0,
 ) -> None:
-    """Give the optimiser back what `optimizer_state` took; learning rates and decay stay the settings' own."""
+    """Give the optimiser back what `optimizer_state` took after so many updates; rates and decay stay the settings'."""
     if not is_sharded(accelerator):
-        unpack_optimizer(optimizer, names_of(bare(accelerator, model)), packed)
+        unpack_optimizer(optimizer, names_of(bare(accelerator, model)), packed, updates)
         return
     state: Any = sharded.get_optimizer_state_dict(model, optimizer)  # in shards: every process has its groups
     entries: dict[str, dict[str, Tensor]] = {}
     for full_name, value in packed.items():
         name, key = full_name.rsplit("/", 1)
-        entries.setdefault(name, {})[key] = value
+        if key != COUNTER:
+            entries.setdefault(name, {})[key] = value
+    unpack_counters(state["param_groups"], packed, updates)
     sharded.set_optimizer_state_dict(model, optimizer, state | {"state": entries}, options=WHOLE)
