@@ -145,10 +145,9 @@ def against_own_best(cells: Cells) -> str:
         few = any(mean is None or mean.count < 2 for mean in (cells.mean(name, rate) for rate in asked))
         verdict = "no" if bad else "open" if few else "yes" if kept else "no"
         rows.append([name, f"{top:.1f}, {number(at)}", *said, str(bad), "" if name == BASELINE else verdict])
-    where = ", ".join(map(number, asked))
-    return (
-        f"softmax is best at {number(best)}; {SHARE} of its own best is asked of a row at {where}\n\n{markdown(rows)}"
-    )
+    where = "half and at twice" if len(asked) == 3 else "half"
+    asks = f"{SHARE} of its own best is asked of a row there, at {where} that rate."
+    return f"softmax is best at {number(best)}. {asks}\n\n{markdown(rows)}"
 
 
 def against_softmax(cells: Cells) -> str:
