@@ -114,6 +114,8 @@ def _admit(value: Any, kind: Any) -> tuple[Any, str]:
     if origin is Annotated:
         if kind == Label:
             return value, "" if isinstance(value, str) else "give a text"
+        if is_typeddict(arguments[1]):
+            return _admit_table(value, arguments[1])
         found, complaint = _admit(value, arguments[0])
         limits = [one for one in arguments[1:] if isinstance(one, Range | OneOf | Growing)]
         broken = [] if complaint or found is None else [one.words for one in limits if not one.holds(found)]
@@ -131,6 +133,8 @@ def _admit(value: Any, kind: Any) -> tuple[Any, str]:
         return _admit_several(value, kind)
     if is_typeddict(kind):
         return _admit_table(value, kind)
+    if origin is dict and isinstance(value, dict):
+        return value, next((words for one in value.values() if (words := _admit(one, arguments[1])[1])), "")
     if origin is not None:
         return value, "" if isinstance(value, origin) else f"give {_words(kind)}"
     if kind is Path and isinstance(value, str):
@@ -152,10 +156,11 @@ def _admit_several(value: Any, kind: Any) -> tuple[Any, str]:
 
 
 def _admit_table(value: Any, kind: Any) -> tuple[Any, str]:
-    wanted = get_type_hints(kind)
-    if not isinstance(value, dict) or wanted.keys() - value.keys():
+    wanted = get_type_hints(kind, include_extras=True)
+    if not isinstance(value, dict) or kind.__required_keys__ - value.keys():
         return value, f"give tables with {', '.join(wanted)}"
-    return value, next((words for name in wanted if (words := _admit(value[name], wanted[name])[1])), "")
+    given = (name for name in wanted if name in value)
+    return value, next((f"{name}: {words}" for name in given if (words := _admit(value[name], wanted[name])[1])), "")
 
 
 def _is(value: Any, kind: Any) -> bool:

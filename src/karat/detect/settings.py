@@ -10,7 +10,7 @@ import tyro
 
 from karat.detect.recipes import RECIPES, DetectRecipe, get_recipe
 from karat.runs.settings import AUTO, RunSettings, data_slug, slug
-from karat.values import Count, Natural
+from karat.values import Count, Label, Natural
 
 
 class Category(TypedDict):
@@ -27,7 +27,12 @@ class DetectSettings(RunSettings):
     task: ClassVar[str] = "detect"
     command: ClassVar[str] = "karat detect train"
     recipe_type: ClassVar[type[DetectRecipe]] = DetectRecipe
-    facts: ClassVar[dict[str, Any]] = RunSettings.facts | {"categories": list[Category]}
+    facts: ClassVar[dict[str, Any]] = RunSettings.facts | {
+        "categories": list[Category],
+        "train_images": Natural | None,
+        "eval_images": Natural | None,
+        "skipped": list[Label] | None,
+    }
 
     model: str = "vit_tiny_patch16_224"
     """timm's name of a plain ViT: vit_tiny_patch16_224, vit_small_patch16_224, vit_base_patch16_224, ..."""

@@ -14,7 +14,7 @@ from karat.data.splits import Opener, is_path
 from karat.models.kan.peers import DEEP_KAN
 from karat.runs.recipes import RECIPES, Recipe, get_recipe
 from karat.runs.settings import AUTO, RunSettings, data_slug, first_change, slug
-from karat.values import Count
+from karat.values import Count, Label
 
 __all__ = ["AUTO", "Settings", "first_change", "is_small", "preset_for", "resolve"]
 
@@ -35,7 +35,7 @@ class Settings(RunSettings):
     facts: ClassVar[dict[str, Any]] = RunSettings.facts | {
         "num_classes": Count,
         "in_chans": Count,
-        "class_names": list[Any] | None,
+        "class_names": list[Label | int] | None,
     }
 
     model: str = AUTO
@@ -82,6 +82,12 @@ class Settings(RunSettings):
             raise ValueError(
                 f"attention={self.attention!r}: a student uses its teacher's attention; leave --attention out"
             )
+
+    def check_facts(self, facts: dict[str, Any]) -> None:
+        """As RunSettings.check_facts: a class has a name or, where more were asked for than the data has, none."""
+        names, classes = len(facts.get("class_names") or ()), facts["num_classes"]
+        if names > classes or (0 < names < classes and self.num_classes is None):
+            raise ValueError(f"{names} class_names for num_classes={classes}")
 
     @classmethod
     def make(cls, opened: Opener | None = None, /, **values: Any) -> Settings:

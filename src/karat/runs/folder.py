@@ -168,8 +168,11 @@ def read_config(folder: Path, kind: type[Any] = Settings) -> tuple[Any, dict[str
     if task != kind.task:
         raise ValueError(f"{folder} is a run of the task {task!r}, and a run of `{kind.command}` is needed here")
     try:
-        facts |= {name: convert(name, facts.get(name), needed) for name, needed in kind.facts.items() if name in facts}
-        return kind.from_dict(config["settings"]), {name: fact for name, fact in facts.items() if fact is not None}
+        facts |= {name: convert(name, facts.get(name), needed) for name, needed in kind.facts.items()}
+        facts = {name: fact for name, fact in facts.items() if fact is not None}
+        settings = kind.from_dict(config["settings"])
+        settings.check_facts(facts)
+        return settings, facts
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG} does not fit this version of karat: {error}") from None
     except KeyError as error:

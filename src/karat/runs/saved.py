@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,21 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 DIGEST = "weights_sha256"
 FORMAT = 1
 OWN_MLP = "mlp"
+
+
+class Training(TypedDict, total=False):
+    """What a model card tells of where weights are from; further entries are kept."""
+
+    name: Label
+    repo: Label
+    data: Label
+    weights: Label
+    epoch: Natural
+    epochs: Natural
+    results: dict[str, float]
+    command: Label
+    versions: dict[str, Label]
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -62,11 +77,13 @@ class ModelConfig:
     std: tuple[Positive, ...] = ()
     crop_pct: Share = 1.0
     interpolation: Annotated[str, OneOf(INTERPOLATIONS)] = "bicubic"
-    training: dict[str, Any] = field(default_factory=dict)
+    training: Annotated[dict[str, Any], Training] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.class_names, list | tuple):
-            object.__setattr__(self, "class_names", tuple(map(str, self.class_names)))
+            names: list[Any] = [*self.class_names]
+            names = [str(name) if type(name) is int else name for name in names]
+            object.__setattr__(self, "class_names", tuple(names))
         object.__setattr__(self, "attention", _name(self.attention))
         check(self)
         for name, default in zip(("mean", "std"), statistics(self.in_chans), strict=True):

@@ -11,7 +11,7 @@ import tyro
 from karat.operator.config import KArAtConfig
 from karat.runs.optimisation import Optimisation
 from karat.runs.renamed import renamed
-from karat.values import Count, Natural, Processes, Seed, Share, check, convert
+from karat.values import Count, Label, Natural, Processes, Seed, Share, check, convert
 
 AUTO = "auto"
 # What may differ between a run and its continuation: nothing here changes a single bit of the result.
@@ -29,7 +29,7 @@ class RunSettings:
     """The settings that the training loop itself reads. A task's settings derive from these.
 
     task: its name in config.json; command: what trains it; recipe_type: the class of `recipe`; facts: the types of what
-    config.json says beside the settings.
+    config.json says beside the settings; those that may be None may be absent.
     """
 
     task: ClassVar[str]
@@ -37,8 +37,8 @@ class RunSettings:
     recipe_type: ClassVar[type[Optimisation]] = Optimisation
     facts: ClassVar[dict[str, Any]] = {
         "parameters": Natural | None,
-        "versions": dict[str, Any] | None,
-        "init": list[Any] | None,
+        "versions": dict[str, Label] | None,
+        "init": list[dict[str, Any]] | None,
         "converted_from": str | None,
     }
 
@@ -94,6 +94,9 @@ class RunSettings:
         check(self)
         # A run says what it is, whatever is recommended when it's read again.
         object.__setattr__(self, "attention", KArAtConfig.explicit(self.attention))
+
+    def check_facts(self, facts: dict[str, Any]) -> None:
+        """Raise ValueError where what config.json says beside these settings can't be true of them."""
 
     @property
     def label(self) -> str:
