@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontEntry, findfont, fontManager
+from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 FORMATS = ("png", "svg", "pdf")
@@ -22,9 +27,11 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)), (0,
 SEQUENTIAL = "cividis"
 DIVERGING = "PuOr_r"
 INK, GRID = "#333333", "#DDDDDD"
+FAMILY = "DejaVu Sans"
+OWN_MATH = (r"$\mathdefault", r"$\varphi")  # what begins otherwise is a name, whose dollars are dollars
 
 RC: Any = {
-    "font.family": "DejaVu Sans",
+    "font.family": FAMILY,
     "font.size": 8.5,
     "axes.titlesize": 9,
     "axes.labelsize": 8.5,
@@ -50,6 +57,98 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+_fonts: dict[str, FontEntry | None] = {}  # which installed font draws a character; None: none does
+
+
+def fonts_of(text: str) -> dict[str, FontEntry | None]:
+    """The font of each character: DejaVu Sans where it has it, else another that is installed, else None."""
+    missing = set(text) - _fonts.keys()
+    for entry in _installed() if missing else ():
+        found = _drawn_by(entry, missing)
+        _fonts.update(dict.fromkeys(found, entry))
+        missing -= found
+        if not missing:
+            break
+    _fonts.update(dict.fromkeys(missing))
+    return {character: _fonts[character] for character in text}
+
+
+def _installed() -> Iterator[FontEntry]:
+    """A font of each family, DejaVu Sans first, then upright sans serifs of normal weight; none that draws boxes."""
+    yield FontEntry(fname=findfont(FAMILY), name=FAMILY)
+    families = {FAMILY}
+    for entry in sorted(
+        fontManager.ttflist,
+        key=lambda one: (one.style != "normal", one.weight != 400, "Sans" not in one.name, one.name),
+    ):
+        resort = entry.name.replace(" ", "").startswith((".LastResort", "LastResort", "AdobeBlank"))
+        if entry.name not in families and not resort:
+            families.add(entry.name)
+            yield entry
+
+
+def _drawn_by(entry: FontEntry, characters: Iterable[str]) -> set[str]:
+    """Those that leave ink, or are blanks by nature: a font of coloured pictures alone has codes without outlines."""
+    try:
+        font = FT2Font(entry.fname)
+        font.set_size(10, 72)
+        coded = [character for character in characters if font.get_char_index(ord(character))]
+        return {c for c in coded if unicodedata.category(c)[0] in "CZ" or any(font.load_char(ord(c)).bbox)}
+    except (OSError, RuntimeError, ValueError):  # not there any more, or without outlines
+        return set()
+
+
+def spelt(text: str, drawn: Iterable[str] | None = None) -> str:
+    r"""The text with every character that no installed font draws written as its code; invisible ones are left out.
+
+    drawn: the characters that can be drawn, where it isn't any installed font that may draw them.
+
+    >>> spelt("cat\x07")
+    'cat\\x07'
+    """
+    known = {character for character, font in fonts_of(text).items() if font} if drawn is None else set(drawn)
+    return "".join(c if c in known or c == "\n" else _code(c) for c in text)
+
+
+def _code(character: str) -> str:
+    invisible = unicodedata.category(character) == "Cf" or "\ufe00" <= character <= "\ufe0f"
+    return "" if invisible else character.encode("unicode_escape").decode()
+
+
+def one_font(text: str) -> tuple[str, str]:
+    """The file of the one font that draws most of the text, and the text as `spelt` for it, where one is all."""
+    fonts = fonts_of(text)
+    best = {c for c, font in fonts.items() if font and font.name == FAMILY}
+    plain, path = {c for c in best if c.isascii()}, str(findfont(FAMILY))
+    for font in {font.fname: font for font in fonts.values() if font}.values():
+        drawn = _drawn_by(font, fonts)
+        if len(drawn) > len(best) and plain <= drawn:
+            best, path = drawn, str(font.fname)
+    return path, spelt(text, best)
+
+
+def readable(figure: Figure) -> None:
+    """Give every text of a figure fonts that have its characters; what no installed font has is `spelt`."""
+    for axis in figure.findobj(Axis):
+        labels = [label.get_text() for label in axis.get_ticklabels()]
+        if any(map(str.strip, labels)):
+            if labels != (fitting := [spelt(label) for label in labels]):
+                axis.set_ticks(axis.get_ticklocs(), labels=fitting)
+            if len(families := _families("".join(fitting))) > 1:
+                axis.set_tick_params(labelfontfamily=families)
+    for text in figure.findobj(Text):
+        content = text.get_text()
+        text.set_text(spelt(content))
+        if len(families := _families(text.get_text())) > 1:
+            text.set_fontfamily(families)
+        if "$" in content and not content.startswith(OWN_MATH):
+            text.set_parse_math(False)
+
+
+def _families(text: str) -> list[str]:
+    return list(dict.fromkeys([FAMILY, *(font.name for font in fonts_of(text).values() if font)]))
+
+
 def looks() -> Any:
     """The context in which figures are drawn: artists take their look when they are made."""
     return matplotlib.rc_context(RC)
@@ -67,6 +166,7 @@ def drawing(
         figure = new_figure(width, height)
         axes = figure.subplots(rows or 1, columns or 1, squeeze=False, **grid)
         yield figure, axes if rows else axes[0] if columns else axes[0, 0]
+        readable(figure)
 
 
 def line_style(index: int, width: float = 1.4) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image, ImageColor
 
@@ -33,3 +34,13 @@ def test_what_scores_less_is_left_out_and_the_surest_lies_on_top() -> None:
     output |= {"masks": torch.zeros(3, 1, 48, 64), "boxes": torch.zeros(3, 4)}
     assert [one.words for one in found_objects(output, ["cat", "dog"], 0.5)] == ["cat 0.60", "dog 0.90"]
     assert (drawn() == 100).all()
+
+
+@pytest.mark.parametrize("name", ["猫", "قطة", "बिल्ली", "😺", "bad\udcff", "tab\there", "\x07"])
+def test_names_in_any_script_are_drawn_or_spelt(name: str) -> None:
+    """The box that a font draws for what it lacks is the same for every name that it lacks."""
+    one, other = (
+        drawn(DrawnObject(1, torch.tensor([2.0, 20.0, 60.0, 40.0]), torch.zeros(48, 64, dtype=torch.bool), words))
+        for words in (name, "\ue000")
+    )
+    assert (one != other).any()

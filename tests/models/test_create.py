@@ -119,6 +119,9 @@ CUT = [
     ("vit_tiny_patch16_224", {"img_size": (32, 20)}, "img_size=20 is no multiple of the patch size 16"),
     ("vit_tiny_patch16_224", {"patch_size": 15}, "img_size=224 is no multiple of the patch size 15"),
     ("vit_tiny_patch16_224", {"img_size": 8}, "img_size=8 is smaller than a patch of 16 pixels"),
+    ("mixer_s32_224", {"img_size": 100}, "no multiple"),
+    ("mixer_s32_224", {"img_size": 8}, "smaller than a patch of 32 pixels"),
+    ("swin_tiny_patch4_window7_224", {"img_size": 3}, "smaller than a patch of 4 pixels"),
     ("karat_vit_tiny_patch16_224", {"img_size": 31}, "no multiple"),
     ("convit_tiny", {"img_size": 30}, "no multiple"),
     ("swin_tiny_patch4_window7_224", {"img_size": 30}, "no multiple"),
@@ -127,10 +130,16 @@ CUT = [
 
 @pytest.mark.parametrize(("name", "arguments", "message"), CUT)
 def test_images_that_patches_do_not_divide_are_refused(name, arguments, message):
-    sizes = {} if "swin" in name else {"depth": 1}
+    sizes = {} if name.startswith(("swin", "mixer")) else {"depth": 1}
     for create in (karat.create_model, karat.KArAtModel.create):
         with pytest.raises(ValueError, match=message):
-            create(name, "softmax" if "convit" in name else "g3b", **sizes, **arguments)
+            create(name, "softmax" if name.startswith(("convit", "mixer")) else "g3b", **sizes, **arguments)
+
+
+def test_converting_refuses_images_smaller_than_a_patch():
+    for name, side in (("vit_tiny_patch16_224", 8), ("swin_tiny_patch4_window7_224", 3)):
+        with pytest.raises(ValueError, match=f"img_size={side} is smaller than a patch"):
+            karat.karatize(timm.create_model(name, img_size=side), "g3b")
 
 
 def test_padding_cuts_nothing_and_saved_models_are_built_as_they_were():

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from karat import cli, runs
 from karat.models.flops import multiply_adds
@@ -97,3 +98,14 @@ def test_counting_leaves_the_random_states_alone() -> None:
     model = torch.nn.Linear(3, 2).train()
     assert multiply_adds(model, torch.zeros(1, 3)) == 6
     assert model.training
+
+
+def test_the_data_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (16, 16), (60 * number, 0, 90)).save(tmp_path / "data" / name / f"{number}.png")
+    sizes = "--img-size 16 --patch-size 8 --embed-dim 24 --depth 1 --num-heads 2 --batch-size 4 --epochs 1 --workers 0"
+    folders = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
+    assert cli.main(["compare", "softmax", "g3b", "--device", "cpu", *folders, *sizes.split()]) == 0
+    assert capsys.readouterr().out.count("8 images in 2 classes") == 1

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
-from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -14,7 +14,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from karat.detect.coco import Picture
 from karat.detect.evaluate import MASK_THRESHOLD
-from karat.plots import COLOURS
+from karat.plots import COLOURS, one_font
 
 OPACITY = 0.45
 BANNER = 24  # pixels above an image for its title
@@ -64,14 +64,16 @@ def draw(image: Image.Image, objects: Sequence[DrawnObject]) -> Image.Image:
     pixels = pil_to_tensor(image.convert("RGB"))
     for one in objects:  # one at a time: torchvision paints black where several overlap
         pixels = draw_segmentation_masks(pixels, one.mask, OPACITY, one.colour)
-    if objects:
+    written = [(one, *one_font(one.words)) for one in objects]
+    for font, some in groupby(written, key=lambda each: each[1]):  # torchvision takes one font a call
+        ones, _, words = zip(*some, strict=True)
         pixels = draw_bounding_boxes(
             pixels,
-            torch.stack([one.box for one in objects]),
-            [one.words for one in objects],
-            [one.colour for one in objects],
+            torch.stack([one.box for one in ones]),
+            list(words),
+            [one.colour for one in ones],
             width=max(2, round(max(image.size) / 400)),
-            font=font_manager.findfont("DejaVu Sans"),
+            font=font,
             font_size=max(11, round(max(image.size) / 50)),
             fill_labels=True,
         )

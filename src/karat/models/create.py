@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -127,7 +128,9 @@ def _with_size(name: str, arguments: dict[str, Any], config: KArAtConfig | None)
 def _from_timm(name: str, **kwargs: Any) -> nn.Module:
     """timm.create_model; ModelArgumentsError where it refuses the arguments with another kind of error."""
     try:
-        return timm.create_model(name, **kwargs)
+        with warnings.catch_warnings():  # of no patches `check_patches` speaks
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
+            return timm.create_model(name, **kwargs)
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, TypeError, RuntimeError) as error:

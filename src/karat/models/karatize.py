@@ -11,6 +11,7 @@ from karat.models.attach.example import Example
 from karat.models.attach.place import Sites, attach
 from karat.models.attention import BiasedAttention
 from karat.models.backbones import OWN, AttentionSite, Backbone, attention_sites, backbone_of, refusal
+from karat.models.regrid import check_holds_patch
 from karat.models.relative_bias import RelativeBias, relative_biases
 from karat.models.resample import SetInputSize
 from karat.operator.config import KArAtConfig
@@ -50,10 +51,10 @@ def karatize(model: nn.Module, config: KArAtConfig | str, example: Example | Sit
         The model. One warning names attention that stays softmax because it can't be served.
 
     Raises:
-        ValueError: a model without attention that can be served, named with the reason; no example, or one that the
-            model can't take; pruned heads; universal sharing where heads or keys differ; a position_bias on Swin or
-            on a model that isn't known; blocks out of range, softmax_heads ≥ H, patch dropout; or a model that is
-            converted already: its attention is gone, so build a new one.
+        ValueError: a model without attention that can be served, named with the reason; images smaller than a patch; no
+            example, or one that the model can't take; pruned heads; universal sharing where heads or keys differ; a
+            position_bias on Swin or on a model that isn't known; blocks out of range, softmax_heads ≥ H, patch dropout;
+            or a model that is converted already: its attention is gone, so build a new one.
 
     >>> import timm
     >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=10)
@@ -66,6 +67,7 @@ def karatize(model: nn.Module, config: KArAtConfig | str, example: Example | Sit
         raise ValueError(f"the model is converted already ({converted} is an attention of karat's); build a new model")
     if config.leaves_attention:
         return model
+    check_holds_patch(model)
     backbone = _known(model)
     if backbone is None:
         attach(model, config, example, lambda able, count: chosen_blocks(config, able, count), SHARED_NAME)

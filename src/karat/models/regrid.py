@@ -64,19 +64,30 @@ def check_patches(model: Any, img_size: Sequence[int] | None = None) -> None:
 
     A model without patches is served, as is one that pads its images.
     """
-    patches = getattr(model, "patch_embed", None)
-    sides = img_size or getattr(patches, "img_size", None)
-    if not isinstance(patches, PatchEmbed) or patches.dynamic_img_pad or sides is None:
-        return
-    for side, patch in zip(sides, patches.patch_size, strict=True):
-        if side < patch:
-            raise ValueError(f"img_size={side} is smaller than a patch of {patch} pixels; give {patch} or more")
+    check_holds_patch(model, img_size)
+    for side, patch in _sides(model, img_size):
         if side % patch:
             fits = side - side % patch
             raise ValueError(
                 f"img_size={side} is no multiple of the patch size {patch}: {side % patch} pixels would be cut off; "
                 f"give {fits} or {fits + patch}, or another patch size"
             )
+
+
+def check_holds_patch(model: Any, img_size: Sequence[int] | None = None) -> None:
+    """Raise ValueError where images of that size, None for the model's, are smaller than a patch."""
+    for side, patch in _sides(model, img_size):
+        if side < patch:
+            raise ValueError(f"img_size={side} is smaller than a patch of {patch} pixels; give {patch} or more")
+
+
+def _sides(model: Any, img_size: Sequence[int] | None) -> list[tuple[int, int]]:
+    """Height and width of the images, each with the patch's; nothing where patches cut off no pixels."""
+    patches = getattr(model, "patch_embed", getattr(model, "stem", None))  # mixers call it the stem
+    sides = img_size or getattr(patches, "img_size", None)
+    if not isinstance(patches, PatchEmbed) or patches.dynamic_img_pad or sides is None:
+        return []
+    return list(zip(sides, patches.patch_size, strict=True))
 
 
 def _new_grid(model: Any, img_size: tuple[int, int] | None) -> tuple[int, int]:

@@ -73,12 +73,12 @@ def compare(
     _check(list(attentions), chosen)
     folder = runs.choose_folder(settings, runs.compare_folder(settings))
     summaries: dict[str, list[dict[str, Any]]] = {name: [] for name in attentions}
-    operations = {}
+    operations, task = {}, Classification(opened)
     for seed in range(settings.seed, settings.seed + seeds):
         for attention in attentions:
             output = folder / f"{slug(attention)}-s{seed}"
             own = replace(chosen[attention], seed=seed, output=output)
-            trainer = Trainer(Classification(opened), own, console=console)
+            trainer = Trainer(task, own, console=console)
             summaries[attention].append(trainer.fit())
             main = trainer.main
             if main and attention not in operations:

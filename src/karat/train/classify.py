@@ -89,6 +89,7 @@ class Classification(Task[Settings, Data]):
 
     def __init__(self, opened: Opener | None = None) -> None:
         self.opened = opened or Opener()
+        self._said = ""
 
     def resolve(self, settings: Settings) -> Settings:
         """As Task.resolve."""
@@ -100,8 +101,9 @@ class Classification(Task[Settings, Data]):
         return self.opened.data(data_options(settings, **share))
 
     def found(self, data: Data) -> str:
-        """As Task.found."""
-        return data.found
+        """As Task.found; several runs on the same data say it once."""
+        said, self._said = self._said, data.found
+        return "" if said == data.found else data.found
 
     def facts(self, data: Data) -> dict[str, Any]:
         """As Task.facts."""

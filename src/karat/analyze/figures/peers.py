@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from karat.analyze.peers import Point
-from karat.plots import COLOURS, drawing
+from karat.plots import COLOURS, drawing, readable
 
 MARKERS = "osD^vP"
 LABEL_SIZE, LABEL_WIDTH, LABEL_HEIGHT = 5.5, 3.1, 6.0  # points; the width is that of one letter
@@ -37,6 +37,7 @@ def draw_parameters_accuracy(measured: Sequence[Point], published: Sequence[Poin
         axes.set(xscale="log", xlabel="parameters (M)", ylabel="top-1 (%)")
         axes.margins(0.12)
         axes.legend(fontsize=6)
+        readable(figure)
         figure.draw_without_rendering()  # so that points have their places
         _label(axes, sorted([*measured, *published], key=lambda point: -point.top1))
     return figure
