@@ -12,7 +12,7 @@ from torch import nn
 
 from karat.models.attention import KArAtAttention, KArAtWindowAttention, split_mask
 from karat.models.backbones import BACKBONES as records
-from karat.models.backbones import backbone_of, refusal
+from karat.models.backbones import backbone_of, is_unknown_attention, refusal
 from karat.operator.operator import KArAtOperator
 from support.small_models import BACKBONES, SMALL, images, small_model
 
@@ -187,17 +187,22 @@ def pruned_attention() -> Attention:
     return attn
 
 
+def test_a_refusal_says_why() -> None:
+    assert "heads were pruned" in str(refusal(pruned_attention()))
+
+
 @pytest.mark.parametrize(
-    ("module", "reason"),
+    "module",
     [
-        (OwnAttention(DIM, num_heads=HEADS), "subclass of Attention"),
-        (pruned_attention(), "heads were pruned"),
-        (nn.MultiheadAttention(DIM, HEADS), "no adapter"),
-        (timm.layers.AttentionRope(DIM, num_heads=HEADS), "rotary"),
+        OwnAttention(DIM, num_heads=HEADS),
+        nn.MultiheadAttention(DIM, HEADS),
+        timm.layers.AttentionRope(DIM, num_heads=HEADS),
     ],
+    ids=lambda module: type(module).__name__,
 )
-def test_refusals_say_why(module: nn.Module, reason: str) -> None:
-    assert reason in str(refusal(module))
+def test_what_no_record_knows_is_not_taken_for_what_one_knows(module: nn.Module) -> None:
+    assert is_unknown_attention(module)
+    assert refusal(module) is None
 
 
 def test_what_is_no_attention_is_not_refused() -> None:
@@ -207,6 +212,7 @@ def test_what_is_no_attention_is_not_refused() -> None:
         Attention(DIM, num_heads=HEADS),
     ):
         assert refusal(module) is None
+        assert not is_unknown_attention(module)
 
 
 def test_every_record_has_a_model_in_these_tests() -> None:

@@ -232,16 +232,17 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
     ]
 
 
-def refusal(module: nn.Module) -> str | bool | None:
-    """Why `module`, an attention that is known, can't be converted; True for an attention that isn't known.
+def refusal(module: nn.Module) -> str | None:
+    """Why `module`, an attention that is known, can't be converted; None if it can, or if it isn't known."""
+    kind = attention_kinds().get(type(module))
+    return None if kind is None or kind.adapter is None else _pruned(module, kind)
 
-    None if it can, if it stays, or if it's no attention at all.
-    """
-    kind, kinds = type(module), attention_kinds()
-    if kind in kinds:
-        return None if kinds[kind].adapter is None else _pruned(module, kinds[kind])
+
+def is_unknown_attention(module: nn.Module) -> bool:
+    """Whether `module` looks like an attention that no record knows; pooling by attention isn't one of the blocks'."""
+    kind = type(module)
     looks_like_attention = hasattr(module, "attn_drop") or re.search("attention|attn", kind.__name__, re.IGNORECASE)
-    return True if looks_like_attention and "Pool" not in kind.__name__ else None
+    return kind not in attention_kinds() and bool(looks_like_attention) and "Pool" not in kind.__name__
 
 
 def _pruned(attn: Any, kind: AttentionKind) -> str | None:

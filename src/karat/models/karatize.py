@@ -10,7 +10,15 @@ from torch import nn
 from karat.models.attach.example import Example
 from karat.models.attach.place import Sites, attach
 from karat.models.attention import BiasedAttention
-from karat.models.backbones import OWN, AttentionSite, Backbone, attention_sites, backbone_of, refusal
+from karat.models.backbones import (
+    OWN,
+    AttentionSite,
+    Backbone,
+    attention_sites,
+    backbone_of,
+    is_unknown_attention,
+    refusal,
+)
 from karat.models.regrid import check_holds_patch
 from karat.models.relative_bias import RelativeBias, relative_biases
 from karat.models.resample import SetInputSize
@@ -178,9 +186,9 @@ def _known(model: nn.Module) -> Backbone | None:
     backbone, known = backbone_of(model), True
     for name, module in model.named_modules():
         reason = refusal(module)
-        if isinstance(reason, str):
+        if reason is not None:
             raise ValueError(f"{name or 'the model'} ({type(module).__name__}) can't be converted: {reason}")
-        known = known and reason is None
+        known = known and not is_unknown_attention(module)
     return backbone if known else None
 
 
