@@ -6,9 +6,9 @@ import contextlib
 import io
 import re
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import TypeVar, get_args
 
-from karat.values import check_parsed
+from karat.values import check_parsed, hints
 
 Parsed = TypeVar("Parsed")
 
@@ -35,7 +35,7 @@ def one_line_errors(command: str) -> Iterator[None]:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        lines = [re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", line).strip() for line in complaint.getvalue().splitlines()]
+        lines = [re.sub(r"\x1b\[[0-9;]*m|[─-╿]|-{5,}", " ", line).strip() for line in complaint.getvalue().splitlines()]
         words = " ".join(filter(None, lines)) or "the options can't be read"
         # of a value that a dataclass itself refuses, what it says is enough
         words = re.sub(r"^Value error Error parsing \S+ (.*) For full helptext, see .*", r"\1", words)
@@ -46,7 +46,26 @@ def one_line_errors(command: str) -> Iterator[None]:
 
 def parse(parser: Callable[[], Parsed], command: str) -> Parsed:
     """What `parser`, a call of tyro's, returns, held against its annotations. Raises ValueError for what can't be."""
-    with one_line_errors(command):
-        found = parser()
-    check_parsed(found)
+    try:
+        with one_line_errors(command):
+            found = parser()
+    except ValueError as error:
+        raise ValueError(_as_typed(str(error))) from None
+    try:
+        check_parsed(found)
+    except ValueError as error:
+        from tyro.conf import Positional
+
+        marker = get_args(Positional[int])[1]
+        places = [name for name, kind in hints(type(found)).items() if marker in get_args(kind)]
+        raise ValueError(_as_typed(str(error), *places)) from None
     return found
+
+
+def _as_typed(complaint: str, *positional: str) -> str:
+    """A complaint of `values` about a setting, "img_size=-1: ...", with the option as it is typed, --img-size=-1."""
+    found = re.match(r"([a-z]\w*)=('.*'|\(.*\)|\S+): ", complaint)
+    if found is None or found[1] in positional:
+        return complaint
+    name = {"preset": "recipe"}.get(found[1], found[1])
+    return f"--{name.replace('_', '-')}{complaint[found.end(1) :]}"

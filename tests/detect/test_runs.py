@@ -208,7 +208,7 @@ BAD = {
     "detect train --data DATA --img-size 224 --patch-size 14 --recipe small": "patch size 14: a detector takes 4, 8",
     "detect train --data DATA --images nowhere": "--images nowhere: no such folder",
     "detect eval nowhere": "is no run's folder",
-    "detect eval RUN --batch-size 0": "batch_size=0: give 1 or more",
+    "detect eval RUN --batch-size 0": "--batch-size=0: give 1 or more",
     "detect predict RUN nowhere.jpg": "nowhere.jpg is not there",
     "detect predict RUN DATA": "is not an image of a known format",
     "detect predict RUN DATA --score 2": "score=2.0",
@@ -274,6 +274,10 @@ def test_regions_are_pooled_at_the_levels_own_scales(data: Path, patch: int) -> 
 def test_patches_without_whole_strides_are_refused(data: Path, patch: int) -> None:
     with pytest.raises(ValueError, match=f"patch size {patch}: a detector takes 4, 8"):
         build_detector(tiny(data, patch_size=patch, img_size=4 * patch), 2)
+
+
+def test_a_patch_need_not_divide_the_images_that_timm_takes(data: Path) -> None:
+    assert build_detector(tiny(data, patch_size=64, img_size=128), 2).trunk.stride == 64
 
 
 def test_published_settings_reach_torchvision() -> None:

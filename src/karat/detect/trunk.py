@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from karat.detect.attention import GridAttention
 from karat.models.backbones import backbone_of
-from karat.models.create import ModelArgumentsError, create_model
+from karat.models.create import ModelArgumentsError, create_model, rebuild_model
 from karat.operator.token_grid import resample_operator
 
 WINDOW = 14
@@ -122,7 +122,7 @@ def create_trunk(
     Raises ValueError for a model that is no ViT, or sizes that don't fit.
     """
     try:
-        known: Any = create_model(name, "softmax", num_classes=0, **(timm_kwargs | {"depth": 1}))
+        known: Any = rebuild_model(name, "softmax", num_classes=0, **(timm_kwargs | {"depth": 1}))  # of any side
     except ModelArgumentsError as error:
         if not isinstance(error.__cause__, TypeError):
             raise

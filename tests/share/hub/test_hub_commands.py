@@ -158,7 +158,7 @@ REFUSED: dict[str, str] = {
     "hub RUN --output RUN --overwrite": "is there already",
     "hub RUN --weights nope": "--weights",
     "predict SAVED": "image",
-    "predict SAVED x.png --top 0": "top=0",
+    "predict SAVED x.png --top 0": "--top=0",
     "predict SAVED x.png --device tpu": "--device tpu",
     "predict SAVED x.png --weights ema": "has one set of weights only",
     "predict EMPTY x.png": "has no config.json",
