@@ -6,7 +6,7 @@ import contextlib
 import io
 import re
 from collections.abc import Callable, Iterator
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 from karat.values import check_parsed, hints
 
@@ -56,8 +56,8 @@ def parse(parser: Callable[[], Parsed], command: str) -> Parsed:
     except ValueError as error:
         from tyro.conf import Positional
 
-        marker = get_args(Positional[int])[1]
-        places = [name for name, kind in hints(type(found)).items() if marker in get_args(kind)]
+        marker, kinds = get_args(Positional[int])[1], hints(cast(Any, type(found)))
+        places = [name for name, kind in kinds.items() if marker in get_args(kind)]
         raise ValueError(_as_typed(str(error), *places)) from None
     return found
 
