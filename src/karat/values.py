@@ -59,6 +59,21 @@ class Growing:
         return all(a <= b for a, b in pairwise(value))
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where something is to be written: a folder, or a file. What stands in the way is found before any work."""
+
+    words: str
+    folder: bool
+
+    def holds(self, value: Path) -> bool:
+        """Whether it is there as such, or can be made."""
+        path = value.expanduser()
+        parents = path.parents if not self.folder else (path, *path.parents)
+        there = next((one for one in parents if one.exists()), None)
+        return (there is None or there.is_dir()) and (self.folder or not path.is_dir())
+
+
 LARGEST = 2**31 - 1
 Positive = Annotated[float, Range("give a positive value", 0, open_least=True)]
 NotNegative = Annotated[float, Range("give 0 or more", 0)]
@@ -71,6 +86,8 @@ Count = Annotated[int, Range("give 1 or more, below 2^31", 1, LARGEST)]
 Natural = Annotated[int, Range("give 0 or more, below 2^31", 0, LARGEST)]
 Processes = Annotated[int, Range("give 0 to 1024", 0, 1024)]
 Seed = Annotated[int, Range("give a whole number from 0 to 2^63 - 1", 0, 2**63 - 1)]
+Folder = Annotated[Path, Place("there is a file, and a folder is needed here", folder=True)]
+File = Annotated[Path, Place("there is a folder, or a file in place of one, and a file is needed here", folder=False)]
 Label = Annotated[str, "a text that may be anything: it is no path, and may be empty"]
 Low2High = Growing("give (low, high), 0 < low <= high")
 
@@ -103,7 +120,7 @@ def convert(name: str, value: Any, kind: Any) -> Any:
     """
     found, complaint = _admit(value, kind)
     if complaint:
-        shown = repr(value)
+        shown = repr(str(value) if isinstance(value, Path) else value)
         raise ValueError(f"{name}={shown if len(shown) < 200 else shown[:200] + '…'}: {complaint}")
     return found
 
@@ -117,7 +134,7 @@ def _admit(value: Any, kind: Any) -> tuple[Any, str]:
         if is_typeddict(arguments[1]):
             return _admit_table(value, arguments[1])
         found, complaint = _admit(value, arguments[0])
-        limits = [one for one in arguments[1:] if isinstance(one, Range | OneOf | Growing)]
+        limits = [one for one in arguments[1:] if isinstance(one, Range | OneOf | Growing | Place)]
         broken = [] if complaint or found is None else [one.words for one in limits if not one.holds(found)]
         return found, complaint or ", ".join(broken)
     if origin in (Union, types.UnionType):
@@ -126,7 +143,8 @@ def _admit(value: Any, kind: Any) -> tuple[Any, str]:
         if fits is not None:
             return fits
         right = [words for one, (_, words) in zip(arguments, tried, strict=True) if words != f"give {_words(one)}"]
-        return value, " or ".join([*(right or [f"give {_words(kind)}"]), *(["none"] if right else [])])
+        none = ["none"] if right and right[-1].startswith("give ") else []
+        return value, " or ".join([*(right or [f"give {_words(kind)}"]), *none])
     if origin is Literal:
         return value, "" if value in arguments and type(value) in map(type, arguments) else f"give {_words(kind)}"
     if origin in (tuple, list):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -12,7 +13,7 @@ from karat.detect.recipes import DetectRecipe
 from karat.detect.settings import DetectSettings
 from karat.runs.classification import Settings
 from karat.runs.recipes import Recipe
-from karat.values import hints
+from karat.values import File, Folder, convert, hints
 
 FIELDS = [
     (kind, name)
@@ -53,3 +54,22 @@ def test_a_misspelt_policy_is_refused(aa: str) -> None:
 @pytest.mark.parametrize("aa", ["rand-m15-n2-mstd1.0-inc1", "rand-m9-p0.5-mmax12-tweights", "augmix-m5-w4-d2-b1", "3a"])
 def test_a_policy_that_timm_reads_is_accepted(aa: str) -> None:
     assert Recipe(aa=aa).aa == aa
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "right"),
+    [
+        *[(Folder, place, True) for place in ("new", "new/er", "folder", "folder/new")],
+        *[(Folder, place, False) for place in ("file", "file/new", "file/new/er")],
+        *[(File, place, True) for place in ("new", "new/er", "folder/new", "file")],
+        *[(File, place, False) for place in ("folder", "file/new", "file/new/er")],
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_refused(kind: Any, place: str, right: bool, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    if right:
+        assert convert("output", tmp_path / place, kind | None) == tmp_path / place
+    else:
+        with pytest.raises(ValueError, match=r"output='.*is needed here$"):
+            convert("output", tmp_path / place, kind | None)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from karat.analyze.subject import Options
 from karat.errors import parse
-from karat.values import Count, Range
+from karat.values import Count, File, Folder, Range
 
 What = Literal[
     "curves",
@@ -42,7 +42,7 @@ class Analyze(Options):
     """The folders of the runs; a comparison's folder means its runs."""
     formats: tuple[Format, ...] = ("png",)
     """File formats of the figures."""
-    output: Path | None = None
+    output: Folder | None = None
     """Another folder for the result; none: analysis/WHAT in the first folder that is named."""
 
 
@@ -54,7 +54,7 @@ class Report(Options):
     """The folders of the runs; a comparison's folder means its runs."""
     sections: tuple[str, ...] = ()
     """Sections of the page; none: all of them."""
-    output: Path | None = None
+    output: File | None = None
     """The page's file; none: report.html in the first folder that is named."""
     points: Annotated[int, Range("give 3 to 1001", 3, 1001)] = 11
     images: Count = 4
@@ -73,7 +73,7 @@ class Explore:
     """Weights of the last epoch, of the epoch with the highest top-1, or averaged ones."""
     host: str = "127.0.0.1"
     """Address to serve on; 0.0.0.0 lets other machines in."""
-    port: Annotated[int, Range("give a port from 0 to 65535", 0, 65535)] = 7860
+    port: Annotated[int, Range("give a port from 1 to 65535", 1, 65535)] = 7860
     """Port to serve on."""
     browser: bool = True
     """Open the page in the browser."""

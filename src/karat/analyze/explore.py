@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import socket
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -182,6 +183,10 @@ def serve(
 
     Raises ValueError where gradio isn't installed or the folder isn't a run, OSError for a port in use.
     """
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:
+        raise ValueError(f"--host {host}: no such address ({error.strerror})") from None
     app = build_app(Explorer(open_run(folder), weights))
     import gradio as gr
 

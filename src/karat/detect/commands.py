@@ -17,7 +17,7 @@ from karat.detect.settings import DetectSettings
 from karat.errors import parse
 from karat.runs.settings import AUTO, Device
 from karat.train.commands import first_options, read_settings, resumed, train_and_say
-from karat.values import Count, Probability, Processes
+from karat.values import Count, Folder, Probability, Processes
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Predict:
     """Weights of the last epoch, of the epoch with the highest box AP, or averaged ones."""
     score: Probability = 0.5
     """Lowest score that is drawn."""
-    output: Path | None = None
+    output: Folder | None = None
     """The folder of the drawings and of predictions.json; none: RUN/predictions."""
     device: Device | None = None
     """auto: the accelerator when there is one; none: as the run had."""
@@ -66,7 +66,7 @@ class Compare:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """The runs' folders."""
-    output: Path = Path("runs/compare-detect")
+    output: Folder = Path("runs/compare-detect")
     """Where compare.json and curves.png are written."""
 
 

@@ -7,6 +7,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from karat.runs import checkpoint, files
 from karat.runs.classification import Settings
 from karat.runs.settings import RunSettings, data_slug, first_change, slug
-from karat.values import convert
+from karat.values import Folder, convert
 
 CONFIG, METRICS, SUMMARY, DIGESTS = "config.json", "metrics.jsonl", "summary.json", "weights.json"
 EVAL, DETECTIONS = "eval.json", "detections.json"
@@ -52,14 +53,18 @@ def choose_folder(settings: RunSettings, default: Path) -> Path:
             raise ValueError(f"--resume {folder} and --output {settings.output} differ: give one of them")
         return folder
     if settings.output is not None:
+        convert("output", settings.output, Folder)
         if is_run(settings.output) and settings.resume is None and not settings.overwrite:
             raise ValueError(f"{settings.output} holds a run: --resume auto goes on with it, --overwrite begins again")
         return settings.output
-    names = [default, *(default.with_name(f"{default.name}-{number}") for number in range(2, 10_000))]
     if settings.overwrite:
         return default
-    free = next(index for index, name in enumerate(names) if not name.exists())
-    return names[free - 1] if settings.resume == "auto" and free > 0 else names[free]
+    taken, free = default, default
+    for number in count(2):
+        if not free.exists():
+            break
+        taken, free = free, default.with_name(f"{default.name}-{number}")
+    return taken if settings.resume == "auto" else free
 
 
 def is_run(folder: Path) -> bool:

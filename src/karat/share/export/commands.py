@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from karat.errors import parse
-from karat.values import Positive, Range
+from karat.values import File, Positive, Range
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Export:
     """A run's folder, a saved model's folder, or a name on the Hugging Face Hub."""
     format: Literal["onnx", "pt2"] = "onnx"
     """onnx, for onnxruntime and others; pt2, for torch.export.load."""
-    output: Path | None = None
+    output: File | None = None
     """The file to write; none: model.onnx or model.pt2 in the model's folder, or here for a name on the Hub."""
     weights: Literal["last", "best", "ema"] = "last"
     """For a run: weights of the last epoch, of the epoch with the highest top-1, or averaged ones."""

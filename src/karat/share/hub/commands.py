@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from karat.errors import parse
-from karat.values import Count
+from karat.values import Count, Folder
 
 Weights = Literal["last", "best", "ema"]
 
@@ -22,7 +22,7 @@ class Hub:
 
     run: tyro.conf.Positional[Path]
     """The run's folder."""
-    output: Path | None = None
+    output: Folder | None = None
     """The folder to write; none: RUN/saved."""
     push: str | None = None
     """Name on the Hugging Face Hub, user/name, to upload the folder to; needs `hf auth login` or $HF_TOKEN."""

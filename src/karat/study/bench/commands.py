@@ -16,7 +16,7 @@ from karat.study.bench import attention, memory, paper_way, step, throughput
 from karat.study.bench.attention import AttentionShape
 from karat.study.bench.measurement import Measurement
 from karat.study.bench.timing import Timing, against_softmax
-from karat.values import Count, Natural, Processes
+from karat.values import Count, Folder, Natural, Processes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -29,7 +29,7 @@ class Benchmark:
     """cpu or cuda"""
     threads: Processes = 0
     """CPU threads; 0 keeps torch's own choice"""
-    output: Path | None = None
+    output: Folder | None = None
     """folder for the JSON and the figure; nothing is written without it"""
 
     def prepare(self) -> None:
@@ -254,7 +254,7 @@ class Throughput(ModelBenchmark):
 class CostBenchmark:
     """Parameters and multiply-adds of the paper's nine models, as run here, beside the published figures."""
 
-    output: Path | None = None
+    output: Folder | None = None
     """folder for the JSON; nothing is written without it"""
 
     def run(self) -> None:
