@@ -101,6 +101,12 @@ AMBIGUOUS = {  # what is there -> what is said
     ("train", "Training"): "mean the same",
     ("train", "val", "validation"): "mean the same",
     ("", "test"): r"class folders \(cat/\) beside test/: put them into train/",
+    (
+        "seg_train/seg_train",
+        "seg_test/seg_test",
+        "seg_pred",
+    ): "seg_train/ and seg_test/, which may be",
+    ("img.train", "img.val"): "call them train/ and test/",
     ("Test",): "Test/ and no train/",
     ("bottle/train", "bottle/test", "nut/train", "nut/test"): "within the class folder bottle/",
     ("data/train", "data/val"): "give .*data, or put",
@@ -115,8 +121,24 @@ def test_ambiguous_layouts_are_refused(tmp_path: Path, layout: tuple[str, ...]) 
 
 
 def test_a_class_may_be_called_like_a_part(tmp_path: Path) -> None:
-    add(tmp_path, *(f"{name}/{i}.png" for name in ("bus", "train", "test") for i in range(3)))
-    assert open_splits(str(tmp_path)).class_names == ("bus", "test", "train")
+    add(tmp_path, *(f"{name}/{i}.png" for name in ("bus", "train", "ski_test", "bullet_train") for i in range(3)))
+    assert open_splits(str(tmp_path)).class_names == ("bullet_train", "bus", "ski_test", "train")
+
+
+@pytest.mark.parametrize("name", ["test", "Val", "dev"])
+def test_images_of_a_test_folder_are_no_class(tmp_path: Path, name: str) -> None:
+    add(tmp_path, *(f"{folder}/{i}.png" for folder in ("cat", "dog", name) for i in range(3)))
+    with pytest.raises(ValueError, match=rf"beside {name}/: put them into train/, {name}/ too if it is a class"):
+        open_splits(str(tmp_path))
+
+
+def test_a_link_to_another_class_is_left_out(tmp_path: Path) -> None:
+    add(tmp_path, *(f"{folder}/old/{i}.png" for folder in ("cat", "dog") for i in range(3)))
+    (tmp_path / "dog" / "more").symlink_to(tmp_path / "cat" / "old")
+    (tmp_path / "cat" / "more").symlink_to(tmp_path / "dog" / "old")
+    splits = open_splits(str(tmp_path))
+    assert len(splits.train) + len(splits.eval) == 6
+    assert "cat/more/ (a link to another class), dog/more/ (a link to another class)" in splits.found
 
 
 def test_images_within_a_class_folder_belong_to_it(tmp_path: Path) -> None:

@@ -207,20 +207,37 @@ def find_parts(root: Path, tree: Tree, left: LeftOut, *, training: bool) -> dict
     filled = [name for name in others if tree.has_images(str(root / name))]
     for name in folders:
         part, path = part_of(name), root / name
-        if not part or (filled and _is_class(str(path), tree)):  # a class may be called "train"
+        if not part or (part == "train" and filled and _is_class(str(path), tree)):  # the vehicle
             continue
         if part in parts:
             raise ValueError(f"{root} has {parts[part].name}/ and {name}/, which mean the same: leave one")
         parts[part] = path
     if parts and "train" not in parts and filled:
+        odd = next(iter(parts.values())).name
         raise ValueError(
-            f"{root} has class folders ({filled[0]}/) beside {next(iter(parts.values())).name}/: put them into train/"
+            f"{root} has class folders ({filled[0]}/) beside {odd}/: put them into train/, {odd}/ too if it is a class"
         )
     if parts and "train" not in parts and training:
         found = next(iter(parts.values()))
         raise ValueError(f"{root} has {found.name}/ and no train/; to train on it, give {found}")
+    if not parts:
+        _check_called(root, [name for name in filled if not _is_class(str(root / name), tree)])
     left.folders += [f"{name}/" for name in others] if parts else []
     return parts
+
+
+def _check_called(root: Path, folders: Sequence[str]) -> None:
+    """Raise ValueError where folders of folders end in a word for training and one for evaluation (my_train, my_test).
+
+    Taken as classes, they would have test images trained on.
+    """
+    called = {part_of(re.split(r"[-_. ]", name)[-1]): name for name in folders}
+    held = next((called[part] for part in EVALUATED if part in called), None)
+    if "train" in called and held is not None:
+        raise ValueError(
+            f"{root} has {called['train']}/ and {held}/, which may be parts or classes: call them train/ and test/ if "
+            "they are parts, or move their images up if they are classes"
+        )
 
 
 def _is_class(folder: str, tree: Tree) -> bool:
@@ -235,11 +252,15 @@ def _images(root: Path, tree: Tree, left: LeftOut) -> list[tuple[str, str]]:
     loose = sorted(filter(is_image, here.files), key=natural_key)
     left.count(str(root), here, loose)
     found: list[tuple[str, str]] = []
+    owned = {os.path.realpath(root / name) for name in here.folders}
     inner: dict[str, set[str]] = {}  # class folders -> the folders right in them that images lie in, "" for themselves
     for name in sorted(here.folders, key=natural_key):
         before = len(found)
         top = str(root / name)
         for folder, listing in tree.walk(top, above):
+            if _is_anothers(folder, top, owned):
+                left.folders.append(f"{os.path.relpath(folder, root)}/ (a link to another class)")
+                continue
             images = [file for file in listing.files if is_image(file)]
             left.count(folder, listing, images)
             found += [(os.path.join(folder, file), name) for file in images]
@@ -258,6 +279,13 @@ def _images(root: Path, tree: Tree, left: LeftOut) -> list[tuple[str, str]]:
         raise ValueError(f"{root / loose[0]} lies in no class subfolder; move it into {root}/CLASS/")
     _check_levels(root, inner)
     return sorted(found, key=lambda image: natural_key(image[0]))
+
+
+def _is_anothers(folder: str, top: str, owned: set[str]) -> bool:
+    """Whether a folder below the class folder `top` lies, by a link, in another of the class folders `owned`."""
+    here = Path(os.path.realpath(folder))
+    owner = next((str(path) for path in (here, *here.parents) if str(path) in owned), None)
+    return owner is not None and owner != os.path.realpath(top)
 
 
 def _check_inner(top: Path, below: str) -> None:
