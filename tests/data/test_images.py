@@ -133,7 +133,7 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, name: str) -> None:
     near(read_file(tmp_path / name), GREY.convert("RGB"), 1.0)
 
 
-def tiff(values: np.ndarray, bits: int, photometric: int) -> bytes:
+def tiff(values: np.ndarray, bits: int, photometric: int, sample: int = 1) -> bytes:
     """A little-endian TIFF of one strip."""
     height, width = values.shape
     data = values.tobytes()
@@ -141,7 +141,7 @@ def tiff(values: np.ndarray, bits: int, photometric: int) -> bytes:
         numbers = values.ravel().tolist()
         data = b"".join(((a << 12) | b).to_bytes(3, "big") for a, b in zip(numbers[::2], numbers[1::2], strict=True))
     entries = [(256, 3, width), (257, 3, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric)]
-    entries += [(273, 4, 8), (277, 3, 1), (278, 3, height), (279, 4, len(data))]
+    entries += [(273, 4, 8), (277, 3, 1), (278, 3, height), (279, 4, len(data)), (339, 3, sample)]
     table = b"".join(
         tag.to_bytes(2, "little") + kind.to_bytes(2, "little") + (1).to_bytes(4, "little") + value.to_bytes(4, "little")
         for tag, kind, value in entries
@@ -165,6 +165,9 @@ def test_numbers_without_a_white_are_refused_by_name(tmp_path: Path) -> None:
             read_file(tmp_path / name)
     with pytest.raises(ValueError, match="real numbers"):
         read_image(np.zeros((4, 4), np.float32))
+    for bits, kind in ((8, "i1"), (16, "<i2")):
+        with pytest.raises(ValueError, match="don't say what is white"):
+            read_image(tiff(np.full((4, 4), -100, kind), bits, 1, sample=2))
 
 
 def test_of_several_frames_the_first_is_seen() -> None:

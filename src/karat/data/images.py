@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
@@ -74,6 +74,10 @@ def _orientation(image: Image.Image) -> int:
 
 def _colours(image: Image.Image, ground: str) -> Image.Image:
     """The image in mode L or RGB."""
+    if 2 in getattr(image, "tag_v2", {}).get(SAMPLEFORMAT, ()):  # a sign, which Pillow reads as brightness
+        raise ValueError(
+            "its pixels are numbers with a sign, which don't say what is white; save it with 8 or 16 bits and none"
+        )
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _eight_bits(image)
     if image.mode == "LAB":
