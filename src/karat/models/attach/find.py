@@ -146,7 +146,8 @@ def _found(name: str, passes: list[_Pass], batch: int) -> Found:
     modules = passes[0].modules
     written = not any(isinstance(call, Fused) for call in passes[0].calls)
     kept = [[call for call in own.calls if written or isinstance(call, Fused)] for own in passes]
-    found = Found(name, modules[0], written=written)
+    either = isinstance(modules[0], nn.MultiheadAttention)  # one call a pass: which, need_weights says
+    found = Found(name, modules[0], written=written or either)
     counts = sorted({len(calls) for calls in kept})
     if len(counts) > 1:
         found.reason = f"it calls for attention {' or '.join(map(str, counts))} times, from pass to pass"
@@ -155,7 +156,7 @@ def _found(name: str, passes: list[_Pass], batch: int) -> Found:
     if counts[0] > 1 and counts[0] == heads and all(len(call.shape) == 3 for call in kept[0]):
         heads = 1  # a call for each head
     for number, call in enumerate(kept[0]):
-        layout = layout_of(call, heads, batch)
+        layout = Layout(heads) if either and heads is not None else layout_of(call, heads, batch)
         found.calls.append(layout)
         found.sizes.append((0 if isinstance(layout, str) else layout.heads, call.shape[-2], call.shape[-1]))
         keys = sorted({calls[number].shape[-1] for calls in kept})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -67,13 +69,14 @@ class Attached:
         self.before = module.__dict__.get("forward")
         self.observer: Observer | None = None
         self.index = 0  # among the model's attention, in forward order
+        self.inside = False  # another's module, whose mode isn't to see what becomes of this one's calls
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.before or type(self.module).forward.__get__(self.module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        taking = Taking(self.take, self.written)
+        taking = Taking(self.taken_alone if self.inside else self.take, self.written)
         with taking:
             if self.before is not None:
                 out = self.before(*args, **kwargs)
@@ -82,6 +85,18 @@ class Attached:
         if self.learned and taking.number != len(self.layouts):
             raise ValueError(self._changed(taking.number))
         return out
+
+    def replica(self) -> Any:
+        """The module as `nn.DataParallel` copies it, shallow, with a place of its own."""
+        twin = copy.copy(self)
+        twin.module = type(self.module)._replicate_for_data_parallel(self.module)
+        twin.module.forward = twin
+        return twin.module
+
+    def taken_alone(self, *call: Any) -> Tensor:
+        """`take`, unseen by the modes around it."""
+        with torch._C.DisableTorchFunction():
+            return self.take(*call)
 
     def take(self, number: int, call: Call, otherwise: Callable[[], Tensor]) -> Tensor:
         """The result of one call, (…,M,D) or (…,M,N)."""

@@ -96,12 +96,19 @@ def attach(model: nn.Module, config: KArAtConfig, example: Example | Sites | Non
         model.add_module(name, operators[0][0])
     own = dict(zip(chosen, operators, strict=True))
     for i, site in enumerate(found):
-        _place(site, own.get(i), shared).index = i
+        place = _place(site, own.get(i), shared)
+        place.index, place.inside = i, any(_is_within(site.name, other.name) for other in found)
+    _without_nested(model)
     settings: Any = getattr(model, "config", None)
     if hasattr(settings, "to_dict") and not isinstance(given, Sites):  # transformers': what save_pretrained writes
         settings.karat_attention, settings.karat_example = str(config), described(given)
     if stays and config.blocks is None:
         warnings.warn(f"stays softmax: {stays}", stacklevel=3)
+
+
+def _is_within(name: str, other: str) -> bool:
+    """Whether a module is in another, by their names."""
+    return name != other and (not other or name.startswith(f"{other}."))
 
 
 def _place(site: Found, operators: list[KArAtOperator] | None, shared: bool) -> Attached:
@@ -118,8 +125,15 @@ def _place(site: Found, operators: list[KArAtOperator] | None, shared: bool) -> 
     )
     if isinstance(module, nn.MultiheadAttention):
         module.register_forward_pre_hook(keep_to_module)
-    module.forward = place
+    module.forward, module._replicate_for_data_parallel = place, place.replica
     return place
+
+
+def _without_nested(model: nn.Module) -> None:
+    """Padding stays a mask where an encoder with operators would pack its inputs into nested tensors."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any("forward" in m.__dict__ for m in module.modules()):
+            module.use_nested_tensor = module.enable_nested_tensor = False
 
 
 def _operators(config: KArAtConfig, sites: list[Found]) -> list[list[KArAtOperator]]:
