@@ -27,7 +27,7 @@ def comparison(folder: Path) -> Path:
 
 
 def run(folder: Path, finished: bool = True) -> Path:
-    runs.begin(folder, Settings(model="vit_tiny_patch16_224", mlp="kan"), {})
+    runs.begin(folder, Settings(model="vit_tiny_patch16_224", mlp="kan"), {"num_classes": 10, "in_chans": 3})
     if finished:
         (folder / runs.SUMMARY).write_text(json.dumps({"parameters": 2_000_000, "top1": 91.0}))
     return folder

@@ -201,7 +201,7 @@ def test_bad_tables_and_rows():
 def make_run(folder, top1, **values):
     folder.mkdir(parents=True)
     settings = Settings.make(**values)
-    runs.begin(folder, settings, {"num_classes": 10})
+    runs.begin(folder, settings, {"num_classes": 10, "in_chans": 3})
     runs.write_history(folder, [{"epoch": 1, "top1": 1.0, "top5": 2.0}, {"epoch": 2, "top1": top1, "top5": 90.0}])
     return folder
 

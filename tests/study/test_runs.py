@@ -220,7 +220,7 @@ def test_epochs_follow_from_step_times_until_a_run_has_begun(tmp_path: Path) -> 
     assert settle(plan, seconds).variants[0].settings.recipe.epochs == 5
     run = tmp_path / "longer-s0"
     run.mkdir()
-    runs.begin(run, settled.jobs()[0].settings, {})
+    runs.begin(run, settled.jobs()[0].settings, {"num_classes": 10, "in_chans": 3})
     again = make_plan(document, common_settings(document.settings), tmp_path)
     assert not again.variants[0].waits
     assert again.variants[0].settings.recipe.epochs == 8
@@ -236,7 +236,7 @@ def test_a_warm_up_keeps_its_share_of_the_epochs_that_step_times_give(tmp_path: 
     longer, operator = settle(plan, {"longer": {"float32": 0.1}, "g3b": {"float32": 0.2}}).variants
     assert (longer.settings.recipe.epochs, longer.settings.recipe.warmup_epochs) == (8, 2.4)
     assert (operator.settings.recipe.epochs, operator.settings.recipe.warmup_epochs) == (4, 1.2)
-    runs.begin(tmp_path / "longer-s0", longer.settings, {})
+    runs.begin(tmp_path / "longer-s0", longer.settings, {"num_classes": 10, "in_chans": 3})
     again = make_plan(document, common_settings(document.settings), tmp_path).variants[0]
     assert again.settings.recipe == longer.settings.recipe
 

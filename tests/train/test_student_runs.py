@@ -214,7 +214,7 @@ def test_results_of_students_find_the_rows_of_their_teacher(tmp_path: Path) -> N
     run = tmp_path / "run"
     for folder, values in ((run, {"teacher": "elsewhere"}), (run / "teacher", {"attention": "g3b"})):
         folder.mkdir()
-        runs.begin(folder, Settings.make(**common, **values), {"num_classes": 10})
+        runs.begin(folder, Settings.make(**common, **values), {"num_classes": 10, "in_chans": 3})
     runs.write_history(run, [{"epoch": 1, "top1": 70.0, "top5": 90.0}])
     found = compare(rows(), [run])
     assert {(entry.table, entry.variant) for entry, _ in found} == {(4, "softmax<-vit_tiny+g3b")}
