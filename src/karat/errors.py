@@ -22,6 +22,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def brief(value: object) -> str:
+    """A value in a line that is read by people."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
 @contextlib.contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
     """Within, a parser that prints a framed complaint to stderr and exits raises ValueError with its words instead.
@@ -38,6 +44,7 @@ def one_line_errors(command: str) -> Iterator[None]:
         lines = [re.sub(r"\x1b\[[0-9;]*m|[─-╿]|-{5,}", " ", line).strip() for line in complaint.getvalue().splitlines()]
         words = " ".join(filter(None, lines)) or "the options can't be read"
         # of a value that a dataclass itself refuses, what it says is enough
+        words = re.sub(r"^(Unrecognized options) \1", r"\1", words)  # the frame's title, and the first line in it
         words = re.sub(r"^Value error Error parsing \S+ (.*) For full helptext, see .*", r"\1", words)
         raise ValueError(
             f"{re.sub(' +', ' ', words)}" + ("" if "--help" in words else f" ({command} --help)")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from karat.data.sources import Source, Stream, is_stream
+from karat.errors import brief
 
 MOST_NUMBERS = 2**20  # a larger number is an identifier of something, and a head of so many classes fits nowhere
 SHOWN = 8  # names in a message
@@ -59,7 +60,7 @@ def name_of(label: Any, declared: Sequence[str] | None, where: str) -> str:
     if isinstance(label, str | bool):
         return str(label)
     if not isinstance(label, int | float) or not math.isfinite(label) or label != int(label):
-        raise ValueError(f"{where} has the label {_brief(label)}, which names no class; give text or a whole number")
+        raise ValueError(f"{where} has the label {brief(label)}, which names no class; give text or a whole number")
     number = int(label)
     if number < 0:
         raise ValueError(f"{where} has label {number}: it is not labelled; choose another split or remove it")
@@ -87,7 +88,7 @@ def read_column(column: Any, declared: Sequence[str] | None, where: Callable[[in
     except pa.ArrowNotImplementedError:  # lists, records
         first = next(iter(column.slice(0, 1).to_pylist()), column.type)
         raise ValueError(
-            f"{where(0)} has the label {_brief(first)}: an image has one class here; give one name or number"
+            f"{where(0)} has the label {brief(first)}: an image has one class here; give one name or number"
         ) from None
     rows = np.unique(codes, return_index=True)[1]  # where each value comes first
     named = [name_of(value, declared, where(int(row))) for value, row in zip(values.to_pylist(), rows, strict=True)]
@@ -179,8 +180,3 @@ def some(names: Sequence[str]) -> str:
     """Names in a line, the first of them where there are many."""
     more = f", … {len(names)} in all" if len(names) > SHOWN else ""
     return ", ".join(map(str, names[:SHOWN])) + more
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -25,12 +25,12 @@ from karat.detect.objects import (
     Account,
     Thing,
     box_of,
-    brief,
     is_number,
     is_share,
     number_of,
     read_thing,
 )
+from karat.errors import brief
 
 __all__ = ["NO_AREA", "NO_SHAPE", "SHORT_POLYGON", "CocoPart", "Picture", "Thing", "read_coco"]
 
@@ -188,11 +188,12 @@ def _name(category: dict[str, Any], number: int, path: Path) -> str:
 
 
 def _size(image: dict[str, Any], number: int, path: Path) -> tuple[int, int]:
-    height, width = image.get("height"), image.get("width")
+    height: Any = image.get("height")
+    width: Any = image.get("width")
     for side in (height, width):
         if not is_number(side) or side != int(side) or side <= 0:
             raise ValueError(f"{path}: image {number} has height {brief(height)} and width {brief(width)}")
-    return int(height), int(width)  # type: ignore[arg-type]  # numbers by then
+    return int(height), int(width)
 
 
 def _find(image: dict[str, Any], number: int, folders: Sequence[Path], path: Path) -> Path | str:

@@ -68,7 +68,8 @@ class Detector(MaskRCNN):
 
     def __init__(self, backbone: SimpleFeaturePyramid, num_classes: int, recipe: DetectRecipe) -> None:
         channels, side = backbone.out_channels, recipe.img_size
-        stride = int(backbone.trunk.stride)  # type: ignore[arg-type]  # a number in Trunk
+        trunk: Any = backbone.trunk
+        stride = int(trunk.stride)
         super().__init__(
             backbone,
             None,  # the predictors below say it; the background is class 0

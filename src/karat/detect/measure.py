@@ -12,8 +12,8 @@ from karat.detect.coco import CocoPart
 from karat.detect.data import DetectData, find_files, load_data, open_file
 from karat.detect.detector import Detector, build_detector
 from karat.detect.evaluate import measure
-from karat.detect.objects import brief
 from karat.detect.settings import DetectSettings
+from karat.errors import brief
 from karat.runs.checkpoint import load_weights
 from karat.runs.files import write_json
 from karat.runs.settings import Device
@@ -35,13 +35,13 @@ def load_run(folder: Path, weights: str = "last") -> tuple[Detector, DetectSetti
 
 def categories_of(facts: Mapping[str, Any], folder: Path) -> dict[int, str]:
     """A run's categories {id: name}, by its config.json; ValueError where that holds something else."""
-    entries = facts.get("categories")
+    entries: Any = facts.get("categories")
     try:
-        found = {entry["id"]: entry["name"] for entry in entries}  # type: ignore[union-attr]
+        found, count = {entry["id"]: entry["name"] for entry in entries}, len(entries)
     except (TypeError, KeyError, IndexError):
-        found = {}
+        found, count = {}, 0
     whole = all(type(number) is int and isinstance(name, str) for number, name in found.items())
-    if not found or not whole or len(found) < len(entries):  # type: ignore[arg-type]
+    if not found or not whole or len(found) < count:
         raise ValueError(
             f"{folder / runs.CONFIG} has the categories {brief(entries)}; a list of id and name belongs there"
         )

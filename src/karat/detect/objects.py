@@ -25,7 +25,7 @@ import numpy as np
 from faster_coco_eval.core import mask as rle_api
 from numpy.typing import NDArray
 
-from karat.errors import first_line
+from karat.errors import brief, first_line
 
 SHORT_POLYGON = "polygons of fewer than 3 points"
 NO_SHAPE = "objects without a usable polygon"
@@ -126,19 +126,15 @@ def is_number(value: Any, limit: float = FARTHEST) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and -limit <= value <= limit
 
 
-def brief(value: Any) -> str:
-    """A value of the file in a line that is read by people."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
-
-
 def box_of(annotation: dict[str, Any], where: str) -> list[float]:
     """x, y, width, height; NaN where one isn't finite. Raises ValueError for anything else."""
     box = annotation.get("bbox")
-    kinds = isinstance(box, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in box)
-    if not (kinds and len(box) == 4):  # type: ignore[arg-type]  # a list by then
+    numbers = (
+        [v for v in box if isinstance(v, int | float) and not isinstance(v, bool)] if isinstance(box, list) else []
+    )
+    if numbers != box or len(numbers) != 4:
         raise ValueError(f"{where} has the bbox {brief(box)}; give [x, y, width, height]")
-    return [v if is_number(v, 1e300) else math.nan for v in box]  # type: ignore[union-attr]  # a whole number may be larger
+    return [v if is_number(v, 1e300) else math.nan for v in numbers]  # a whole number may be larger
 
 
 def read_thing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers import LayerNorm2d
@@ -29,7 +30,7 @@ class SimpleFeaturePyramid(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.out_channels = channels
-        width = int(trunk.num_features)  # type: ignore[arg-type]  # a number in timm's models
+        width: Any = trunk.num_features
         self.levels = nn.ModuleList(_level(width, scale, channels) for scale in SCALES)
 
     def forward(self, images: Tensor, sizes: Sequence[tuple[int, int]] | None = None) -> dict[str, Tensor]:

@@ -186,8 +186,8 @@ def test_command(karat_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     capsys.readouterr()
     for line, words in (
         (["--output", str(onnx)], "is there already"),
-        (["--output", str(tmp_path / "x.onnx"), "--opset", "12"], "give 18 to 25"),
-        (["--output", str(tmp_path / "x.onnx"), "--tolerance", "0"], "give a positive value"),
+        (["--output", str(tmp_path / "x.onnx"), "--opset", "12"], "--opset=12: give 18 to 25"),
+        (["--output", str(tmp_path / "x.onnx"), "--tolerance", "0"], "--tolerance=0.0: give a positive value"),
         (["--format", "tflite"], "tflite"),
     ):
         assert main(["export", str(karat_run), *line]) == 2

@@ -198,7 +198,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         random.setstate(plain)
-        np.random.set_state(numbers)  # noqa: NPY002
+        np.random.set_state(numbers)  # noqa: NPY002  as above
         with torch.no_grad():
             for buffer, value in values:
                 buffer.copy_(value)

@@ -31,17 +31,17 @@ class Sites:
 
 
 @contextmanager
-def _fused(model: nn.Module) -> Iterator[list[nn.Module]]:
+def _fused(model: nn.Module) -> Iterator[list[Any]]:
     """timm's modules that could call fused attention and don't; what is left in the list goes back afterwards."""
-    plain = [module for module in model.modules() if getattr(module, "fused_attn", None) is False]
+    plain: list[Any] = [module for module in model.modules() if getattr(module, "fused_attn", None) is False]
     back = list(plain)
     for module in plain:
-        module.fused_attn = True  # type: ignore[assignment]
+        module.fused_attn = True
     try:
         yield back
     finally:
         for module in back:
-            module.fused_attn = False  # type: ignore[assignment]
+            module.fused_attn = False
 
 
 def attach(model: nn.Module, config: KArAtConfig, example: Example | Sites | None, choose: Choose, name: str) -> None:
@@ -66,7 +66,7 @@ def attach(model: nn.Module, config: KArAtConfig, example: Example | Sites | Non
             if not back:
                 raise
             for module in back:
-                module.fused_attn = False  # type: ignore[assignment]
+                module.fused_attn = False
             found = look(model, given)
         if not found:
             raise ValueError(
