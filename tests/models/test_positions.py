@@ -62,5 +62,33 @@ def test_what_has_no_place_for_them_is_told_so() -> None:
         karat.create_model("samvit_base_patch16", img_size=32, embed_dim=12, depth=1, num_heads=1, pos_embed="sincos")
     with pytest.raises(ValueError, match="a multiple of 4, and this model's is 30"):
         small_model("vit", pos_embed="sincos", embed_dim=30)
-    with pytest.raises(ValueError, match="would undo the position embeddings that are loaded"):
+    with pytest.raises(ValueError, match="pos_embed=sincos would undo weights that are loaded"):
         small_model("vit", pos_embed="sincos", pretrained=True)
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.5, 1])
+def test_they_have_the_strength_that_is_asked_for(strength: float) -> None:
+    model, whole = (small_model("vit", pos_embed="sincos", **given) for given in ({"pos_strength": strength}, {}))
+    torch.testing.assert_close(model.pos_embed, strength * whole.pos_embed)
+    named = karat.create_model(f"vit_tiny_patch16_224(pos_embed=sincos,pos_strength={strength})", depth=1)
+    assert named.pos_embed[0, 1:].square().mean().item() == pytest.approx(strength**2 / 2)
+
+
+@pytest.mark.parametrize("strength", [0, -1, float("nan"), "strong", True])
+def test_a_strength_that_is_none_is_told_so(strength: object) -> None:
+    with pytest.raises(ValueError, match="pos_strength must be a positive number"):
+        small_model("vit", pos_embed="sincos", pos_strength=strength)
+
+
+def test_a_strength_belongs_to_sines_and_cosines() -> None:
+    with pytest.raises(ValueError, match="add pos_embed=sincos"):
+        small_model("vit", pos_strength=0.5)
+
+
+@pytest.mark.parametrize("attention", ["softmax", "g2b", "static-b,residual=softmax"])
+def test_patches_may_be_averaged_in_place_of_a_class_token(attention: str) -> None:
+    name = "vit_tiny_patch16_224(global_pool=avg,class_token=false,pos_embed=sincos)"
+    model = karat.create_model(name, attention, **SMALL["vit"][1])
+    assert model.cls_token is None
+    assert model.pos_embed.shape[1] == 16
+    assert model(images("vit")).shape == (2, 1000)

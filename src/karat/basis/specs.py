@@ -11,6 +11,7 @@ import re
 from collections.abc import Container
 from typing import Any
 
+TRUTH = {"true": True, "false": False}  # a text would count as true
 _SPEC = re.compile(r"\s*((?:\w+\s*\+\s*)*\w+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
 
@@ -47,17 +48,17 @@ def read_option(option: str, known: Container[str]) -> tuple[str, Any] | None:
 
 
 def read_value(text: str) -> Any:
-    """A number (0 may lead) or another Python literal; any other text is itself.
+    """A number (0 may lead) or another Python literal, true and false in small letters too; any other text is itself.
 
-    >>> read_value("4"), read_value("1e-3"), read_value("(0,2)"), read_value("first")
-    (4, 0.001, (0, 2), 'first')
+    >>> read_value("4"), read_value("1e-3"), read_value("(0,2)"), read_value("first"), read_value("false")
+    (4, 0.001, (0, 2), 'first', False)
     """
     for read in (int, ast.literal_eval):
         try:
             return read(text)
         except (ValueError, SyntaxError):
             continue
-    return text
+    return TRUTH.get(text, text)
 
 
 def parse_call(spec: str) -> tuple[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -19,6 +19,7 @@ from karat.models.kan.peers import DEEP_KAN, register_peers
 from karat.models.karatize import karatize
 from karat.models.positions import SINCOS, start_as_sincos
 from karat.models.regrid import check_patches
+from karat.models.starts import check_start, start_attention
 from karat.operator.config import KArAtConfig
 
 PREFIX = "karat_"
@@ -62,8 +63,10 @@ def create_model(
             "mlp" or None keeps the model's own. With pretrained=True, grkan takes over the MLPs' weights.
         timm_kwargs: passed on to timm: num_classes, img_size, patch_size, embed_dim, depth, pretrained, ...
             pretrained=True loads the softmax model's weights and draws the operators anew, and so does
-            checkpoint_path, except that for registered names it loads the whole converted model. Ours is
-            pos_embed="sincos": position embeddings that start as sines and cosines (`karat.models.positions`).
+            checkpoint_path, except that for registered names it loads the whole converted model. Ours are
+            pos_embed="sincos" and its pos_strength, 1 by default: position embeddings that start as sines and cosines
+            (`karat.models.positions`); and attn_init="mimetic", "impulse" or "matched": how queries, keys, values and
+            projections start (`karat.models.starts`).
 
     Raises:
         ValueError: a name that timm doesn't know, images that patches don't divide, or what `karat.karatize` refuses.
@@ -74,7 +77,7 @@ def create_model(
     >>> model.blocks[0].attn.operator.num_tokens
     65
     """
-    model = rebuild_model(name, attention, mlp, **timm_kwargs)
+    model = _build(name, attention, mlp, timm_kwargs, True)
     check_patches(model)
     return model
 
@@ -82,18 +85,25 @@ def create_model(
 def rebuild_model(
     name: str, attention: KArAtConfig | str | None = None, mlp: str | None = None, **timm_kwargs: Any
 ) -> nn.Module:
-    """As `create_model`, for weights that were saved: what their patches cut off, they were trained without."""
+    """As `create_model`, for weights that were saved: what their patches cut off, they were trained without, and how
+    they started is past."""
+    return _build(name, attention, mlp, timm_kwargs, False)
+
+
+def _build(
+    name: str, attention: KArAtConfig | str | None, mlp: str | None, timm_kwargs: dict[str, Any], fresh: bool
+) -> nn.Module:
+    """fresh: whether the weights that are drawn will be trained."""
     config = None if attention is None else KArAtConfig.parse(attention)
     if "(" in name:
         name, settings = parse_call(name)
         timm_kwargs = settings | timm_kwargs
     example: Example | None = None
-    sincos = timm_kwargs.get("pos_embed") == SINCOS
-    if sincos:
-        del timm_kwargs["pos_embed"]
-        if timm_kwargs.get("pretrained") or timm_kwargs.get("checkpoint_path"):
-            raise ValueError("pos_embed=sincos would undo the position embeddings that are loaded: leave one out")
+    start = _take_start(timm_kwargs)
     bare = name.split(".")[0]
+    if start.attention is not None and bare.startswith(PREFIX):  # a start comes before the operators
+        bare = name = bare.removeprefix(PREFIX)
+        config = config or KArAtConfig.parse(REGISTERED[bare])
     if ":" not in name and not timm.is_model(bare):
         near = difflib.get_close_matches(bare, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists the names"
@@ -106,11 +116,36 @@ def rebuild_model(
         config = None
     else:
         model, example = _with_size(name, timm_kwargs, config)
-    if sincos:
-        start_as_sincos(model)
+    if start.positions is not None:
+        start_as_sincos(model, start.positions)
+    if start.attention is not None and fresh:
+        start_attention(model, start.attention)
     if mlp is not None:
         replace_mlp(model, mlp, take_over=bool(timm_kwargs.get("pretrained")))
     return model if config is None else karatize(model, config, example)
+
+
+class _Start(NamedTuple):
+    """How a model's own weights start: strength of sines and cosines, and `attn_init`; None: timm's way."""
+
+    positions: float | None
+    attention: str | None
+
+
+def _take_start(arguments: dict[str, Any]) -> _Start:
+    """The arguments that are ours, taken out. Raises ValueError for those that can't be, or can't be together."""
+    sincos = arguments.get("pos_embed") == SINCOS
+    if sincos:
+        del arguments["pos_embed"]
+    elif "pos_strength" in arguments:
+        raise ValueError("pos_strength is that of sines and cosines: add pos_embed=sincos")
+    strength, attention = arguments.pop("pos_strength", 1.0), arguments.pop("attn_init", None)
+    if attention is not None:
+        check_start(attention)
+    for name, undone in (("pos_embed=sincos", sincos), (f"attn_init={attention}", attention is not None)):
+        if undone and (arguments.get("pretrained") or arguments.get("checkpoint_path")):
+            raise ValueError(f"{name} would undo weights that are loaded: leave one out")
+    return _Start(strength if sincos else None, attention)
 
 
 def _with_size(name: str, arguments: dict[str, Any], config: KArAtConfig | None) -> tuple[nn.Module, Example | None]:

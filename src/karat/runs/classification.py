@@ -12,9 +12,10 @@ from karat.data.folder import local_path
 from karat.data.images import read_image
 from karat.data.splits import Opener, is_path
 from karat.models.kan.peers import DEEP_KAN
+from karat.models.starts import STARTS
 from karat.runs.recipes import RECIPES, Recipe, get_recipe
 from karat.runs.settings import AUTO, RunSettings, data_slug, first_change, slug
-from karat.values import Count, Label
+from karat.values import Count, Label, OneOf
 
 __all__ = ["AUTO", "Settings", "first_change", "is_small", "preset_for", "resolve"]
 
@@ -52,6 +53,8 @@ class Settings(RunSettings):
     the classes differ."""
     output: Path | None = None
     """The run's folder; none: runs/DATA-MODEL-ATTENTION-sSEED."""
+    attn_init: Annotated[str, OneOf(tuple(STARTS))] | None = None
+    """How queries, keys, values and projections start: mimetic, impulse, matched; none: as timm draws them."""
     mlp: str = "mlp"
     """MLP of the model: mlp (its own), kan, grkan, fourierkan, fastkan, or one with settings, "kan(grid=5,ratio=2)"."""
     img_size: Count | None = None
@@ -82,6 +85,8 @@ class Settings(RunSettings):
             raise ValueError(
                 f"attention={self.attention!r}: a student uses its teacher's attention; leave --attention out"
             )
+        if self.attn_init is not None and (self.init or self.teacher):
+            raise ValueError(f"attn_init={self.attn_init} is undone by what --init or a teacher brings: leave one out")
 
     def check_facts(self, facts: dict[str, Any]) -> None:
         """As RunSettings.check_facts: a class has a name or, where more were asked for than the data has, none."""
@@ -109,10 +114,14 @@ class Settings(RunSettings):
 
     @property
     def label(self) -> str:
-        """What sets the run apart among others on the same data: attention, with MLP, or a deep KAN's name."""
+        """What sets the run apart on the same data: attention, with MLP and start, or a deep KAN's name."""
         if self.model.partition("(")[0] == DEEP_KAN:
             return self.model
-        return self.attention if self.mlp == "mlp" else f"{self.attention}/{self.mlp}"
+        return "/".join([self.attention, *self._beside_attention()])
+
+    def _beside_attention(self) -> list[str]:
+        """MLP and start, where they aren't the model's own."""
+        return [*([] if self.mlp == "mlp" else [self.mlp]), *([self.attn_init] if self.attn_init else [])]
 
     @property
     def starts_from(self) -> tuple[str | None, ...]:
@@ -126,13 +135,13 @@ class Settings(RunSettings):
         return sizes if self.mlp == "mlp" else sizes | {"mlp": self.mlp}
 
     def folder_name(self) -> str:
-        """DATA-MODEL-ATTENTION-sSEED, with the MLP behind the attention where it isn't the model's own.
+        """DATA-MODEL-ATTENTION-sSEED, MLP and start behind the attention where they aren't the model's own.
 
         A student's attention is `from-TEACHER`.
         """
         attention = self.attention if self.teacher is None else f"from-{Path(self.teacher).resolve().name}"
         parts = [data_slug(self.data), slug(self.model), slug(attention)]
-        parts += [] if self.mlp == "mlp" else [slug(self.mlp)]
+        parts += [slug(part) for part in self._beside_attention()]
         return "-".join([*parts, f"s{self.seed}"])
 
 

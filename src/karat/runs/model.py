@@ -64,6 +64,8 @@ def plain_model(settings: Settings, num_classes: int, in_chans: int, *, saved: b
         extra["drop_rate"] = recipe.drop
     if recipe.drop_path:
         extra["drop_path_rate"] = recipe.drop_path
+    if settings.attn_init is not None:
+        extra["attn_init"] = settings.attn_init
     create = rebuild_model if saved else create_model
     return create(settings.model, attention=settings.attention, num_classes=num_classes, in_chans=in_chans, **extra)
 

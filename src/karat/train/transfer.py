@@ -52,6 +52,7 @@ def student_defaults(teacher: Path, given: Sequence[str], model: str | None = No
         attention="softmax",
         teacher=str(teacher),
         init=None,
+        attn_init=None,
         output=None,
         resume=None,
         overwrite=False,
