@@ -52,7 +52,6 @@ class Growing:
     """Numbers in growing order."""
 
     words: str
-    strictly: bool = False
 
     def holds(self, value: Any) -> bool:
         """Whether each is at least the one before."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from karat.models.evaluating import evaluating
 from karat.models.record import record
 from karat.ops.masks import safe_softmax
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,8 @@ def attention_of(model: nn.Module, images: Tensor) -> list[BlockAttention]:
     ]
 
 
-def choose_block(blocks: list[BlockAttention], block: int | None) -> BlockAttention:
-    """A block by its index, the last one for None. Raises ValueError for one that isn't there."""
+def choose_block(blocks: Sequence[T], block: int | None) -> T:
+    """What there is of a block by its index, the last one for None. Raises ValueError for one that isn't there."""
     if block is None:
         return blocks[-1]
     if not 0 <= block < len(blocks):

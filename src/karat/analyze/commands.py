@@ -142,4 +142,4 @@ def explore(arguments: Sequence[str]) -> None:
     parsed = parse(lambda: tyro.cli(Explore, args=arguments, prog="karat explore"), "karat explore")
     from karat.analyze.explore import serve
 
-    serve(parsed.run, weights=parsed.weights, host=parsed.host, port=parsed.port, browser=parsed.browser)
+    serve(**vars(parsed))

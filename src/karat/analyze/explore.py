@@ -176,9 +176,7 @@ def build_app(explorer: Explorer) -> Any:
     return app
 
 
-def serve(
-    folder: Path, *, weights: str = "last", host: str = "127.0.0.1", port: int = 7860, browser: bool = True
-) -> None:
+def serve(run: Path, *, weights: str = "last", host: str = "127.0.0.1", port: int = 7860, browser: bool = True) -> None:
     """Serve the explorer of a run until it is interrupted. Nothing is asked of the network.
 
     Raises ValueError where gradio isn't installed or the folder isn't a run, OSError for a port in use.
@@ -187,7 +185,7 @@ def serve(
         socket.getaddrinfo(host, port)
     except OSError as error:
         raise ValueError(f"--host {host}: no such address ({error.strerror})") from None
-    app = build_app(Explorer(open_run(folder), weights))
+    app = build_app(Explorer(open_run(run), weights))
     import gradio as gr
 
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # gradio's own come from the network
@@ -200,7 +198,7 @@ def serve(
         quiet=True,
         theme=gr.themes.Base(**fonts),
         footer_links=[],
-        allowed_paths=[str(folder / FOLDER)],
+        allowed_paths=[str(run / FOLDER)],
     )
 
 

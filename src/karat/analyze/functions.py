@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from karat.analyze.attention import check_head, choose_block
 from karat.analyze.symbolic import Formula, fit_formula
 from karat.models.backbones import attention_sites
 from karat.operator.edges import EdgeLayer
@@ -49,16 +50,13 @@ def operator_of_block(model: nn.Module, block: int) -> KArAtOperator | None:
     Raises ValueError for a block that isn't there.
     """
     sites = attention_sites(model)
-    if not 0 <= block < len(sites):
-        raise ValueError(f"block {block} isn't there: the model has blocks 0 to {len(sites) - 1}")
-    found: KArAtOperator | None = getattr(sites[block].module, "operator", None)
+    found: KArAtOperator | None = getattr(choose_block(sites, block).module, "operator", None)
     return found
 
 
 def learned_head(op: KArAtOperator, head: int) -> int:
     """The place of a head of the model among those that learn. Raises ValueError for one that keeps softmax."""
-    if not 0 <= head < op.num_heads:
-        raise ValueError(f"head {head} isn't there: the block has heads 0 to {op.num_heads - 1}")
+    check_head(head, op.num_heads)
     if head not in op.karat_heads:
         learning = ", ".join(map(str, op.karat_heads))
         raise ValueError(f"head {head} keeps softmax and has no edge functions; those that learn are {learning}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from karat.models.evaluating import evaluating
 from karat.models.kan.plain import plain
-from karat.operator.operator import KArAtOperator
+from karat.share.export.graph import plain_path
 
 Closure = Callable[[], Tensor]  # the loss, a scalar, with a graph to differentiate twice
 
@@ -36,16 +35,8 @@ class Curvature:
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Within the block the whole model has second derivatives: attention by the reference path of basis attention or
     by unfused softmax, KAN layers by their plain formulas (the fused ways have first derivatives only)."""
-    operators = [module for module in model.modules() if isinstance(module, KArAtOperator)]
-    configs = [operator.config for operator in operators]
-    try:
-        for operator in operators:
-            operator.config = dataclasses.replace(operator.config, impl="reference")
-        with sdpa_kernel(SDPBackend.MATH), plain():
-            yield
-    finally:
-        for operator, config in zip(operators, configs, strict=True):
-            operator.config = config
+    with plain_path(model), sdpa_kernel(SDPBackend.MATH), plain():
+        yield
 
 
 def loss_closure(model: nn.Module, images: Tensor, labels: Tensor) -> Closure:

@@ -26,12 +26,6 @@ Transform = Callable[[Image.Image], Tensor]
 CROP_MODES = ("rrc", "rkrc", "rkrr", "pad")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 ERASE_MODES = ("const", "rand", "pixel")
-_CHOICES = {
-    "train_crop_mode": CROP_MODES,
-    "train_interpolation": (*INTERPOLATIONS, "random"),
-    "interpolation": INTERPOLATIONS,
-    "remode": ERASE_MODES,
-}
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,6 @@ class ResidentLoader(Loader):
         self.images, self.labels, self.normalise, self.hflip = images, labels, normalise, hflip
 
     def iter_from(self, batch_index: int) -> Iterator[Batch]:
-        """As Loader.iter_from."""
         epoch, order = self.epoch, self.order
         permutation, key = order.permutation(epoch), mix(order.seed, epoch, 1)
         for batch in range(batch_index, order.batches):

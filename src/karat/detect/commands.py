@@ -119,16 +119,8 @@ def predict(arguments: Sequence[str]) -> None:
     parsed = parse(lambda: tyro.cli(Predict, args=arguments, prog="karat detect predict"), "karat detect predict")
     from karat.detect.predict import predict_images
 
-    drawn = predict_images(
-        parsed.run,
-        parsed.images,
-        weights=parsed.weights,
-        score=parsed.score,
-        output=parsed.output,
-        device=parsed.device,
-    )
     console = Console()
-    for path, count in drawn:
+    for path, count in predict_images(**vars(parsed)):
         console.print(f"{path}: {count} found", highlight=False, soft_wrap=True)
 
 

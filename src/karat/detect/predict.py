@@ -25,7 +25,7 @@ from karat.train.build import create_accelerator
 
 @torch.no_grad()
 def predict_images(
-    folder: Path,
+    run: Path,
     images: Sequence[Path],
     *,
     weights: str = "last",
@@ -44,12 +44,12 @@ def predict_images(
         raise ValueError("no images: name at least one image file")
     if not 0 <= score <= 1:
         raise ValueError(f"score={score}: give a value in [0, 1]")
-    detector, settings, categories = load_run(folder, weights)
+    detector, settings, categories = load_run(run, weights)
     if device is not None:
         settings = replace(settings, device=device)
     accelerator = create_accelerator(settings)
     detector.to(accelerator.device)
-    target = output or folder / runs.PREDICTIONS
+    target = output or run / runs.PREDICTIONS
     target.mkdir(parents=True, exist_ok=True)
     known = _known(settings, categories)
     view, names = View(settings.recipe, train=False), list(categories.values())

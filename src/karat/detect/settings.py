@@ -61,14 +61,6 @@ class DetectSettings(RunSettings):
     """Side of an attention window in tokens."""
     global_blocks: tuple[Natural, ...] | None = None
     """The blocks that attend to the whole image; none: the last of each quarter (2, 5, 8, 11 of twelve)."""
-    patch_size: Count | None = None
-    """Patch size of the model; none: the model's own."""
-    embed_dim: Count | None = None
-    """Embedding width of the model; none: the model's own."""
-    depth: Count | None = None
-    """Number of blocks of the model; none: the model's own."""
-    num_heads: Count | None = None
-    """Number of heads of the model; none: the model's own."""
     recipe: Annotated[DetectRecipe, tyro.conf.arg(name="")] = field(default_factory=lambda: RECIPES["published"])
 
     @classmethod
@@ -106,8 +98,5 @@ class DetectSettings(RunSettings):
 
     def model_kwargs(self) -> dict[str, Any]:
         """The arguments of the ViT's constructor that are set."""
-        names = ("patch_size", "embed_dim", "depth", "num_heads")
-        sizes: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if self.recipe.drop:
-            sizes["proj_drop_rate"] = self.recipe.drop
-        return sizes | ({"drop_path_rate": self.recipe.drop_path} if self.recipe.drop_path else {})
+        rates = {"proj_drop_rate": self.recipe.drop, "drop_path_rate": self.recipe.drop_path}
+        return self.sizes | {name: rate for name, rate in rates.items() if rate}

@@ -38,15 +38,12 @@ class Detection(Task[DetectSettings, DetectData]):
     metric = "box_AP"
 
     def resolve(self, settings: DetectSettings) -> DetectSettings:
-        """As Task.resolve."""
         return settings.resolved()
 
     def load_data(self, settings: DetectSettings, accelerator: Accelerator) -> DetectData:
-        """As Task.load_data."""
         return load_data(settings, accelerator.process_index, accelerator.num_processes)
 
     def facts(self, data: DetectData) -> dict[str, Any]:
-        """As Task.facts."""
         return {
             "categories": [{"id": number, "name": name} for number, name in data.categories.items()],
             "train_images": len(data.train_part),
@@ -55,7 +52,6 @@ class Detection(Task[DetectSettings, DetectData]):
         }
 
     def found(self, data: DetectData) -> str:
-        """As Task.found."""
         parts = data.train_part, data.eval_part
         objects = sum(len(picture.things) for part in parts for picture in part.pictures)
         return (
@@ -78,13 +74,11 @@ class Detection(Task[DetectSettings, DetectData]):
         return detector, [] if settings.init is None else load_init(detector, settings, list(data.categories.values()))
 
     def objective(self, settings: DetectSettings, data: DetectData) -> Objective:
-        """As Task.objective."""
         return total_loss
 
     def evaluate(
         self, model: nn.Module, batches: Iterable[Batch], accelerator: Accelerator, data: DetectData
     ) -> dict[str, float]:
-        """As Task.evaluate."""
         assert isinstance(model, Detector)
         figures, _ = measure(model, batches, data.eval_part, accelerator)
         return figures
@@ -100,7 +94,6 @@ class Detection(Task[DetectSettings, DetectData]):
         return {f"train_{name}": value for name, value in figures.items() if name != "images"}
 
     def epoch_line(self, line: Mapping[str, Any]) -> str:
-        """As Task.epoch_line."""
         said = f"box AP {line['box_AP']:.2f} (AP50 {line.get('box_AP50', 0.0):.2f})"
         if "mask_AP" in line:
             said += f"  mask AP {line['mask_AP']:.2f}"
@@ -111,7 +104,6 @@ class Detection(Task[DetectSettings, DetectData]):
         return said
 
     def result(self, summary: Mapping[str, Any]) -> str:
-        """As Task.result."""
         best = f"best {summary['best']['box_AP']:.2f} in epoch {summary['best']['epoch']}"
         masks = f", mask AP {summary['mask_AP']:.2f}" if "mask_AP" in summary else ""
         return f"box AP {summary['box_AP']:.2f} ({best}){masks}"

@@ -40,8 +40,7 @@ class Measured:
             parts.append(f"{self.epochs} of {s.recipe.epochs} epochs done")
         if s.data_fraction < 1:
             parts.append(f"{s.data_fraction:.2g} of the data")
-        sizes = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
-        if any(getattr(s, name, None) is not None for name in sizes):
+        if s.sizes:
             parts.append("another size of model")
         if isinstance(s, DetectSettings):
             published = RECIPES["published"]

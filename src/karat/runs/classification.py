@@ -59,14 +59,6 @@ class Settings(RunSettings):
     """MLP of the model: mlp (its own), kan, grkan, fourierkan, fastkan, or one with settings, "kan(grid=5,ratio=2)"."""
     img_size: Count | None = None
     """Side of the input images in pixels; none: the model's own."""
-    patch_size: Count | None = None
-    """Patch size of the model; none: the model's own."""
-    embed_dim: Count | None = None
-    """Embedding width of the model; none: the model's own."""
-    depth: Count | None = None
-    """Number of blocks of the model; none: the model's own."""
-    num_heads: Count | None = None
-    """Number of heads of the model; none: the model's own."""
     num_samples: Count | None = None
     """Training images of a stream that does not say how many it has."""
     num_classes: Count | None = None
@@ -125,14 +117,11 @@ class Settings(RunSettings):
 
     @property
     def starts_from(self) -> tuple[str | None, ...]:
-        """As RunSettings.starts_from."""
         return self.init, self.teacher
 
     def model_kwargs(self) -> dict[str, Any]:
         """The arguments of the model's constructor that are set."""
-        names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
-        sizes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return sizes if self.mlp == "mlp" else sizes | {"mlp": self.mlp}
+        return self.sizes if self.mlp == "mlp" else self.sizes | {"mlp": self.mlp}
 
     def folder_name(self) -> str:
         """DATA-MODEL-ATTENTION-sSEED, MLP and start behind the attention where they aren't the model's own.

@@ -88,6 +88,14 @@ class RunSettings:
     """trajectory: also keep the weights of every epoch, for loss landscapes."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where the numbers of each epoch go besides metrics.jsonl."""
+    patch_size: Count | None = None
+    """Patch size of the model; none: the model's own."""
+    embed_dim: Count | None = None
+    """Embedding width of the model; none: the model's own."""
+    depth: Count | None = None
+    """Number of blocks of the model; none: the model's own."""
+    num_heads: Count | None = None
+    """Number of heads of the model; none: the model's own."""
     recipe: Annotated[Optimisation, tyro.conf.arg(name="")] = field(default_factory=Optimisation)
 
     def __post_init__(self) -> None:
@@ -102,6 +110,12 @@ class RunSettings:
     def label(self) -> str:
         """What sets the run apart among others on the same data."""
         return self.attention
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Those of the model that are set, by the names of its constructor's arguments."""
+        names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+        return {name: size for name in names if (size := getattr(self, name, None)) is not None}
 
     @property
     def starts_from(self) -> tuple[str | None, ...]:

@@ -19,8 +19,6 @@ from karat.study.plan import Plan, common_settings, make_plan, refuse_other_runs
 from karat.train import commands as training
 from karat.values import Count
 
-_TAKEN_FROM_THE_LINE = ("recipe", "data", "model", "init")  # what other options' defaults depend on
-
 
 @dataclass(frozen=True)
 class CompareSettings(Settings):
@@ -80,7 +78,7 @@ def _study_file(arguments: Sequence[str]) -> Path | None:
 
 def _common(document: Document, arguments: Sequence[str], opened: Opener) -> Settings:
     """The study's common settings; what the command line says of recipe, data, model and start goes before."""
-    given = training.first_options(arguments, *_TAKEN_FROM_THE_LINE)
+    given = training.first_options(arguments, *training.DECIDING)
     values: dict[str, Any] = dict(document.settings)
     values |= {name: None if value == "None" else value for name, value in given.items() if value is not None}
     return common_settings(values, opened)

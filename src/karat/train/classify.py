@@ -92,11 +92,9 @@ class Classification(Task[Settings, Data]):
         self._said = ""
 
     def resolve(self, settings: Settings) -> Settings:
-        """As Task.resolve."""
         return resolve(settings, self.opened)
 
     def load_data(self, settings: Settings, accelerator: Accelerator) -> Data:
-        """As Task.load_data."""
         share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
         return self.opened.data(data_options(settings, **share))
 
@@ -106,7 +104,6 @@ class Classification(Task[Settings, Data]):
         return "" if said == data.found else data.found
 
     def facts(self, data: Data) -> dict[str, Any]:
-        """As Task.facts."""
         return {"num_classes": data.num_classes, "class_names": list(data.class_names), "in_chans": data.in_chans}
 
     def build(self, settings: Settings, data: Data, folder: Path | None) -> tuple[nn.Module, list[Transplanted]]:
@@ -126,28 +123,23 @@ class Classification(Task[Settings, Data]):
             transfer.keep(settings, folder)
 
     def objective(self, settings: Settings, data: Data) -> Objective:
-        """As Task.objective."""
         recipe = settings.recipe
         return _MixedLoss(create_mixup(recipe, data.num_classes), create_loss(recipe), settings.channels_last)
 
     def evaluate(
         self, model: nn.Module, batches: Iterable[Batch], accelerator: Accelerator, data: Data
     ) -> dict[str, float]:
-        """As Task.evaluate."""
         return evaluate(model, batches, accelerator)
 
     def epoch_line(self, line: Mapping[str, Any]) -> str:
-        """As Task.epoch_line."""
         ema = f"  EMA {line['ema_top1']:.2f} %" if "ema_top1" in line else ""
         return f"eval {line['eval_loss']:.4f}  top-1 {line['top1']:.2f} %{ema}"
 
     def result(self, summary: Mapping[str, Any]) -> str:
-        """As Task.result."""
         best = summary["best"]
         return f"top-1 {summary['top1']:.2f} % (best {best['top1']:.2f} % in epoch {best['epoch']})"
 
     def summary(self, history: list[dict[str, Any]]) -> dict[str, Any]:
-        """As Task.summary."""
         return {name: history[-1][name] if history else None for name in ("top1", "top5")}
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from karat.train.task import Task
 
 S = TypeVar("S", bound=RunSettings)
+DECIDING = ("recipe", "data", "model", "init")  # what other options' defaults depend on
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,12 @@ def defaults(arguments: Sequence[str], opened: Opener | None = None) -> Settings
     They decide what the other options' defaults are, so they are read first; all else is left to the full parser.
     opened: what opens the data, whose images may decide.
     """
-    known, saved = _first_options(arguments), resumed(Settings, arguments)
+    given, saved = first_options(arguments, *DECIDING), resumed(Settings, arguments)
     if saved is not None:
         return saved
-    init = None if known.init == "None" else known.init
-    name = preset_for(known.recipe, known.data or "digits", known.model or AUTO, init, opened)
+    init = None if given["init"] == "None" else given["init"]
+    name = preset_for(given["recipe"] or AUTO, given["data"] or "digits", given["model"] or AUTO, init, opened)
     return Settings(recipe=get_recipe(name))
-
-
-def _first_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options on which other options' defaults depend; None for one that is not given."""
-    found = first_options(arguments, "recipe", "data", "model", "init")
-    return argparse.Namespace(**{**found, "recipe": found["recipe"] or AUTO})
 
 
 def first_options(arguments: Sequence[str], *names: str) -> dict[str, str | None]:
@@ -130,11 +125,12 @@ def _student_defaults(teacher: Path, arguments: Sequence[str], opened: Opener) -
         _check_teacher(teacher, saved)
         return saved
     given = [word[2:].partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")]
-    student = student_defaults(teacher, given, _first_options(arguments).model)
+    asked = first_options(arguments, *DECIDING)
+    student = student_defaults(teacher, given, asked["model"])
     if student.preset != AUTO:
         return student
-    asked = _first_options(arguments)
-    name = preset_for(asked.recipe, asked.data or student.data, asked.model or student.model, None, opened)
+    data, model = asked["data"] or student.data, asked["model"] or student.model
+    name = preset_for(asked["recipe"] or AUTO, data, model, None, opened)
     return replace(student, recipe=get_recipe(name))
 
 

@@ -101,8 +101,7 @@ def _same_images(picked: dict[str, _Picked]) -> list[list[str]]:
 
 
 def _matrices(s: Subject, block: BlockAttention) -> Any:
-    head = s.options.head or 0
-    check_head(head, block.sigma.shape[1])
+    head = check_head(s.options.head or 0, block.sigma.shape[1])
     scores, sigma = block.scores[0, head], block.sigma[0, head]
     shown = {f"σ(A), {s.label}": sigma}
     place = f"{block.name}, head {head}"

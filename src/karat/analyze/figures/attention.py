@@ -1,4 +1,4 @@
-"""Attention maps beside the images they belong to, the regions they pick, scores and σ as matrices."""
+"""Attention maps beside their images, the regions they pick, scores and σ as matrices, their singular values."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from karat.analyze.attention import upsample
-from karat.plots import COLOURS, DIVERGING, SEQUENTIAL, bare, drawing
+from karat.analyze.spectrum import Spectrum
+from karat.plots import COLOURS, DIVERGING, SEQUENTIAL, bare, drawing, finish, line_style
 
 SCALE = "each map on its own scale: dark 0, yellow its largest value; with negative values white 0, purple below"
+# Values below this share of the largest one are rounding: they would stretch the axis.
+FLOOR = 1e-8
 
 
 def draw_maps(pixels: Tensor, maps: Mapping[str, Tensor], *, titles: Sequence[str] = ()) -> Figure:
@@ -149,4 +152,26 @@ def draw_matrices(scores: Tensor, sigmas: Mapping[str, Tensor], place: str = "")
             panel.set_ylabel("query")
         if place:
             figure.suptitle(place, fontsize=8.5)
+    return figure
+
+
+def draw_spectra(panels: Mapping[str, Mapping[str, Spectrum]]) -> Figure:
+    """One panel each (e.g. a run): the mean singular value over its index, on a log scale, least to greatest shaded.
+
+    The curves of a panel are named, e.g. "A" and "σ(A)"; a dot marks the scree index.
+    """
+    with drawing(3.3 * len(panels), 3.2, columns=len(panels), sharey=True) as (figure, axes):
+        for panel, (title, curves) in zip(axes, panels.items(), strict=True):
+            for index, (name, found) in enumerate(curves.items()):
+                place = np.arange(1, len(found.mean) + 1)
+                floor = float(found.mean.max()) * FLOOR
+                mean, low, high = (np.maximum(part.numpy(), floor) for part in (found.mean, found.low, found.high))
+                label = f"{name}: effective rank {found.effective_rank:.1f}, break at {found.scree_index}"
+                panel.plot(place, mean, label=label, **line_style(index))
+                panel.fill_between(place, low, high, color=line_style(index)["color"], alpha=0.18, linewidth=0)
+                at = max(found.scree_index, 1)
+                panel.plot(at, mean[at - 1], "o", color=line_style(index)["color"], markersize=4)
+            panel.set_yscale("log")
+            finish(panel, title, "index", "singular value")
+            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=7.5)
     return figure

@@ -14,6 +14,7 @@ from karat.runs.classification import Settings
 from karat.runs.model import class_names, input_size, load_run
 from karat.runs.recipes import get_recipe
 from karat.runs.saved import ModelConfig, is_saved
+from karat.runs.settings import list_or
 from karat.share.hub.model import KArAtModel
 
 # Where a run lies, how it is kept and by how many processes its data is loaded says nothing about the model.
@@ -35,7 +36,7 @@ def train_command(settings: Settings) -> str:
     for mine, theirs, skipped in changed:
         for f in dataclasses.fields(mine):  # type: ignore[arg-type]  # both are dataclasses
             value = getattr(mine, f.name)
-            if f.name not in skipped and _plain(value) != _plain(getattr(theirs, f.name)):
+            if f.name not in skipped and list_or(value) != list_or(getattr(theirs, f.name)):
                 words += _option(f.name, value)
     return shlex.join(words)
 
@@ -45,10 +46,6 @@ def told(settings: Settings) -> dict[str, Any]:
     plain = settings.as_dict()
     values = {name: value for name, value in plain.items() if name not in NOT_TOLD} | {"recipe": settings.preset}
     return values | plain["recipe"]
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _option(name: str, value: Any) -> list[str]:
