@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -96,10 +96,6 @@ def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
         yield advance
 
 
-def _options(parsed: Analyze | Report) -> Options:
-    return Options(**{f.name: getattr(parsed, f.name) for f in fields(Options)})
-
-
 def analyze(arguments: Sequence[str]) -> None:
     """karat analyze."""
     parsed = parse(lambda: tyro.cli(Analyze, args=arguments, prog="karat analyze"), "karat analyze")
@@ -112,7 +108,7 @@ def analyze(arguments: Sequence[str]) -> None:
         analysis = analyse_peers(parsed.runs)
     else:
         with _bar(parsed.what) as progress:
-            analysis = ANALYSES[parsed.what](open_subjects(parsed.runs, _options(parsed), progress))
+            analysis = ANALYSES[parsed.what](open_subjects(parsed.runs, parsed, progress))
     folder = parsed.output or parsed.runs[0] / FOLDER / parsed.what
     for note in analysis.notes:
         print(f"note: {note}")
@@ -128,7 +124,7 @@ def report(arguments: Sequence[str]) -> None:
     with _bar("landscape") as progress:
         path = write_report(
             parsed.runs,
-            _options(parsed),
+            parsed,
             output=parsed.output,
             sections=parsed.sections or tuple(SECTIONS),
             announce=lambda name: print(f"{name} …"),

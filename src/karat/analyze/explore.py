@@ -158,7 +158,8 @@ def build_app(explorer: Explorer) -> Any:
                 image = gr.Image(
                     type="filepath", height=240, label="image", sources=["upload", "clipboard"], elem_id="image"
                 )
-                image.preprocess = _path  # gradio's would open a broken file first and say so less clearly
+                # the file behind what the browser sent: gradio's own would open a broken one, and say so less clearly
+                image.preprocess = lambda payload: None if payload is None else payload.path
                 own = gr.Button("an image of the run's data", elem_id="own")
                 names = [(f"{i}: {name}", i) for i, name in enumerate(explorer.blocks)]
                 block = gr.Dropdown(choices=names, value=len(names) - 1, label="block", elem_id="block")
@@ -200,11 +201,6 @@ def serve(run: Path, *, weights: str = "last", host: str = "127.0.0.1", port: in
         footer_links=[],
         allowed_paths=[str(run / FOLDER)],
     )
-
-
-def _path(payload: Any) -> str | None:
-    """The file behind what the browser sent."""
-    return None if payload is None else payload.path
 
 
 def _pixels(figure: Figure | None) -> Image.Image | None:

@@ -170,15 +170,10 @@ def _landscape(subjects: Sequence[Subject]) -> Analysis:
                 missing.append(f"{s.run.folder} has only {len(found)} trajectory checkpoints, which span no plane")
     if not missing:
         return ANALYSES["landscape"](subjects)
-    drawn = [replace_options(s, directions="random") for s in subjects]
+    drawn = [replace(s, options=replace(s.options, directions="random")) for s in subjects]
     analysis = ANALYSES["landscape"](drawn)
     analysis.notes += missing
     return analysis
-
-
-def replace_options(subject: Subject, **changes: Any) -> Subject:
-    """The same run under other options."""
-    return Subject(subject.run, subject.label, replace(subject.options, **changes), subject.progress)
 
 
 def _embedded(figure: Any) -> str:

@@ -58,12 +58,9 @@ class Account:
 
     def lines(self) -> list[str]:
         """One for each reason."""
-        return [self._line(reason, count) for reason, count in self.counts.items()]
-
-    def _line(self, reason: str, count: int) -> str:
-        found = self.names[reason]
-        more = ", …" if len(found) > NAMED else ""
-        return f"{DONE.get(reason, 'left out')} {count:,} {reason} ({', '.join(found[:NAMED])}{more})"
+        first = {reason: [*found[:NAMED], *["…"] * (len(found) > NAMED)] for reason, found in self.names.items()}
+        counts = self.counts.items()
+        return [f"{DONE.get(why, 'left out')} {count:,} {why} ({', '.join(first[why])})" for why, count in counts]
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,8 @@ class ModelConfig:
             names: list[Any] = [*self.class_names]
             names = [str(name) if type(name) is int else name for name in names]
             object.__setattr__(self, "class_names", tuple(names))
-        object.__setattr__(self, "attention", _name(self.attention))
+        if isinstance(self.attention, KArAtConfig):
+            object.__setattr__(self, "attention", str(self.attention))
         check(self)
         for name, default in zip(("mean", "std"), statistics(self.in_chans), strict=True):
             values = tuple(float(number) for number in getattr(self, name)) or default
@@ -93,15 +94,12 @@ class ModelConfig:
             object.__setattr__(self, name, values)
         # JSON has lists where constructors and comparisons want tuples
         object.__setattr__(self, "model_args", {name: _tuples(value) for name, value in self.model_args.items()})
-        self._check()
-        # impl says how it was run here; another machine chooses for itself
-        object.__setattr__(self, "attention", str(replace(KArAtConfig.parse(self.attention), impl="auto")))
-
-    def _check(self) -> None:
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class_names for {self.num_classes} classes")
         if self.mlp != OWN_MLP:
             parse_mlp(self.mlp)
+        # impl says how it was run here; another machine chooses for itself
+        object.__setattr__(self, "attention", str(replace(KArAtConfig.parse(self.attention), impl="auto")))
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -140,10 +138,6 @@ class ModelConfig:
             return cls(**values)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{source}: {error}") from None
-
-
-def _name(attention: Any) -> Any:
-    return str(attention) if isinstance(attention, KArAtConfig) else attention
 
 
 def _tuples(value: Any) -> Any:

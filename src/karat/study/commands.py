@@ -49,8 +49,8 @@ class CompareSettings(Settings):
 
 def compare(arguments: Sequence[str]) -> None:
     """karat compare."""
-    path = _study_file(arguments)
-    document = None if path is None else read_document(path)
+    path = training.first_options(arguments, "study")["study"]  # it decides what the other options' defaults are
+    document = None if path is None else read_document(Path(path))
     opened = Opener()
     common = training.defaults(arguments, opened) if document is None else _common(document, arguments, opened)
     default = _default(common, document)
@@ -68,12 +68,6 @@ def compare(arguments: Sequence[str]) -> None:
 
     seeds = 1 if parsed.seeds is None else parsed.seeds
     run(parsed.attentions, settings, seeds=seeds, console=Console(), opened=opened)
-
-
-def _study_file(arguments: Sequence[str]) -> Path | None:
-    """--study's file, which decides what the other options' defaults are."""
-    found = training.first_options(arguments, "study")["study"]
-    return None if found is None else Path(found)
 
 
 def _common(document: Document, arguments: Sequence[str], opened: Opener) -> Settings:
