@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from karat.data.augmentation import pad_crop_flip
-from karat.data.order import Order
+from karat.data.order import ImageOrder
 from karat.data.randomness import keyed_randomness, mix, uniforms
 from karat.runs.recipes import RECIPES
 from support.data import load
@@ -100,10 +100,10 @@ def test_evaluation_sees_each_image_once(kind, world_size):
 def test_order_shares_positions_without_repeats(n, batch_size, world_size, train, repeats):
     if n < world_size:
         with pytest.raises(ValueError, match="use at most"):
-            Order(n, batch_size, train=train, seed=0, rank=0, world_size=world_size)
+            ImageOrder(n, batch_size, train=train, seed=0, rank=0, world_size=world_size)
         return
     ranks = [
-        Order(n, batch_size, train=train, seed=0, rank=rank, world_size=world_size, repeats=repeats)
+        ImageOrder(n, batch_size, train=train, seed=0, rank=rank, world_size=world_size, repeats=repeats)
         for rank in range(world_size)
     ]
     seen = [p for order in ranks for batch in range(order.batches) for p in order.positions(batch)]

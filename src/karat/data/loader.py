@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from karat.data.augmentation import Transform, pad_crop_flip
 from karat.data.images import Fit, Normalise, read_image, reason_of
-from karat.data.order import BadImages, Order
+from karat.data.order import BadImages, ImageOrder
 from karat.data.randomness import keyed_randomness, mix
 from karat.data.sources import Record, Source, Stream, raise_label
 
@@ -63,7 +63,7 @@ def _collate(
 class Loader(ABC):
     """Batches of one split. Iterable; `len` is the number of batches an epoch of this process."""
 
-    def __init__(self, order: Order, bad: BadImages, num_classes: int, title: str) -> None:
+    def __init__(self, order: ImageOrder, bad: BadImages, num_classes: int, title: str) -> None:
         self.order, self.bad, self.num_classes, self.title = order, bad, num_classes, title
         self.epoch = 0
 
@@ -103,7 +103,7 @@ class ResidentLoader(Loader):
 
     def __init__(
         self,
-        order: Order,
+        order: ImageOrder,
         bad: BadImages,
         num_classes: int,
         title: str,
@@ -157,7 +157,7 @@ class WorkerLoader(Loader):
 
     def __init__(
         self,
-        order: Order,
+        order: ImageOrder,
         bad: BadImages,
         num_classes: int,
         title: str,

@@ -27,7 +27,7 @@ class BadImages:
         self.names[name] = reason
 
 
-class Order:
+class ImageOrder:
     """Who reads what: n samples in batches over world_size processes, shuffled and repeated for training.
 
     Training takes whole batches only (timm's drop_last), and a batch no larger than the data; evaluation

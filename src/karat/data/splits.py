@@ -29,7 +29,7 @@ from karat.data.images import Fit, Normalise, statistics
 from karat.data.labels import relabel
 from karat.data.loader import Loader, ResidentLoader, Views, WorkerLoader, decode_all
 from karat.data.named import open_digits, open_torch
-from karat.data.order import BadImages, Order
+from karat.data.order import BadImages, ImageOrder
 from karat.data.shards import open_shards
 from karat.data.sources import ArraySource, Source, Splits, Stream, check_labels, is_stream, size_of, take_fraction
 
@@ -167,10 +167,12 @@ class Data:
         workers = self.options.workers
         return WorkerLoader(order, self._bad, self.num_classes, title, views, stream=stream, workers=workers)
 
-    def _order(self, n: int, train: bool) -> Order:
+    def _order(self, n: int, train: bool) -> ImageOrder:
         o = self.options
         repeats = o.augmentation.aug_repeats if train else 0
-        return Order(n, o.batch_size, train=train, seed=o.seed, rank=o.rank, world_size=o.world_size, repeats=repeats)
+        return ImageOrder(
+            n, o.batch_size, train=train, seed=o.seed, rank=o.rank, world_size=o.world_size, repeats=repeats
+        )
 
     def _decoded(self, part: Source, crop_pct: float, interpolation: str) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(part, ArraySource) and crop_pct == 1 and part.images.shape[1:3] == (self.img_size,) * 2:

@@ -21,7 +21,7 @@ from karat.values import Count, Folder, Probability, Processes
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class EvaluateDetector:
     """Measure a run's average precision (COCO's, boxes and masks); also saved as RUN/eval.json and detections.json."""
 
     run: tyro.conf.Positional[Path]
@@ -88,7 +88,7 @@ def train(arguments: Sequence[str]) -> None:
 
 def evaluate(arguments: Sequence[str]) -> None:
     """karat detect eval."""
-    parsed = parse(lambda: tyro.cli(Evaluate, args=arguments, prog="karat detect eval"), "karat detect eval")
+    parsed = parse(lambda: tyro.cli(EvaluateDetector, args=arguments, prog="karat detect eval"), "karat detect eval")
     from karat.detect.measure import evaluate_run
 
     result = evaluate_run(**vars(parsed))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from karat.data.folder import EVALUATED, NAMES, local_path, part_of
 from karat.data.named import data_folder
-from karat.data.order import BadImages, Order
+from karat.data.order import BadImages, ImageOrder
 from karat.data.sources import fixed_part
 from karat.detect.coco import CocoPart, read_coco
 from karat.detect.loader import PictureLoader
@@ -75,7 +75,7 @@ class DetectData:
         self, part: CocoPart, view: View, count: int, train: bool, batch_size: int | None = None
     ) -> PictureLoader:
         s = self.settings
-        order = Order(
+        order = ImageOrder(
             count,
             s.recipe.batch_size if batch_size is None else batch_size,
             train=train,

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from karat.data.images import read_image, reason_of
 from karat.data.loader import WorkerLoader
-from karat.data.order import BadImages, Order
+from karat.data.order import BadImages, ImageOrder
 from karat.data.randomness import keyed_randomness, mix
 from karat.detect.coco import CocoPart
 from karat.detect.views import View
@@ -51,7 +51,7 @@ class PictureLoader(WorkerLoader):
 
     collate = staticmethod(_collate)
 
-    def __init__(self, part: CocoPart, view: View, order: Order, bad: BadImages, title: str, workers: int) -> None:
+    def __init__(self, part: CocoPart, view: View, order: ImageOrder, bad: BadImages, title: str, workers: int) -> None:
         pictures = _Pictures(part, view, order.seed)
         super().__init__(order, bad, len(part.categories), title, pictures, workers=workers)
 
