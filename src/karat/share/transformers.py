@@ -217,7 +217,8 @@ def from_pretrained(kind: type[Model], name_or_folder: str | Path, **options: An
             else:
                 karatize(self, str(spec), sites)
 
-    Converted.__name__ = kind.__name__
+    # As one of transformers' own it has their renaming of saved weights, which goes by the class's module and name.
+    Converted.__name__, Converted.__module__ = kind.__name__, kind.__module__
     loaded, report = Converted.from_pretrained(name_or_folder, config=config, output_loading_info=True, **options)
     factors = factors_of(loaded)  # what was saved before there were any was trained with factors of one
     ones = {name for name in report.get("missing_keys") or () if name in factors}

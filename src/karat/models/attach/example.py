@@ -42,8 +42,13 @@ def _pixels(model: Any) -> tuple[int, int] | None:
     return None if size is None else (int(size[-2]), int(size[-1]))
 
 
-def channels(model: nn.Module) -> int:
-    """The channels of the first convolution; 3 where there is none."""
+def channels(model: Any) -> int:
+    """The channels of the images: those of the first convolution, where timm doesn't say that none takes the image; 3
+    where there is none.
+    """
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    if cfg.get("input_size") and cfg.get("first_conv") == []:
+        return int(cfg["input_size"][0])
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     return 3 if first is None else first.in_channels
 
