@@ -49,6 +49,16 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {  # class -> its configur
     "BertModel": ("BertConfig", {**SMALL, "vocab_size": 99, "max_position_embeddings": 32}),
 }  # fmt: skip
 
+OTHERWISE = {  # attention that forms no scores of queries and keys
+    "coat": "its factorised attention is softmax over tokens of the keys alone: no scores",
+    "efficientvit_mit": "its linear attention multiplies keys by values first: no scores",
+    "swiftformer": "its additive attention sums the queries to one vector: no scores",
+}
+NOTES = {
+    "transformers.BeitModel": "under export transformers adds its mask of ones to the position bias: one on every "
+    "score, which only softmax passes over",
+}
+
 
 def modules() -> dict[str, list[str]]:
     """timm's modules, each with its variants from the smallest by name."""
@@ -62,7 +72,8 @@ def modules() -> dict[str, list[str]]:
         return rank, pixels[-1] if pixels else 224
 
     found = {module: sorted(timm.list_models(module=module), key=size) for module in sorted(timm.list_modules())}
-    return {module: names for module, names in found.items() if names and not names[0].startswith("karat_")}
+    return {module: names for module, names in found.items()
+            if names and timm.model_entrypoint(names[0]).__module__.startswith("timm.")}  # fmt: skip
 
 
 def smallest(module: str, names: list[str]) -> tuple[str, nn.Module]:
@@ -80,11 +91,11 @@ def with_input(name: str) -> tuple[nn.Module, Tensor]:
     problem: Exception | None = None
     for depth in DEPTHS:
         for side in SIZES:
-            for size in ({"img_size": side}, {}):
+            for size, colours in (({"img_size": side}, None), ({}, None), ({}, 3)):
                 try:
                     torch.manual_seed(0)
                     model = timm.create_model(name, num_classes=4, **depth, **size)
-                    x = torch.randn(2, channels(model), side, side)
+                    x = torch.randn(2, colours or channels(model), side, side)
                     found = find(model, x)
                 except Exception as error:  # another size
                     problem = error
@@ -210,8 +221,11 @@ def main() -> None:
         if name.partition(".")[2] not in wanted if wanted else name in known:
             continue
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        bare = name.removeprefix("timm.")
         try:
-            known[name] = measure(make)
+            known[name] = {"attention": True, "reason": OTHERWISE[bare]} if bare in OTHERWISE else measure(make)
+            if name in NOTES and not known[name]["exported"]:
+                known[name]["export_error"] = NOTES[name]
         except (Exception, TimeoutError) as error:
             known[name] = {"attention": None, "reason": first_line(error)[:200]}
         finally:

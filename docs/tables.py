@@ -156,7 +156,7 @@ def served() -> str:
     ours = [row for name, row in rows.items() if name.startswith("timm.")]
     some = sum(bool(row.get("converted")) for row in ours)
     table = markdown("module or class | converted by | attentions > | trained | exported | what stays, and why", lines)
-    return f"Of {len(ours)} modules of timm that were tried {some} were converted.\n\n{table}"
+    return f"Of {len(ours)} modules of timm with attention {some} were converted.\n\n{table}"
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -181,10 +181,10 @@ class NoWeightDecay:
 def _known(model: nn.Module) -> Backbone | None:
     """The record of this model; None where it has none or an attention that the record doesn't know.
 
-    Raises ValueError for heads that were pruned.
+    Raises ValueError for heads that were pruned in a model that has a record.
     """
     backbone, known = backbone_of(model), True
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if backbone is not None else ():
         reason = refusal(module)
         if reason is not None:
             raise ValueError(f"{name or 'the model'} ({type(module).__name__}) can't be converted: {reason}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from karat.models.attention import AttentionInputs, split_mask
+from karat.models.attention import MASKED, AttentionInputs, split_mask
 from karat.ops.masks import as_mask
 
 
@@ -131,6 +132,30 @@ CALLS: dict[Any, Callable[..., Call | None]] = {
     torch.special.softmax: _softmax,
     Tensor.softmax: _softmax,
 }
+
+
+def _smaller(a: Any, b: Any, *_: Any) -> Any:
+    return a if isinstance(a, Tensor) and isinstance(b, Tensor) and a.numel() < b.numel() else b
+
+
+SUMS: dict[Any, Callable[..., Any]] = {  # a sum -> which of its terms a mask would be
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.add_, operator.add, operator.iadd), _smaller),
+    torch.baddbmm: lambda added, *_: added,
+}
+
+
+def masked_sum(func: Any, args: Any, kwargs: Any, keys: Collection[int]) -> Any:
+    """A sum; minus infinity where scores over so many keys got a mask, entries ≤ −100, which scores may have raised."""
+    total = func(*args, **kwargs)
+    added = SUMS[func](*args) if not kwargs and len(args) > 1 else None
+    if not isinstance(added, Tensor) or not added.is_floating_point() or min(total.dim() - 1, added.dim()) < 2:
+        return total
+    M, N = total.shape[-2:]
+    if N not in keys or added.shape[-1] != N or added.shape[-2] not in (1, M):
+        return total
+    fill = total.masked_fill_ if total is args[0] else total.masked_fill
+    return fill(added <= MASKED, -torch.inf)
+
 
 # PyTorch's own function past the question whether a mode is active, which would call the mode for ever.
 _entered = FunctionType(

@@ -76,7 +76,7 @@ def find(model: nn.Module, example: Example) -> list[Found]:
     """Every module that calls for attention, in the order of a forward pass of the example.
 
     Fused attention counts wherever it is called; softmax over the last axis inside of a module that looks like
-    attention, by its class's name or a number of heads. A call belongs to the innermost module.
+    attention, by its class's name, a number of heads or its projections. A call belongs to the innermost module.
 
     Runs once, under no_grad and in evaluation mode; buffers, random states and modes are afterwards what they were.
 
@@ -136,9 +136,14 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     return passes
 
 
+QUERIES = ("qkv", "to_qkv", "q_proj", "to_q", "query", "q", "wq", "Wqkv", "in_proj_weight")
+
+
 def _looks_like_attention(module: nn.Module) -> bool:
+    """By the class's name, a number of heads, or projections that carry a usual name of queries."""
     named = re.search(r"attention|attn|(^|[^a-z])XCA", type(module).__name__, re.IGNORECASE)
-    return named is not None or hasattr(module, "attn_drop") or heads_of([module]) is not None
+    projects = any(hasattr(module, name) for name in ("attn_drop", *QUERIES))
+    return named is not None or projects or heads_of([module]) is not None
 
 
 def _found(name: str, passes: list[_Pass], batch: int) -> Found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,20 +13,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from karat.models.attach.calls import CALLS, Call, Fused, Layout, module_forward, multi_head_attention
+from karat.models.attach.calls import (
+    CALLS,
+    SUMS,
+    Call,
+    Fused,
+    Layout,
+    masked_sum,
+    module_forward,
+    multi_head_attention,
+)
 from karat.models.attention import Intermediate, split_mask
 from karat.operator.operator import KArAtOperator
 from karat.ops.masks import safe_softmax
 
 Observer = Callable[[int, Intermediate], None]
+Take = Callable[[int, Call, Callable[[], Tensor]], Tensor]
 
 
 class Taking(TorchFunctionMode):
-    """While active, hands every call of attention to `take` with its number; nothing else is touched."""
+    """While active, hands every call of attention to `take` with its number.
 
-    def __init__(self, take: Callable[[int, Call, Callable[[], Tensor]], Tensor], written: bool = True) -> None:
+    Of the rest it touches masks alone, where they are added to scores over so many `keys`.
+    """
+
+    def __init__(self, take: Take, written: bool = True, keys: Collection[int] = frozenset()) -> None:
         super().__init__()
-        self.take, self.written, self.number = take, written, 0
+        self.take, self.written, self.keys, self.number = take, written, keys, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
@@ -38,6 +51,8 @@ class Taking(TorchFunctionMode):
             if call is not None and (self.written or isinstance(call, Fused)):
                 self.number += 1
                 return self.take(self.number - 1, call, lambda: func(*args, **kwargs))
+        if self.keys and func in SUMS:
+            return masked_sum(func, args, kwargs, self.keys)
         return func(*args, **kwargs)
 
 
@@ -76,7 +91,7 @@ class Attached:
         return inspect.signature(self.before or type(self.module).forward.__get__(self.module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        taking = Taking(self.taken_alone if self.inside else self.take, self.written)
+        taking = Taking(self.taken_alone if self.inside else self.take, self.written, self.written_keys())
         with taking:
             if self.before is not None:
                 out = self.before(*args, **kwargs)
@@ -138,6 +153,13 @@ class Attached:
             own = own[sum(layout is not None for layout in self.layouts[:number])]
         found: KArAtOperator = own
         return found
+
+    def written_keys(self) -> set[int]:
+        """The numbers of keys of calls that are written out and have an operator."""
+        if not self.written or not self.learned:
+            return set()
+        operators = [self.operator(i) for i, layout in enumerate(self.layouts) if layout is not None]
+        return {operator.num_tokens for operator in operators if operator is not None}
 
     def _observe(self, number: int, operator: KArAtOperator | None, scores: Tensor, mask: Tensor | None) -> None:
         assert self.observer is not None
