@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from karat.operator.fixed import FIXED
 from karat.paper import TABLES as PUBLISHED
 from karat.paper import Entry, rows
 
@@ -159,6 +160,15 @@ def served() -> str:
     return f"Of {len(ours)} modules of timm with attention {some} were converted.\n\n{table}"
 
 
+def fixed() -> str:
+    """Each fixed function of the scores that an attention may be."""
+    lines = [
+        (f"`{name}`", function.formula, f"[{function.paper}](https://arxiv.org/abs/{function.paper})")
+        for name, function in FIXED.items()
+    ]
+    return markdown("`attention=` | σ(A) | paper", lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "published": published,
     "cost": cost,
@@ -166,6 +176,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "layer-rates": layer_rates,
     "stability": stability,
     "served": served,
+    "fixed": fixed,
 }
 
 

@@ -29,6 +29,7 @@ from karat.analyze.attention import (
 from karat.analyze.functions import drawn_curves, operator_of_block
 from karat.analyze.loading import Run, Samples, open_run
 from karat.analyze.quality import measures
+from karat.operator.operator import KArAtOperator
 
 PICTURES = {
     "maps": "What the class token looks at (outlined: the fewest patches with half of the mass)",
@@ -50,9 +51,14 @@ class HeadView:
 
 # What is said of a head without edge functions, by whether it learns.
 NO_EDGES = {
-    False: "This head keeps softmax: it has no edge functions.",
+    False: "This head keeps {kept}: it has no edge functions.",
     True: "This head mixes tokens by a learned matrix, blind to the scores: it has no edge functions.",
 }
+
+
+def _no_edges(learned: KArAtOperator | None) -> str:
+    fixed = learned is None or learned.config.is_fixed
+    return NO_EDGES[not fixed].format(kept="softmax" if learned is None else learned.config)
 
 
 class Explorer:
@@ -88,7 +94,7 @@ class Explorer:
             matrices=figures.draw_matrices(scores[0, 0], shown),
             functions=self._functions(learned, block, head, scores) if has_edges else None,
             numbers={name: (float(own[name][0]), float(fixed[name][0])) for name in names},
-            note=note if has_edges else f"{note} {NO_EDGES[learns]}".strip(),
+            note=note if has_edges else f"{note} {_no_edges(learned if learns else None)}".strip(),
         )
 
     def _record(self, path: Path, stamp: tuple[int, int]) -> tuple[Samples, list[BlockAttention]]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from karat.basis import Basis, parse_basis, with_base
 from karat.basis.specs import read_option, split_list
+from karat.operator.fixed import FIXED
 from karat.operator.orders import BLIND
 from karat.operator.rules import GONE, check, without_gone
 
@@ -17,6 +18,9 @@ _LETTERS = {"blockwise": "b", "universal": "u"}
 
 # Names for what a configuration is recommended for; `str` gives the explicit form.
 ALIASES = {"recommended": "static-b,residual=softmax"}
+
+# What stands alone in a name: nothing to share between blocks.
+UNLETTERED = ("softmax", *FIXED)
 
 # Settings without which an operator's numbers mean nothing.
 _MEANING = ("basis", "rank", "order", "sharing", "base", "simplex", "residual", "gate", "position")
@@ -42,7 +46,8 @@ class KArAtConfig:
     """What a Kolmogorov-Arnold attention is made of (SPEC §1, §2).
 
     Args:
-        basis: the edge functions, e.g. "fourier(grid=3)"; "softmax" means ordinary attention, "static" a learned
+        basis: the edge functions, e.g. "fourier(grid=3)"; "softmax" means ordinary attention, "sigmoid", "relu",
+            "entmax15", "sparsemax" and "lsa" another fixed function (`karat.operator.fixed`); "static" a learned
             matrix of the given rank in each head, σ_kn = Σ_p W_np C_kp, blind to the scores; "row", with rank=None,
             one learned row a head, σ_kn = W_n, blind to scores and queries.
         rank: R of the low-rank operator; None is the full N×N operator (order WPhi only, no W).
@@ -135,6 +140,11 @@ class KArAtConfig:
         return self.residual == "softmax" and (self.gate == "head" or self.init_scale == 0.0)
 
     @property
+    def is_fixed(self) -> bool:
+        """Whether σ is a fixed function of the scores, another than softmax."""
+        return self.basis in FIXED
+
+    @property
     def is_static(self) -> bool:
         """Whether σ is a learned matrix or row, blind to the scores."""
         return self.basis in BLIND
@@ -142,7 +152,7 @@ class KArAtConfig:
     @property
     def has_edges(self) -> bool:
         """Whether there are edge functions of the scores."""
-        return not (self.is_softmax or self.is_static)
+        return not (self.is_softmax or self.is_fixed or self.is_static)
 
     @property
     def order_key(self) -> tuple[str, bool]:
@@ -153,7 +163,7 @@ class KArAtConfig:
     def edge_basis(self) -> Basis:
         """The family of edge functions, base activation included."""
         if not self.has_edges:
-            kind = "static mixing" if self.is_static else "softmax attention"
+            kind = "static mixing" if self.is_static else f"{self.basis} attention"
             raise ValueError(f"{kind} has no basis; name one, e.g. attention='g3b'")
         return with_base(parse_basis(self.basis), self.base)
 
@@ -183,9 +193,10 @@ class KArAtConfig:
     def parse(cls, spec: str | KArAtConfig) -> KArAtConfig:
         """The configuration that a short name means; `str(config)` is the inverse.
 
-        "softmax", "g3b" (Fourier, grid 3, blockwise), "g1u" (universal), or any basis with "-b" or "-u", e.g.
-        "dog-b", "bspline(grid=10,order=3)-u", "static-b"; or one of ALIASES, "recommended"; then options,
-        "g3b,rank=4,order=PhiW,residual=softmax". Of an option that is given twice the last counts.
+        "softmax", "sigmoid" and others of `karat.operator.fixed`, "g3b" (Fourier, grid 3, blockwise), "g1u"
+        (universal), or any basis with "-b" or "-u", e.g. "dog-b", "bspline(grid=10,order=3)-u", "static-b"; or one of
+        ALIASES, "recommended"; then options, "g3b,rank=4,order=PhiW,residual=softmax". Of an option that is given twice
+        the last counts.
 
         Raises ValueError for a name or option that can't be read.
         """
@@ -202,13 +213,13 @@ class KArAtConfig:
             settings["basis"] = f"fourier(grid={int(short[1])})"
         elif long:
             settings["basis"] = long[1]
-        elif name != "softmax":
+        elif name not in UNLETTERED:
             raise ValueError(
-                f"can't read the attention {spec!r}; write softmax, g3b, g1u, or a basis with -b (blockwise) or -u "
-                f"(universal) such as dog-b, or {', '.join(ALIASES)}; then options such as ,rank=4"
+                f"can't read the attention {spec!r}; write {', '.join(UNLETTERED)}, g3b, g1u, or a basis with -b "
+                f"(blockwise) or -u (universal) such as dog-b, or {', '.join(ALIASES)}; then options such as ,rank=4"
             )
         else:
-            settings["basis"] = "softmax"
+            settings["basis"] = name
         if match := short or long:
             settings["sharing"] = {letter: sharing for sharing, letter in _LETTERS.items()}[match[2]]
         known = [field.name for field in dataclasses.fields(cls) if field.name not in ("basis", "sharing")]
@@ -227,7 +238,13 @@ class KArAtConfig:
     def __str__(self) -> str:
         fourier = re.fullmatch(r"fourier\(grid=(\d+)\)", self.basis)
         letter = _LETTERS[self.sharing]
-        name = f"g{fourier[1]}{letter}" if fourier else self.basis if self.is_softmax else f"{self.basis}-{letter}"
+        name = (
+            f"g{fourier[1]}{letter}"
+            if fourier
+            else self.basis
+            if self.basis in UNLETTERED
+            else f"{self.basis}-{letter}"
+        )
         options = [
             f",{field.name}={_text(value)}"
             for field in dataclasses.fields(self)

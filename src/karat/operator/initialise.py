@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from karat.operator.config import KArAtConfig
 from karat.operator.edges import EdgeLayer
+from karat.operator.fixed import Fixed
 from karat.operator.order import Order
 from karat.operator.parameters import OperatorParameters
 from karat.operator.rates import set_factors
@@ -22,7 +23,11 @@ from karat.operator.rates import set_factors
 @torch.no_grad()
 def initialise(parameters: OperatorParameters, order: Order, config: KArAtConfig) -> None:
     """Draw all of an operator's parameters by its configuration. Does nothing on the meta device."""
-    if next(parameters.parameters()).is_meta:
+    if any(parameter.is_meta for parameter in parameters.parameters()):
+        return
+    if parameters.sharpness is not None:
+        nn.init.ones_(parameters.sharpness)
+    if isinstance(order, Fixed):
         return
     if parameters.gate is not None:
         nn.init.zeros_(parameters.gate)

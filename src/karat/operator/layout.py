@@ -39,6 +39,7 @@ class Layout(NamedTuple):
     layers: tuple[Axes, ...]  # (inputs, outputs) of the edge layers
     W: Axes | None = None
     C: Axes | None = None  # (queries, outputs)
+    sharpness: bool = False  # whether each head has a factor of its scores
 
     @property
     def edges_last(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from karat.basis import Basis
 from karat.operator.config import KArAtConfig
 from karat.operator.edges import EdgeLayer
+from karat.operator.fixed import FIXED
 from karat.operator.initialise import initialise
 from karat.operator.orders import ORDERS
 from karat.operator.parameters import OperatorParameters
@@ -52,8 +53,8 @@ class KArAtOperator(OperatorParameters):
                 raise ValueError(f"{name} must be >= 1, got {value}")
         config = KArAtConfig.parse(config)
         softmax_heads = config.softmax_head_indices(num_heads)
-        order = ORDERS[config.order_key]
-        edges = None if config.is_static else (config.edge_basis, config.edge_scales)
+        order = FIXED[config.basis] if config.is_fixed else ORDERS[config.order_key]
+        edges = (config.edge_basis, config.edge_scales) if config.has_edges else None
         gated = config.residual is not None and config.gate == "head"
         super().__init__(num_heads - len(softmax_heads), num_tokens, order.layout_for(config), config, edges, gated)
         self.num_heads, self.order = num_heads, order
@@ -72,7 +73,8 @@ class KArAtOperator(OperatorParameters):
         `layer` is 0, or 1 for Φ₂ in order PhiPhi.
         """
         if not self.layers:
-            raise ValueError("static mixing is blind to the scores: it has no edge functions")
+            what = "static mixing is blind to the scores" if self.config.is_static else f"{self.config} is fixed"
+            raise ValueError(f"{what}: it has no edge functions")
         if not 0 <= layer < len(self.layers):
             raise ValueError(f"layer must be 0 to {len(self.layers) - 1} in order {self.config.order}, got {layer}")
         return self.edge_layers[layer].edges(x)
@@ -215,6 +217,11 @@ class KArAtOperator(OperatorParameters):
                 f"the operator was made for {self.num_tokens} tokens and got {keys}; carry the model to the new "
                 "token grid with karat.resample_tokens(model, img_size=...), or build the operator with "
                 f"num_tokens={keys}"
+            )
+        if self.order.own_key and queries != keys:
+            raise ValueError(
+                f"{self.config} hides each query's own key, and there are {queries} queries for {keys} keys: it serves "
+                "self-attention over all tokens alone"
             )
         if self.C is not None and queries != keys:
             setting = "static mixing" if self.config.is_static else f"position={self.config.position!r}"

@@ -34,6 +34,7 @@ class Order(ABC):
     title: ClassVar[str] = "this order"
     layout: ClassVar[Layout]
     gives_sigma: ClassVar[bool] = False  # whether the sums, v aside, are σ itself
+    own_key: ClassVar[bool] = False  # whether each query has a key of its own, as in self-attention alone
 
     def refuses(self, config: Settings) -> str | None:
         """Why these settings don't go with the order; None if they do."""

@@ -26,9 +26,9 @@ class Settings(Protocol):
 
 
 class OperatorParameters(nn.Module):
-    """`layers` (an EdgeLayer each), `W`, `C` and `gate` (H',), where there are such; H' heads learn.
+    """`layers` (an EdgeLayer each), `W`, `C`, `gate` and `sharpness` (H',), where there are such; H' heads learn.
 
-    Each of them but the gate is learned up to a fixed factor, which sets its rate (`karat.operator.rates`; buffers
+    Each of them but the last two is learned up to a fixed factor, which sets its rate (`karat.operator.rates`; buffers
     `W_factor`, `C_factor` and the layers' `factor`): `projector`, `places` and `edges` give what they mean.
 
     Args:
@@ -66,6 +66,7 @@ class OperatorParameters(nn.Module):
             if getattr(self, name) is not None:
                 self.register_buffer(f"{name}_factor", torch.ones(()))
         self.gate = nn.Parameter(torch.empty(heads)) if gated else None
+        self.sharpness = nn.Parameter(torch.empty(heads)) if layout.sharpness else None
 
     @property
     def edge_layers(self) -> list[EdgeLayer]:

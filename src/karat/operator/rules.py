@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from karat.basis import ACTIVATIONS
+from karat.operator.fixed import FIXED
 from karat.operator.orders import BLIND, ORDERS
 from karat.ops import IMPLS
 
@@ -30,6 +31,7 @@ GONE: dict[str, object] = {"score_gradient": 1.0, "input": "scores", "normalise"
 GONE_VALUES: dict[str, tuple[str, ...]] = {"position": ("gain",), "gate": ("block",), "blocks": ("last", "alternate")}
 # What softmax has a use for, the second beside the first, and what only edges of the scores have.
 OF_SOFTMAX = ("basis", "position_bias", "blocks")
+OF_FIXED = (*OF_SOFTMAX, "softmax_heads", "impl")
 OF_EDGES = ("base", "edge_scales", "order", "position")
 
 
@@ -126,6 +128,16 @@ def _softmax(config: Config) -> str | None:
     return None
 
 
+def _fixed(config: Config) -> str | None:
+    if not config.is_fixed:
+        return None
+    asked = _set(config, tuple(name for name in type(config).__dataclass_fields__ if name not in OF_FIXED))
+    if asked:
+        return f"{asked} shapes an operator, and {config.basis} is a fixed function of the scores; leave it out"
+    FIXED[config.basis].check()
+    return None
+
+
 def _static(config: Config) -> str | None:
     if not config.is_static:
         return None
@@ -145,6 +157,7 @@ def _position_bias(config: Config) -> str | None:
 
 RULES: tuple[Callable[[Config], str | None], ...] = (
     _softmax,
+    _fixed,
     _static,
     _rank,
     _order,

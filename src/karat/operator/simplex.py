@@ -22,10 +22,14 @@ def simplex_projection(y: Tensor, mask: Tensor | None = None) -> Tensor:
     values = y.to(torch.promote_types(y.dtype, torch.float32))
     if mask is None:
         return _project(values).to(y.dtype)
-    # τ >= max - 1, so what lies two below the largest entry is never in the support; it stays finite as well.
+    return torch.where(mask, _project(lowered(values, mask)), 0).to(y.dtype)
+
+
+def lowered(values: Tensor, mask: Tensor) -> Tensor:
+    """Masked entries two below the largest other: outside the support, as τ >= max - 1 (entmax15: 2τ >= max - 2), and
+    finite."""
     largest = values.detach().masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
-    outside = torch.where(largest.isfinite(), largest, 0) - 2
-    return torch.where(mask, _project(torch.where(mask, values, outside)), 0).to(y.dtype)
+    return torch.where(mask, values, torch.where(largest.isfinite(), largest, 0) - 2)
 
 
 def _project(y: Tensor) -> Tensor:

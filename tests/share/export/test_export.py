@@ -18,6 +18,7 @@ import karat
 import karat.share.hub.runs
 from karat.basis import BASES
 from karat.cli import main
+from karat.operator.fixed import FIXED
 from karat.share.export import export_onnx, export_pt2, exported_program, plain_path
 from karat.share.export.graph import largest_difference
 from support.small_models import small_model
@@ -47,6 +48,7 @@ ORDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "grkan": ("vit", "g2b", {**TINY, "mlp": "grkan(groups=4)"}),
     "kan": ("vit", "softmax", {**TINY, "mlp": "kan(grid=2)"}),
 }
+ORDERS |= {name: ("vit", name, TINY) for name in FIXED}
 CASES = ONNX | ORDERS
 
 

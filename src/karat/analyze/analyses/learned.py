@@ -23,7 +23,8 @@ def analyse_functions(subjects: Sequence[Subject]) -> Analysis:
         index = len(s.attention) - 1 if s.options.block is None else s.options.block
         op = operator_of_block(s.model, index)
         if op is None or not op.config.has_edges:
-            instead = "keeps softmax" if op is None else "mixes tokens by a learned matrix"
+            fixed = op is None or op.config.is_fixed
+            instead = f"keeps {op.config if op else 'softmax'}" if fixed else "mixes tokens by a learned matrix"
             analysis.notes.append(f"{s.label}: block {index} {instead} and has no edge functions")
             continue
         heads = op.karat_heads if s.options.head is None else (s.options.head,)

@@ -20,6 +20,7 @@ from karat.models.attach.example import Example, fitted, images_of
 from karat.models.attach.mode import Taking
 from karat.models.evaluating import evaluating
 from karat.operator.config import KArAtConfig
+from karat.operator.fixed import FIXED
 
 
 @dataclass
@@ -53,7 +54,10 @@ class Found:
         if not self.served:
             return next((call for call in self.calls if isinstance(call, str)), "it makes no call for attention")
         places = config.is_static or config.position is not None
+        own_key = config.is_fixed and FIXED[config.basis].own_key
         for _, queries, keys in self.served:
+            if own_key and queries != keys:
+                return f"{config} hides each query's own key, and it has {queries} queries for {keys} keys"
             if places and queries != keys:
                 return (
                     f"static mixing and position='query' give each query a place, and it has {queries} queries for "

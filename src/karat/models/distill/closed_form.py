@@ -47,8 +47,9 @@ def check_fits(config: KArAtConfig) -> None:
             f"gate={config.gate} beside softmax adds an operator that starts at random, and no closed form fits it; "
             "use gate='head' or init_scale=0, which start as the softmax model"
         )
-    if config.is_static or config.order == "Pointwise":
-        unserved = "static mixing" if config.is_static else "order=Pointwise"
+    if not config.has_edges or config.order == "Pointwise":
+        fixed = "static mixing" if config.is_static else str(config)
+        unserved = "order=Pointwise" if config.has_edges else fixed
         raise ValueError(
             f"{unserved} can't be fitted to softmax in closed form; use another attention, or residual=softmax, "
             "which starts as the softmax model"

@@ -58,7 +58,9 @@ _METRICS = {"top1": "top-1", "top5": "top-5"}
 def attention_name(config: ModelConfig) -> str:
     """The attention in words."""
     attention = KArAtConfig.parse(config.attention)
-    return "softmax attention" if attention.leaves_attention else f"learnable attention {attention}"
+    if attention.leaves_attention or attention.is_fixed:
+        return f"{attention} attention"
+    return f"learnable attention {attention}"
 
 
 def _summary(config: ModelConfig) -> str:
@@ -66,6 +68,8 @@ def _summary(config: ModelConfig) -> str:
     if attention.is_softmax:
         positions = "" if attention.position_bias is None else " and a learned relative position bias"
         what = f"An image classifier with ordinary softmax attention{positions}."
+    elif attention.is_fixed:
+        what = f"An image classifier with `{attention}` attention in karat's notation, a fixed function of the scores."
     elif attention.residual or not attention.has_edges or attention.order == "Pointwise":
         what = f"An image classifier whose attention is learnable: `{attention}` in karat's notation."
     else:
