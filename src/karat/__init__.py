@@ -15,6 +15,7 @@ from karat.old_paths import PATHS, OldPaths
 if TYPE_CHECKING:
     from karat.models.create import create_model
     from karat.models.karatize import karatize
+    from karat.models.layer import attn_layer
     from karat.models.record import record
     from karat.models.resample import resample_tokens
     from karat.models.sequence import CrossAttention, SequenceAttention
@@ -31,6 +32,7 @@ _HOME = {
     "KArAtModel": "karat.share.hub",
     "KArAtOperator": "karat.operator.operator",
     "SequenceAttention": "karat.models.sequence",
+    "attn_layer": "karat.models.layer",
     "basis_attention": "karat.ops",
     "create_model": "karat.models.create",
     "from_pretrained": "karat.share.hub",
@@ -49,6 +51,7 @@ __all__ = [
     "KArAtModel",
     "KArAtOperator",
     "SequenceAttention",
+    "attn_layer",
     "basis_attention",
     "create_model",
     "from_pretrained",

@@ -6,7 +6,7 @@ import contextlib
 import io
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, NoReturn, TypeVar, cast, get_args
 
 from karat.values import check_parsed, hints
 
@@ -76,3 +76,11 @@ def _as_typed(complaint: str, *positional: str) -> str:
         return complaint
     name = {"preset": "recipe"}.get(found[1], found[1])
     return f"--{name.replace('_', '-')}{complaint[found.end(1) :]}"
+
+
+def not_scripted(module: object) -> NoReturn:
+    """A module's `__prepare_scriptable__`, which torch.jit.script asks for first. Raises ValueError."""
+    raise ValueError(
+        f"{type(module).__name__} can't be scripted: TorchScript is deprecated; use torch.export.export(model, ...) or "
+        "karat export"
+    )

@@ -15,7 +15,9 @@ import torch
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
+from karat.errors import not_scripted
 from karat.models.relative_bias import RelativeBias
+from karat.models.tracing import SHARED, one_node
 from karat.operator.grids import GridWatch
 from karat.operator.operator import KArAtOperator
 from karat.ops.masks import as_mask, safe_softmax, softmax_attention
@@ -133,6 +135,8 @@ class _TakenOver(nn.Module):
         self.position_bias: RelativeBias | None = None  # where the configuration asks for one, set by karatize
         self.train(attn.training)
 
+    __prepare_scriptable__ = not_scripted
+
     @property
     def _dropout(self) -> float:
         """The probability of dropping an entry of σ now."""
@@ -163,6 +167,11 @@ class _AroundOperator(_TakenOver):
         else:
             self.operator = operator
 
+    @property
+    def elsewhere(self) -> str | None:
+        """What it uses of other modules, which a graph of torch.fx would lack."""
+        return SHARED if "operator" in self.__dict__ else None
+
     def present_operator(self, num_tokens: int) -> KArAtOperator:
         """The operator on the grid of images of so many tokens: another one than `operator` with dynamic_img_size."""
         return self.operator if self.watch is None else self.watch.operator(self.operator, num_tokens)
@@ -186,6 +195,7 @@ class TokenAttention(_TakenOver, ABC):
     def _attend(self, inputs: AttentionInputs) -> Tensor:
         """σ v of every head, (B,H,N,D)."""
 
+    @one_node
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x (B,N,C); attn_mask boolean (True = takes part) or additive, broadcastable to (B,H,N,N)."""
         return self._finish(self._attend(token_inputs(self, x, attn_mask, is_causal)), x)
@@ -235,6 +245,7 @@ class KArAtWindowAttention(_AroundOperator):
     init_non_persistent_buffers = WindowAttention.init_non_persistent_buffers
     set_window_size = WindowAttention.set_window_size
 
+    @one_node
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B·windows, N, C); mask (windows, N, N), 0 or -100, or boolean."""
         return self._finish(self._attend(window_inputs(self, x, mask)), x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import timm
@@ -13,7 +14,8 @@ from torch import nn
 
 from karat.basis.specs import parse_call
 from karat.errors import first_line
-from karat.models.attach.example import Example, example_of
+from karat.models.attach.example import example_of
+from karat.models.features import Finish, create_finished
 from karat.models.kan.mlp import replace_mlp
 from karat.models.kan.peers import DEEP_KAN, register_peers
 from karat.models.karatize import karatize
@@ -77,9 +79,7 @@ def create_model(
     >>> model.blocks[0].attn.operator.num_tokens
     65
     """
-    model = _build(name, attention, mlp, timm_kwargs, True)
-    check_patches(model)
-    return model
+    return _build(name, attention, mlp, timm_kwargs, True)
 
 
 def rebuild_model(
@@ -98,7 +98,6 @@ def _build(
     if "(" in name:
         name, settings = parse_call(name)
         timm_kwargs = settings | timm_kwargs
-    example: Example | None = None
     start = _take_start(timm_kwargs)
     bare = name.split(".")[0]
     if start.attention is not None and bare.startswith(PREFIX):  # a start comes before the operators
@@ -110,19 +109,32 @@ def _build(
         raise ValueError(f"unknown model {name!r}; {hint}")
     if bare == DEEP_KAN and (config is None or config.leaves_attention):
         config = None  # it has no attention to convert
-    if bare.startswith(PREFIX):
-        chosen = {} if config is None else {"attention": config}
-        model = _from_timm(name, **chosen, **timm_kwargs)
-        config = None
-    else:
-        model, example = _with_size(name, timm_kwargs, config)
-    if start.positions is not None:
-        start_as_sincos(model, start.positions)
-    if start.attention is not None and fresh:
-        start_attention(model, start.attention)
-    if mlp is not None:
-        replace_mlp(model, mlp, take_over=bool(timm_kwargs.get("pretrained")))
-    return model if config is None else karatize(model, config, example)
+    if bare.startswith(PREFIX) and config is not None:
+        timm_kwargs, config = timm_kwargs | {"attention": config}, None
+
+    def finish(model: nn.Module, size: tuple[int, int] | None = None) -> nn.Module:
+        example = None if size is None else example_of(model, size)
+        if start.positions is not None:
+            start_as_sincos(model, start.positions)
+        if start.attention is not None and fresh:
+            start_attention(model, start.attention)
+        if mlp is not None:
+            replace_mlp(model, mlp, take_over=bool(timm_kwargs.get("pretrained")))
+        if config is not None:
+            karatize(model, config, example)
+        if fresh:
+            check_patches(model)
+        return model
+
+    try:
+        return _from_timm(name, finish, timm_kwargs)
+    except ModelArgumentsError as error:
+        size = timm_kwargs.get("img_size")
+        if size is None or config is None or "unexpected keyword argument 'img_size'" not in str(error):
+            raise
+    # It takes images of any size: that isn't the model's, but an example's.
+    rest = {key: value for key, value in timm_kwargs.items() if key != "img_size"}
+    return _from_timm(name, partial(finish, size=(size, size) if isinstance(size, int) else size), rest)
 
 
 class _Start(NamedTuple):
@@ -148,24 +160,12 @@ def _take_start(arguments: dict[str, Any]) -> _Start:
     return _Start(strength if sincos else None, attention)
 
 
-def _with_size(name: str, arguments: dict[str, Any], config: KArAtConfig | None) -> tuple[nn.Module, Example | None]:
-    """timm's model; of one that takes images of any size the size isn't its, but that of an example."""
-    try:
-        return _from_timm(name, **arguments), None
-    except ModelArgumentsError as error:
-        size = arguments.get("img_size")
-        if size is None or config is None or "unexpected keyword argument 'img_size'" not in str(error):
-            raise
-    model = _from_timm(name, **{key: value for key, value in arguments.items() if key != "img_size"})
-    return model, example_of(model, (size, size) if isinstance(size, int) else size)
-
-
-def _from_timm(name: str, **kwargs: Any) -> nn.Module:
-    """timm.create_model; ModelArgumentsError where it refuses the arguments with another kind of error."""
+def _from_timm(name: str, finish: Finish, kwargs: dict[str, Any]) -> nn.Module:
+    """`create_finished`; ModelArgumentsError where timm refuses the arguments with another kind of error."""
     try:
         with warnings.catch_warnings():  # of no patches `check_patches` speaks
             warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
-            return timm.create_model(name, **kwargs)
+            return create_finished(name, finish, **kwargs)
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, TypeError, RuntimeError) as error:
@@ -180,14 +180,26 @@ def _from_timm(name: str, **kwargs: Any) -> nn.Module:
 def _entry_point(base: str, default: str) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, attention: KArAtConfig | str = default, **kwargs: Any) -> nn.Module:
         config = KArAtConfig.parse(attention)
-        return karatize(timm.create_model(base, pretrained=pretrained, **kwargs), config)
+        return create_finished(base, lambda model: karatize(model, config), pretrained=pretrained, **kwargs)
 
     build.__name__ = build.__qualname__ = PREFIX + base
     build.__doc__ = f"timm's {base} with learnable attention, {default} by default."
     return build
 
 
+def _pretrained_cfgs(base: str) -> dict[str, Any]:
+    """What timm knows of a model's weights and inputs, by the names that are karat's; its default stays the default."""
+    usual = timm.models.get_pretrained_cfg(base)
+    known = timm.models.get_arch_pretrained_cfgs(base)
+    return {f"{PREFIX}{name}{'*' if cfg.tag and cfg == usual else ''}": cfg for name, cfg in known.items()}
+
+
 __all__ = ["create_model"]
+
+# Here timm's register_model looks for what get_pretrained_cfg and resolve_data_config answer.
+default_cfgs = timm.models.generate_default_cfgs(
+    {name: cfg for base in REGISTERED for name, cfg in _pretrained_cfgs(base).items()}
+)
 
 for _base, _default in REGISTERED.items():
     globals()[PREFIX + _base] = timm.models.register_model(_entry_point(_base, _default))

@@ -81,12 +81,17 @@ def karatize(model: nn.Module, config: KArAtConfig | str, example: Example | Sit
         attach(model, config, example, lambda able, count: chosen_blocks(config, able, count), SHARED_NAME)
     else:
         _replace(model, backbone, config)
+    finish(model, backbone)
+    return model
+
+
+def finish(model: nn.Module, backbone: Backbone | None) -> None:
+    """What a model does beside its forward pass, for its operators too."""
     model.no_weight_decay = NoWeightDecay(model)  # type: ignore[assignment]  # a method before
     if hasattr(type(model), "set_input_size"):
         model.set_input_size = SetInputSize(model)  # type: ignore[assignment]  # a method before
     if backbone is not None and getattr(model, "dynamic_img_size", False):
         _watch_grids(model)
-    return model
 
 
 def _replace(model: nn.Module, backbone: Backbone, config: KArAtConfig) -> None:

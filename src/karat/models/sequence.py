@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from karat.models.tracing import one_node
 from karat.operator.config import KArAtConfig
 from karat.operator.operator import KArAtOperator
 
@@ -49,6 +50,7 @@ class SequenceAttention(nn.Module):
         self.attn_drop = attn_drop
         self.proj, self.proj_drop = nn.Linear(dim, dim), nn.Dropout(proj_drop)
 
+    @one_node
     def forward(self, x: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B,M,C); lengths (B,) whole numbers of real tokens; mask boolean, (B,M) of keys or with four axes
         broadcastable to (B,H,M,M), True = may attend. Outputs at padded positions are there and mean nothing."""
@@ -97,6 +99,7 @@ class CrossAttention(nn.Module):
         self.attn_drop = attn_drop
         self.proj, self.proj_drop = nn.Linear(dim, dim), nn.Dropout(proj_drop)
 
+    @one_node
     def forward(self, x: Tensor, context: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B,M,C), context (B,K,C'); lengths (B,) of the contexts; mask boolean, (B,K) of keys or with four axes
         broadcastable to (B,H,M,K), True = may attend."""

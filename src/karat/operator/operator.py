@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from karat.basis import Basis
+from karat.errors import not_scripted
 from karat.operator.config import KArAtConfig
 from karat.operator.edges import EdgeLayer
 from karat.operator.fixed import FIXED
@@ -46,6 +47,7 @@ class KArAtOperator(OperatorParameters):
     """
 
     config: KArAtConfig
+    __prepare_scriptable__ = not_scripted
 
     def __init__(self, num_heads: int, num_tokens: int, config: KArAtConfig | str) -> None:
         for name, value in (("num_heads", num_heads), ("num_tokens", num_tokens)):

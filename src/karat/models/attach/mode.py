@@ -24,6 +24,7 @@ from karat.models.attach.calls import (
     multi_head_attention,
 )
 from karat.models.attention import Intermediate, split_mask
+from karat.models.tracing import SHARED, traced
 from karat.operator.operator import KArAtOperator
 from karat.ops.masks import safe_softmax
 
@@ -91,6 +92,10 @@ class Attached:
         return inspect.signature(self.before or type(self.module).forward.__get__(self.module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.learned:
+            node = traced(self.module, args, kwargs, None if self.shared is None else SHARED)
+            if node is not None:
+                return node
         taking = Taking(self.taken_alone if self.inside else self.take, self.written, self.written_keys())
         with taking:
             if self.before is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from karat.basis.base import check_count
 from karat.models.kan.plain import plain_formulas
 from karat.models.kan.rational_fit import fit_rational, gain
+from karat.models.tracing import one_node
 
 # Values of x that are worked on at a time, with the powers and polynomials of each beside them: a few times that
 # must fit a CPU's cache, while a GPU wants few launches.
@@ -201,6 +202,7 @@ class Rational(nn.Module):
         """α of the function at its start, see `rational_fit.gain`."""
         return gain(self.init, self.m, self.n, self.terms)
 
+    @one_node
     def forward(self, x: Tensor) -> Tensor:
         """(...,C) -> (...,C)."""
         return group_rational(x, *self.coefficients(), self.terms)

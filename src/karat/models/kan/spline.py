@@ -13,6 +13,7 @@ from karat.basis.bspline import BSpline
 from karat.models.kan.feature_linear import feature_linear
 from karat.models.kan.initial import mean_square
 from karat.models.kan.knots import KnotSpline, adaptive_knots, evaluate, fit_coefficients, uniform_knots
+from karat.models.tracing import one_node
 
 # Share of the layer's initial output variance that comes from the splines; the base activation has the rest, as
 # in pykan, whose splines start as small noise.
@@ -117,6 +118,7 @@ class SplineLinear(nn.Module):
         position = (x - (first + last) / 2) * (self.grid / (last - first))
         return feature_linear(position, self.coefficients, BSpline(self.grid, self.order, self.grid / 2))
 
+    @one_node
     def forward(self, x: Tensor) -> Tensor:
         """(...,Q) -> (...,P)."""
         out = self.splines(x)

@@ -14,6 +14,7 @@ from karat.basis.base import check_count, check_positive
 from karat.basis.fourier import Fourier
 from karat.models.kan.feature_linear import feature_linear
 from karat.models.kan.initial import mean_square
+from karat.models.tracing import one_node
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class FourierLinear(nn.Module):
         _draw(self.coefficients, self.basis, 1.0)
         nn.init.zeros_(self.bias)
 
+    @one_node
     def forward(self, x: Tensor) -> Tensor:
         """(...,Q) -> (...,P)."""
         return feature_linear(x, self.coefficients, self.basis) + self.bias
@@ -118,6 +120,7 @@ class RBFLinear(nn.Module):
         nn.init.normal_(self.base.weight, std=math.sqrt(0.5 / (self.in_features * power)))
         nn.init.zeros_(self.base.bias)
 
+    @one_node
     def forward(self, x: Tensor) -> Tensor:
         """(...,Q) -> (...,P)."""
         return self.base(nn.functional.silu(x)) + feature_linear(self.norm(x), self.coefficients, self.basis)
