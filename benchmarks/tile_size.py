@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from karat import KArAtOperator
-from karat.ops.cpp import attention as cpp_attention
+from karat.ops.cpp import task as cpp_task
 from karat.ops.tiled import attention as tiled
 from karat.study.bench.attention import AttentionShape, eager_softmax, forward_backward
 from karat.study.bench.measurement import Measurement
@@ -64,7 +64,7 @@ class TileSize:
 
             def run() -> None:
                 if impl == "cpp":
-                    cpp_attention.TILE_BYTES = size << 10
+                    cpp_task.TILE_BYTES = size << 10
                 else:
                     tiled.TILE_NUMBERS["cpu"] = size << 10
                 forward_backward(attend, q, k, v, grad)

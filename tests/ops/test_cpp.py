@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from karat.ops.cpp import attention
+from karat.ops.cpp import task
 from karat.ops.cpp.build import library
 from support.against_float64 import assert_matches, make, parameters_of
 
@@ -42,8 +42,8 @@ def test_sine_of_what_is_not_finite_is_nan() -> None:
 @pytest.mark.parametrize("tile", [(1 << 12, 64), (1 << 10, 128)])
 def test_many_tiles(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and queries cut into tiles, the last ones short."""
-    monkeypatch.setattr(attention, "TILE_BYTES", tile[0])
-    monkeypatch.setattr(attention, "TILE_KEYS", tile[1])
+    monkeypatch.setattr(task, "TILE_BYTES", tile[0])
+    monkeypatch.setattr(task, "TILE_KEYS", tile[1])
     q, k, u = make(1, 2, 131, 300, 24, 6, 12)
     mask = torch.rand(1, 1, 131, 300) > 0.5
     assert_matches(q, k, u, "fourier(grid=3)", "cpp", bias=torch.randn(1, 1, 131, 300), mask=mask)

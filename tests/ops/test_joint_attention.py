@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from karat.basis import BASES, parse_basis
 from karat.ops import Call, implementations, joint_attention
 from karat.ops.cpp import attention as cpp_attention
+from karat.ops.cpp import task as cpp_task
 from karat.ops.tiled import attention as tiled
 from karat.ops.tiled.softmax import RunningSoftmax
 from support.against_float64 import relative_error
@@ -43,7 +44,7 @@ def test_equals_the_two_apart(spec: str, masked: str | None, monkeypatch: pytest
 def test_cpp_equals_the_two_apart(
     spec: str, per_image: bool, masked: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpp_attention, "TILE_KEYS", 64)  # the running maximum moves from tile to tile
+    monkeypatch.setattr(cpp_task, "TILE_KEYS", 64)  # the running maximum moves from tile to tile
     leaves = make(spec, (2, 2, 33, 147, 20, 5, 18), per_image=per_image, bias=(1, 2, 33, 147), dtype=torch.float32)
     check(leaves, spec, "cpp", some_mask(masked, 2, 33, 147), tolerance=1e-5)
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from karat import KArAtOperator, basis_attention
 from karat.basis import parse_basis
 from karat.ops import Call, implementations, joint_attention
+from support.looker import Looker
 
 B, H, M, N, D, E = 2, 3, 9, 7, 8, 5
 
@@ -23,19 +23,6 @@ def inputs(spec: str, *, per_image: bool = False) -> list[Tensor]:
     shape = (H, parse_basis(spec).num_parameters, N, E)
     u = (B, *shape) if per_image else shape
     return [torch.randn(size).requires_grad_() for size in ((B, H, M, D), (B, H, N, D), u)]
-
-
-class Looker(TorchDispatchMode):
-    """Something beside autograd that looks on, and names the operators of ours that it sees."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "karat":
-            self.seen.append(func._opname)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("wanted", [*combinations(range(5), 1), (0, 1, 2, 3, 4), (0, 3)])

@@ -17,7 +17,7 @@ from karat.operator.initialise import initialise
 from karat.operator.orders import ORDERS
 from karat.operator.parameters import OperatorParameters
 from karat.operator.simplex import simplex_projection
-from karat.ops import Call, basis_sums, joint_sums
+from karat.ops import Call, Projector, attend, basis_sums, joint_sums
 from karat.ops.checks import check_values
 from karat.ops.masks import as_mask, row_patterns, safe_softmax, softmax_attention
 from karat.ops.reference import autocasting
@@ -151,6 +151,8 @@ class KArAtOperator(OperatorParameters):
             if config.residual:
                 sigma = safe_softmax(call.scores(), mask) + self._gated(sigma)
             return F.dropout(sigma, dropout_p) @ v
+        if order.projects(self) and (mask is None or mask.shape[2] == 1):
+            return self._in_one(call, v)
         # a projection needs σ, a mask of pairs needs it or at least sums that v has no part in
         row_by_row = config.simplex == "row" or (mask is not None and mask.shape[2] > 1)
         kept = v if row_by_row or mask is None else torch.where(mask.transpose(-2, -1), v, 0)
@@ -166,6 +168,15 @@ class KArAtOperator(OperatorParameters):
         if attended is None:
             attended = softmax_attention(call.q, call.k, v, call.scale, call.bias, mask)
         return attended + self._gated(out)
+
+    def _in_one(self, call: Call, v: Tensor) -> Tensor:
+        """`_attend` where it's one operation: the sums, the projector and softmax beside them."""
+        w, layer, config = self.projector, self.edge_layers[0], self.config
+        assert w is not None
+        if config.residual and self.gate is None:
+            w = w * float(config.gate)
+        projector = Projector(v, w, self.gate, config.residual is not None)
+        return attend(call, layer.packed(), layer.basis, projector, config.impl)
 
     def _sums(self, call: Call, summed: tuple[Tensor, Basis] | None) -> Tensor:
         """What `order.finish` takes: the sums, or what the order forms in their place."""

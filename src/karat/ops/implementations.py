@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
+from types import ModuleType
 from typing import Protocol, cast
 
 from torch import Tensor
@@ -45,18 +47,34 @@ IMPLEMENTATIONS: dict[str, str] = {
     "tiled": "karat.ops.tiled.attention",
 }
 
+# Those whose kernel has the projector of `karat.ops.attend` inside: name -> module with `forward` and `backward`. The
+# others are followed by it (by_parts.py).
+PROJECTED: dict[str, str] = {"cpp": "karat.ops.cpp.attend"}
+
 # What "auto" tries, in order, by device; the last one serves everything.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "tiled"), "cpu": ("cpp", "tiled")}
 PREFERENCE_ELSEWHERE = ("tiled",)
 
 
+@cache
 def load(name: str) -> Implementation:
     """The implementation of that name."""
     return cast(Implementation, importlib.import_module(IMPLEMENTATIONS[name]))
 
 
+@cache
+def load_projected(name: str) -> ModuleType:
+    """Its kernel with the projector inside."""
+    return importlib.import_module(PROJECTED[name])
+
+
 def choose(impl: str, call: Call, u: Tensor, basis: Basis, v: Tensor | None = None) -> Implementation:
     """The implementation to use. Raises ValueError if a named one can't serve the call, saying which can."""
+    return load(choice(impl, call, u, basis, v))
+
+
+def choice(impl: str, call: Call, u: Tensor, basis: Basis, v: Tensor | None = None) -> str:
+    """The name of that implementation."""
     if impl != "auto":
         reason = load(impl).unsupported(call, u, basis, v)
         if reason is not None:
@@ -64,9 +82,9 @@ def choose(impl: str, call: Call, u: Tensor, basis: Basis, v: Tensor | None = No
             raise ValueError(
                 f"impl={impl!r} can't serve this call: {reason}; use impl='auto' or one of reference, {', '.join(able)}"
             )
-        return load(impl)
+        return impl
     names = PREFERENCE.get(call.q.device.type, PREFERENCE_ELSEWHERE)
-    return next(module for module in map(load, names) if module.unsupported(call, u, basis, v) is None)
+    return next(name for name in names if load(name).unsupported(call, u, basis, v) is None)
 
 
 def about(impl: str, basis: Basis, like: Tensor) -> str:

@@ -28,20 +28,21 @@ _ALONE = "Tensor q, Tensor k, Tensor u, Tensor? bias, Tensor? mask"
 _JOINT = "Tensor q, Tensor k, Tensor v, Tensor u, Tensor? bias, Tensor? mask"
 
 
-class _Operation(NamedTuple):
-    """A function, and the operator that it is to all who look on."""
+class Operation(NamedTuple):
+    """A function, the operator that it is to all who look on, and how many settings follow its tensors."""
 
     function: Callable[..., Any]
     operator: Any
+    settings: int
 
 
-def _operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], _Operation]:
+def operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Operation]:
     """Make a function an operator; `fake` gives memory in the shapes of its results."""
 
-    def register(function: Callable[..., Any]) -> _Operation:
+    def register(function: Callable[..., Any]) -> Operation:
         operator = torch.library.custom_op(f"karat::{name}", function, mutates_args=(), schema=schema)
         operator.register_fake(fake)
-        return _Operation(function, operator)
+        return Operation(function, operator, sum("Tensor" not in x for x in schema.split(" -> ")[0].split(",")))
 
     return register
 
@@ -50,7 +51,7 @@ def _memory_of_sums(q: Tensor, k: Tensor, u: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(*q.shape[:3], u.shape[-1])
 
 
-def _memory_of_softmax(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def memory_of_softmax(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """For attended (B,H,M,Dv), laid out as (B,M,H,Dv), and logsumexp (B,H,M)."""
     B, H, M, Dv = *q.shape[:3], v.shape[-1]
     attended = q.new_empty_strided((B, H, M, Dv), (M * H * Dv, Dv, H * Dv, 1))
@@ -58,11 +59,11 @@ def _memory_of_softmax(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _memory_of_both(q: Tensor, k: Tensor, v: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    attended, logsumexp = _memory_of_softmax(q, v)
+    attended, logsumexp = memory_of_softmax(q, v)
     return attended, _memory_of_sums(q, k, u), logsumexp
 
 
-def _memory_of_gradients(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def memory_of_gradients(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """In the shapes of the inputs that may need them, contiguous; without numbers where none is wanted."""
     *tensors, needs = inputs
     return tuple(
@@ -72,7 +73,7 @@ def _memory_of_gradients(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _memory_of_joint_gradients(grad_attended: Tensor, grad_sums: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return _memory_of_gradients(grad_attended, *inputs)
+    return memory_of_gradients(grad_attended, *inputs)
 
 
 class _Opened(NamedTuple):
@@ -105,17 +106,17 @@ class _Opened(NamedTuple):
         return [self.call.q.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
-@_operator("basis_attention", f"({_ALONE}, {_SETTINGS}) -> Tensor", _memory_of_sums)
+@operator("basis_attention", f"({_ALONE}, {_SETTINGS}) -> Tensor", _memory_of_sums)
 def _basis_attention(q: Tensor, k: Tensor, u: Tensor, *rest: Any) -> Tensor:
     """out (B,H,M,E); see `karat.basis_attention`."""
     bias, mask, *settings = rest
     return _Opened.of((q, k, u, bias, mask), *settings).forward()
 
 
-@_operator(
+@operator(
     "basis_attention_backward",
     f"(Tensor grad, {_ALONE}, {_SETTINGS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
-    _memory_of_gradients,
+    memory_of_gradients,
 )
 def _basis_attention_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k, u, bias; an empty tensor where `needs` says that none is wanted."""
@@ -123,16 +124,16 @@ def _basis_attention_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(_Opened.of(tensors, basis, scale, impl).backward(grad, needs))
 
 
-@_operator("joint_attention", f"({_JOINT}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)", _memory_of_both)
+@operator("joint_attention", f"({_JOINT}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)", _memory_of_both)
 def _joint_attention(q: Tensor, k: Tensor, v: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """attended (B,H,M,Dv), sums (B,H,M,E), logsumexp (B,H,M); see `karat.ops.joint_attention`."""
     bias, mask, *settings = rest
-    part = SoftmaxPart(v, *_memory_of_softmax(q, v))
+    part = SoftmaxPart(v, *memory_of_softmax(q, v))
     sums = _Opened.of((q, k, v, u, bias, mask), *settings).forward(part)
     return part.attended, sums, part.logsumexp
 
 
-@_operator(
+@operator(
     "joint_attention_backward",
     f"(Tensor grad_attended, Tensor grad_sums, {_JOINT}, Tensor attended, Tensor logsumexp, {_SETTINGS}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -148,31 +149,38 @@ def _joint_attention_backward(grad_attended: Tensor, grad_sums: Tensor, *inputs:
     return dq, dk, v.new_empty(0) if dv is None else dv, du, dbias
 
 
-def _differentiable(forward: _Operation, backward: _Operation) -> Callable[..., Any]:
+def differentiable(
+    forward: Operation, backward: Operation, outputs: int = 1, keeping: Callable[..., list[Tensor]] | None = None
+) -> Callable[..., Any]:
     """Differentiate `forward` by `backward`, once: the operators, and the functions where nothing else looks on.
 
-    What is returned is called as the operators are, but for the basis, which needn't be text.
+    Only the first `outputs` of its outputs have gradients. `keeping` says which are kept beside the inputs, given the
+    last setting and all of them. What is returned is called as the operators are, but for the basis, which needn't be
+    text; settings begin with it.
     """
+    settings = forward.settings
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.basis, ctx.scale, ctx.impl = inputs
-        ctx.inputs, kept = len(tensors), []
-        if not isinstance(output, Tensor):
-            attended, _, logsumexp = output
-            ctx.mark_non_differentiable(logsumexp)
-            kept = [attended, logsumexp]
+        tensors, ctx.settings = inputs[:-settings], inputs[-settings:]
+        kept: list[Tensor] = []
+        if keeping is not None:
+            ctx.mark_non_differentiable(*output[outputs:])
+            ctx.set_materialize_grads(outputs > 1)  # of one output alone there is a gradient, or no need of any
+            kept = keeping(ctx.settings[-1], *output)
         ctx.save_for_backward(*tensors, *kept)
 
-    def differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_tangents(*grads)
+    def differentiate(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        refuse_tangents(*grads[:outputs])
         saved = ctx.saved_tensors  # asked for once: checkpointing doesn't give them twice
-        again, basis = backward.function, ctx.basis
-        if torch.is_grad_enabled() or observed(*saved, *grads):  # somebody may ask for a second derivative
-            again, basis = backward.operator, str(ctx.basis)
-        needs = list(ctx.needs_input_grad[: ctx.inputs - 1])  # a mask has no gradient, nor has logsumexp, the third
-        gradients = again(*grads[:2], *saved, basis, ctx.scale, ctx.impl, needs)
+        again, basis = backward.function, ctx.settings[0]
+        if torch.is_grad_enabled() or observed(*saved, *grads[:outputs]):  # a second derivative may be asked for
+            again, basis = backward.operator, str(basis)
+        needs = list(ctx.needs_input_grad[: -settings - 1])  # a mask, the last tensor, has no gradient
+        gradients = again(*grads[:outputs], *saved, basis, *ctx.settings[1:], needs)
         wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-        return *wanted, None, None, None, None
+        return *wanted, *(None,) * (settings + 1)
 
     def refuse(ctx: Any, *gradients: Tensor) -> NoReturn:
         raise RuntimeError(
@@ -193,21 +201,23 @@ def _differentiable(forward: _Operation, backward: _Operation) -> Callable[..., 
         backward = staticmethod(differentiate)
 
     def call(*inputs: Any) -> Any:
-        *tensors, basis, scale, impl = inputs
+        tensors, (basis, *others) = inputs[:-settings], inputs[-settings:]
         if observed(*tensors):
-            return forward.operator(*tensors, str(basis), scale, impl)
+            return forward.operator(*tensors, str(basis), *others)
         return Unobserved.apply(*inputs)
 
     return call
 
 
-basis_attention = _differentiable(_basis_attention, _basis_attention_backward)
-joint_attention = _differentiable(_joint_attention, _joint_attention_backward)
+basis_attention = differentiable(_basis_attention, _basis_attention_backward)
+joint_attention = differentiable(
+    _joint_attention, _joint_attention_backward, 2, lambda _, attended, sums, logsumexp: [attended, logsumexp]
+)
 
 Shape = Sequence[int]
 
 
-def _flops(q: Shape, u: Shape, v: Shape = (0,), *, again: bool = False) -> int:
+def flops(q: Shape, u: Shape, v: Shape = (0,), *, again: bool = False) -> int:
     """Multiply-adds, 2 each: of scores, D a pair; softmax's product with v, Dv; contraction, F·E.
 
     Backward (`again`): scores again, dQ and dK; dV and the probabilities' gradient; dU and the features' gradients.
@@ -219,19 +229,19 @@ def _flops(q: Shape, u: Shape, v: Shape = (0,), *, again: bool = False) -> int:
 
 @register_flop_formula(torch.ops.karat.basis_attention)
 def _(q: Shape, k: Shape, u: Shape, *args: object, **kwargs: object) -> int:
-    return _flops(q, u)
+    return flops(q, u)
 
 
 @register_flop_formula(torch.ops.karat.basis_attention_backward)
 def _(grad: Shape, q: Shape, k: Shape, u: Shape, *args: object, **kwargs: object) -> int:
-    return _flops(q, u, again=True)
+    return flops(q, u, again=True)
 
 
 @register_flop_formula(torch.ops.karat.joint_attention)
 def _(q: Shape, k: Shape, v: Shape, u: Shape, *args: object, **kwargs: object) -> int:
-    return _flops(q, u, v)
+    return flops(q, u, v)
 
 
 @register_flop_formula(torch.ops.karat.joint_attention_backward)
 def _(grad: Shape, grad_sums: Shape, q: Shape, k: Shape, v: Shape, u: Shape, *args: object, **kwargs: object) -> int:
-    return _flops(q, u, v, again=True)
+    return flops(q, u, v, again=True)

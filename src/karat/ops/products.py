@@ -89,34 +89,44 @@ def _images_apart(x: Tensor, width: int) -> Tensor:
     return x.reshape(*x.shape[:2], x.shape[2] // width, width).permute(2, 0, 1, 3)
 
 
+def shared_forward(w: Tensor, x: Tensor) -> Tensor:
+    """`shared_product`, unrecorded."""
+    if not _head_by_head(x):
+        return w @ x
+    if x.shape[2] <= FEW_TOKENS:
+        return _images_apart(torch.bmm(w, _images_together(x)), x.shape[3])
+    return torch.stack([torch.bmm(_per_image(w_h, x_h), x_h) for w_h, x_h in zip(w, x.unbind(1), strict=True)], 1)
+
+
+def shared_backward(
+    grad: Tensor, w: Tensor, x: Tensor, wants_w: bool, wants_x: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of w and x, given that of `shared_product`."""
+    grad_x, grad_w = grad.to(x.dtype), grad.to(w.dtype)
+    dw = dx = None
+    if not _head_by_head(x):
+        dw = (grad_x @ x.transpose(-2, -1)).sum(0).to(w.dtype) if wants_w else None
+        dx = (w.transpose(-2, -1) @ grad_w).to(x.dtype) if wants_x else None
+        return dw, dx
+    if wants_w and x.shape[2] <= FEW_TOKENS:
+        dw = torch.bmm(_images_together(grad_x), _images_together(x).transpose(1, 2)).to(w.dtype)
+    elif wants_w:
+        parts = zip(grad_x.unbind(1), x.unbind(1), strict=True)
+        dw = torch.stack([torch.bmm(g, x_h.transpose(1, 2)).sum(0) for g, x_h in parts]).to(w.dtype)
+    if wants_x:
+        dx = _images_apart(torch.bmm(w.transpose(1, 2), _images_together(grad_w)), x.shape[3]).to(x.dtype)
+    return dw, dx
+
+
 class _SharedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(w, x)
-        if not _head_by_head(x):
-            return w @ x
-        if x.shape[2] <= FEW_TOKENS:
-            return _images_apart(torch.bmm(w, _images_together(x)), x.shape[3])
-        return torch.stack([torch.bmm(_per_image(w_h, x_h), x_h) for w_h, x_h in zip(w, x.unbind(1), strict=True)], 1)
+        return shared_forward(w, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        w, x = ctx.saved_tensors
-        wants_w, wants_x = ctx.needs_input_grad
-        grad_x, grad_w = grad.to(x.dtype), grad.to(w.dtype)
-        dw = dx = None
-        if not _head_by_head(x):
-            dw = (grad_x @ x.transpose(-2, -1)).sum(0).to(w.dtype) if wants_w else None
-            dx = (w.transpose(-2, -1) @ grad_w).to(x.dtype) if wants_x else None
-            return dw, dx
-        if wants_w and x.shape[2] <= FEW_TOKENS:
-            dw = torch.bmm(_images_together(grad_x), _images_together(x).transpose(1, 2)).to(w.dtype)
-        elif wants_w:
-            parts = zip(grad_x.unbind(1), x.unbind(1), strict=True)
-            dw = torch.stack([torch.bmm(g, x_h.transpose(1, 2)).sum(0) for g, x_h in parts]).to(w.dtype)
-        if wants_x:
-            dx = _images_apart(torch.bmm(w.transpose(1, 2), _images_together(grad_w)), x.shape[3]).to(x.dtype)
-        return dw, dx
+        return shared_backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad)
 
 
 def _per_image(w: Tensor, x: Tensor) -> Tensor:
@@ -124,24 +134,39 @@ def _per_image(w: Tensor, x: Tensor) -> Tensor:
     return w.expand(len(x), -1, -1)
 
 
+def tokens_forward(h: Tensor, x: Tensor) -> Tensor:
+    """`product_for_tokens`, unrecorded."""
+    if h.dtype != x.dtype or not _head_by_head(x, x.dtype):
+        return h @ x
+    B, H, M, _ = h.shape
+    out = h.new_empty(B, M, H, x.shape[-1])
+    for head in range(H):
+        torch.bmm(h[:, head], x[:, head], out=out[:, :, head])
+    return out.transpose(1, 2)
+
+
+def tokens_backward(
+    grad: Tensor, h: Tensor, x: Tensor, wants_h: bool, wants_x: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of h and x, given that of `product_for_tokens`."""
+    if not _head_by_head(x, x.dtype):
+        dh = grad @ x.transpose(-2, -1) if wants_h else None
+        return dh, h.transpose(-2, -1) @ grad if wants_x else None
+    heads = list(zip(h.unbind(1), x.unbind(1), grad.unbind(1), strict=True))
+    dh = torch.stack([torch.bmm(g, x_h.transpose(1, 2)) for _, x_h, g in heads], 1) if wants_h else None
+    dx = torch.stack([torch.bmm(h_h.transpose(1, 2), g) for h_h, _, g in heads], 1) if wants_x else None
+    return dh, dx
+
+
 class _ProductForTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(h, x)
-        B, H, M, _ = h.shape
-        out = h.new_empty(B, M, H, x.shape[-1])
-        for head in range(H):
-            torch.bmm(h[:, head], x[:, head], out=out[:, :, head])
-        return out.transpose(1, 2)
+        return tokens_forward(h, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        h, x = ctx.saved_tensors
-        wants_h, wants_x = ctx.needs_input_grad
-        heads = list(zip(h.unbind(1), x.unbind(1), grad.unbind(1), strict=True))
-        dh = torch.stack([torch.bmm(g, x_h.transpose(1, 2)) for _, x_h, g in heads], 1) if wants_h else None
-        dx = torch.stack([torch.bmm(h_h.transpose(1, 2), g) for h_h, _, g in heads], 1) if wants_x else None
-        return dh, dx
+        return tokens_backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad)
 
 
 class _LowRankProduct(torch.autograd.Function):

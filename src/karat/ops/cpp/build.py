@@ -47,12 +47,10 @@ class Library:
     def __init__(self, functions: ctypes.CDLL | None, problem: str | None = None, origin: str = "") -> None:
         self._functions, self.problem, self.origin = functions, problem, origin
 
-    def run(self, function: str, *arguments: ctypes.Structure | int) -> None:
-        """Call a function of the kernel; structures go by reference."""
+    def run(self, function: str, *arguments: bytes | int) -> None:
+        """Call a function of the kernel; bytes are what a pointer points to, numbers are pointers."""
         assert self._functions is not None
-        getattr(self._functions, function)(
-            *(ctypes.byref(x) if isinstance(x, ctypes.Structure) else ctypes.c_void_p(x) for x in arguments)
-        )
+        getattr(self._functions, function)(*[x if isinstance(x, bytes) else ctypes.c_void_p(x) for x in arguments])
 
 
 @lru_cache(maxsize=1)

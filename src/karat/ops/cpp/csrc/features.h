@@ -1,6 +1,6 @@
-// The features psi_f of a row of scores, and their pull-back sum_f psi_f' g_f: what differs from basis to basis.
+// The features psi_f of scores, and their pull-back sum_f psi_f' g_f: what differs from basis to basis.
 #pragma once
-#include "simd.h"
+#include "gemm.h"
 
 namespace karat {
 
@@ -63,47 +63,77 @@ inline void splines(const Basis& basis, vf x, bool slopes, vi& first, vf* values
   for (int j = 0; j <= k; ++j) values[j] = keep(inside, values[j]);
 }
 
-// psi[f * ld + j] = psi_f(x[j]) for whole vectors of keys.
-inline void write_features(const Basis& basis, const float* x, float* psi, long ld, long vectors) {
-  for (long at = 0; basis.base != NONE && at < vectors * LANES; at += LANES) {
-    vf value, slope;
-    base_value_and_slope(basis.base, load(x + at), value, slope);
-    store(psi + at, value);
-  }
-  psi += basis.base != NONE ? ld : 0;
-  const long G = basis.grid;
-  if (basis.family == FOURIER) {
-    vi large = {};
-    for (long at = 0; at < vectors * LANES; at += LANES) large |= ~(magnitude(load(x + at)) <= SINCOS_LIMIT);
-    const bool exact = any_lane(large);
-    for (long at = 0; at < vectors * LANES; at += LANES) {
+// Rows of scores, whole vectors each, and their features: psi_f of scores[r, j] is psi[r, f, j].
+struct Scores {
+  float* scores;
+  long ld;
+  float* psi;
+  long psi_row, psi_f;
+  long rows, vectors;
+};
+
+inline bool any_large(const Scores& x) {
+  vi large = {};
+  for (long r = 0; r < x.rows; ++r)
+    for (long v = 0; v < x.vectors; ++v) large |= ~(magnitude(load(x.scores + r * x.ld + v * LANES)) <= SINCOS_LIMIT);
+  return any_lane(large);
+}
+
+// cos(mx), sin(mx) for m = 1 to G by the recurrence c_{m+1} = 2 c_1 c_m - c_{m-1}. GRID is G, or 0 where it's read.
+template <int GRID, bool EXACT>
+void write_fourier(const Scores& x, long grid) {
+  const long G = GRID ? GRID : grid;
+  for (long r = 0; r < x.rows; ++r)
+    for (long v = 0; v < x.vectors; ++v) {
+      float *cosine = x.psi + r * x.psi_row + v * LANES, *sine = cosine + G * x.psi_f;
       vf s, c, s_before = vf{}, c_before = splat(1.0f);
-      if (exact)
-        sincos_exact(load(x + at), s, c);
+      if constexpr (EXACT)
+        sincos_exact(load(x.scores + r * x.ld + v * LANES), s, c);
       else
-        sincos(load(x + at), s, c);
+        sincos(load(x.scores + r * x.ld + v * LANES), s, c);
       const vf twice = 2.0f * c;
+#pragma GCC unroll 8
       for (long m = 0; m < G; ++m) {
-        store(psi + m * ld + at, c);
-        store(psi + (G + m) * ld + at, s);
-        vf c_next = twice * c - c_before, s_next = twice * s - s_before;
+        store(cosine + m * x.psi_f, c);
+        store(sine + m * x.psi_f, s);
+        const vf c_next = twice * c - c_before, s_next = twice * s - s_before;
         c_before = c, s_before = s, c = c_next, s = s_next;
       }
     }
-  } else {
-    for (long at = 0; at < vectors * LANES; at += LANES) {
-      vf values[MAX_ORDER + 1], score = load(x + at);
+}
+
+inline void write_splines(const Basis& basis, const Scores& x) {
+  for (long r = 0; r < x.rows; ++r)
+    for (long v = 0; v < x.vectors; ++v) {
+      vf values[MAX_ORDER + 1], score = load(x.scores + r * x.ld + v * LANES);
       vi first;
       splines(basis, score, false, first, values);
       vf poison = keep(score != score, score);  // NaN stays NaN
-      for (long f = 0; f < G + basis.order; ++f) {
+      for (long f = 0; f < basis.grid + basis.order; ++f) {
         vi offset = static_cast<int32_t>(f) - first;
         vf value = poison;
         for (int j = 0; j <= basis.order; ++j) value += keep(offset == j, values[j]);
-        store(psi + f * ld + at, value);
+        store(x.psi + r * x.psi_row + f * x.psi_f + v * LANES, value);
       }
     }
+}
+
+inline void write_features(const Basis& basis, Scores x) {
+  if (basis.base != NONE) {
+    for (long r = 0; r < x.rows; ++r)
+      for (long v = 0; v < x.vectors; ++v) {
+        vf value, slope;
+        base_value_and_slope(basis.base, load(x.scores + r * x.ld + v * LANES), value, slope);
+        store(x.psi + r * x.psi_row + v * LANES, value);
+      }
+    x.psi += x.psi_f;
   }
+  if (basis.family == BSPLINE) return write_splines(basis, x);
+  if (any_large(x)) return write_fourier<0, true>(x, basis.grid);
+  using Write = void (*)(const Scores&, long);
+  static constexpr Write by_grid[] = {write_fourier<0, false>, write_fourier<1, false>, write_fourier<2, false>,
+                                      write_fourier<3, false>, write_fourier<4, false>, write_fourier<5, false>};
+  by_grid[basis.grid <= 5 ? basis.grid : 0](x, basis.grid);
 }
 
 // x[j] <- sum_f psi_f'(x[j]) g_f[j]; psi as written above. Fourier: cos(mx)' = -m sin(mx), sin(mx)' = m cos(mx).

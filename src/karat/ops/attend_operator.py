@@ -1,0 +1,84 @@
+"""One attend as an operator of torch.library, `karat::attend`; see library.py."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from karat.basis import Basis, parse_basis
+from karat.ops import by_parts, implementations
+from karat.ops.call import Call
+from karat.ops.library import Shape, differentiable, flops, memory_of_gradients, operator
+from karat.ops.projector import Attended, Projector
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor u, Tensor w, Tensor? gate, Tensor? bias, Tensor? mask"
+_SETTINGS = "str basis, float scale, str impl, bool softmax"
+
+
+def _memory(q: Tensor, k: Tensor, v: Tensor, u: Tensor, *rest: Any) -> Attended:
+    B, H, M, R, Dv = *q.shape[:3], u.shape[-1], v.shape[-1]
+    out = q.new_empty_strided((B, H, M, Dv), (M * H * Dv, Dv, H * Dv, 1))
+    sums = q.new_empty_strided((B, H, M, R), (H * R * M, R * M, 1, M))
+    size = (B, H, M) if rest[-1] else (0,)
+    return Attended(out, sums, q.new_empty(size, dtype=torch.promote_types(q.dtype, torch.float32)))
+
+
+def _serving(direction: str, impl: str, call: Call, u: Tensor, basis: Basis, projector: Projector) -> Any:
+    """What serves a call, forward or backward: a kernel with the projector inside, or one that is followed by it. No
+    kernel is asked for nothing."""
+    name = implementations.choice(impl, call, u, basis, projector.v if projector.softmax else None)
+    if name in implementations.PROJECTED and 0 not in (call.q.numel(), call.k.numel(), projector.v.numel()):
+        return getattr(implementations.load_projected(name), direction)
+    return partial(getattr(by_parts, direction), implementations.load(name))
+
+
+@operator("attend", f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)", _memory)
+def _attend(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """O, sums, logsumexp; see `karat.ops.attend` and `Attended`."""
+    q, k, v, u, w, gate, bias, mask, basis, scale, impl, softmax = inputs
+    call, basis, projector = Call(q, k, scale, bias, mask), parse_basis(basis), Projector(v, w, gate, softmax)
+    into = _memory(*inputs)
+    _serving("forward", impl, call, u, basis, projector)(call, u, basis, projector, into)
+    return into.out, into.sums, into.logsumexp
+
+
+@operator(
+    "attend_backward",
+    f"(Tensor grad, {_INPUTS}, Tensor out, Tensor sums, Tensor logsumexp, {_SETTINGS}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    memory_of_gradients,
+)
+def _attend_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, u, w, gate, bias; an empty tensor where `needs` says that none is wanted."""
+    q, k, v, u, w, gate, bias, mask, *attended, basis, scale, impl, softmax, needs = inputs
+    call, basis, projector = Call(q, k, scale, bias, mask), parse_basis(basis), Projector(v, w, gate, softmax)
+    gradients = _serving("backward", impl, call, u, basis, projector)(
+        grad, call, u, basis, projector, Attended(*attended), needs
+    )
+    return tuple([grad.new_empty(0) if gradient is None else gradient for gradient in gradients])
+
+
+def _kept(softmax: bool, out: Tensor, sums: Tensor, logsumexp: Tensor) -> list[Tensor]:
+    return [out if softmax else logsumexp, sums, logsumexp]
+
+
+attend = differentiable(_attend, _attend_backward, keeping=_kept)
+
+
+def _products(q: Shape, k: Shape, v: Shape, u: Shape) -> int:
+    """Multiply-adds, 2 each, of wᵀ v and of the sums with it; backward each has two."""
+    return 2 * q[0] * q[1] * (q[2] + k[2]) * u[-1] * v[-1]
+
+
+@register_flop_formula(torch.ops.karat.attend)
+def _(q: Shape, k: Shape, v: Shape, u: Shape, *args: object, **kwargs: object) -> int:
+    return flops(q, u, v if args[-1] else (0,)) + _products(q, k, v, u)
+
+
+@register_flop_formula(torch.ops.karat.attend_backward)
+def _(grad: Shape, q: Shape, k: Shape, v: Shape, u: Shape, *args: object, **kwargs: object) -> int:
+    return flops(q, u, v if args[-2] else (0,), again=True) + 2 * _products(q, k, v, u)

@@ -1,0 +1,50 @@
+"""One attend in one call of the C++ kernel, the projector inside: WᵀV, its product with the sums, W's gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from karat.basis import Basis
+from karat.ops.call import Call
+from karat.ops.cpp.build import library
+from karat.ops.cpp.task import Results, Values, as_read, in_precision, task
+from karat.ops.projector import Attended, ProjectedGradients, ProjectedNeeds, Projector
+
+
+def forward(call: Call, u: Tensor, basis: Basis, projector: Projector, into: Attended) -> None:
+    """Write what `into` has memory for."""
+    call, u = as_read(call, u)
+    values, sums = _values(call, projector, into)
+    library().run("karat_forward", task(call, u, basis, sums, values))
+    if values.attended is not None and values.attended is not into.out:
+        into.out.copy_(values.attended)
+        into.sums.copy_(sums)
+
+
+def backward(
+    grad: Tensor,
+    call: Call,
+    u: Tensor,
+    basis: Basis,
+    projector: Projector,
+    attended: Attended,
+    needs: ProjectedNeeds,
+) -> ProjectedGradients:
+    """Gradients, given that of O."""
+    read, u_read = as_read(call, u)
+    values, sums = _values(read, projector, attended)
+    attended_too = values.attended if projector.softmax else None  # else it isn't kept
+    values = values._replace(grad=in_precision(grad, read.q.dtype), attended=attended_too)
+    results = Results.of(read, u_read, needs, values.v, values.w, values.gate)
+    library().run("karat_backward", task(read, u_read, basis, sums, values, None, results))
+    return results.found(call, u, projector.v, projector.w, projector.gate)
+
+
+def _values(call: Call, projector: Projector, attended: Attended) -> tuple[Values, Tensor]:
+    """The very tensors where they have the kernel's precision, and the sums."""
+    kind, (v, w, gate, softmax) = call.q.dtype, projector
+    gate = None if gate is None else in_precision(gate, torch.float32)
+    w, out = in_precision(w, torch.float32), in_precision(attended.out, kind)
+    values = Values(in_precision(v, kind), out, attended.logsumexp if softmax else None, w, gate)
+    return values, in_precision(attended.sums, kind)

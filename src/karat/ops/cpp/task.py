@@ -1,0 +1,205 @@
+"""What the C++ kernel is told: the numbers of csrc/tile.h's `Call`, packed in its order.
+
+Packed as one string of bytes: to fill a structure field by field would take longer than a small attention.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from struct import Struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from karat.basis import Basis
+from karat.basis.bspline import BSpline
+from karat.basis.fourier import Fourier
+from karat.ops.cache import cache_bytes
+from karat.ops.call import Call
+from karat.ops.projector import ProjectedGradients
+
+# A tile's features fill a quarter of a core's second-level cache; a tile has at most so many keys. Both found by
+# measurement: benchmarks/tile_size.py.
+TILE_BYTES = cache_bytes() // 4
+TILE_KEYS = 256
+
+MAX_ORDER = 5  # of B-splines, as in features.h
+_ACTIVATIONS = {"zero": 0, "identity": 1, "silu": 2, "gelu": 3}
+
+# B, H, M, N, D, F, E; threads, parts, tile_queries, tile_keys, shared_u, half, softmax; basis: family, base, grid,
+# order, range; scale; pointers, lengths and strides.
+_LAYOUT = Struct("14q 4qf4x f4x 6q 25q 5q 4q 5q 1q 5q 12q 4q 3q")
+_NONE = (0, 0, 0, 0)
+
+
+@lru_cache(maxsize=64)
+def basis_of(basis: Basis) -> tuple[int, int, int, int, float] | None:
+    """The C++ side's description of a basis; None if it doesn't know it."""
+    activation, family = basis.parts
+    base = _ACTIVATIONS.get(activation)
+    if base is not None and isinstance(family, Fourier):
+        return 0, base, family.grid, 0, 0.0
+    if base is not None and isinstance(family, BSpline) and family.order <= MAX_ORDER:
+        return 1, base, family.grid, family.order, family.range
+    return None
+
+
+def stored(q: Tensor) -> torch.dtype:
+    """The precision in which the kernel finds queries and the like, and leaves results."""
+    return torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+
+
+def in_precision(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x itself where it has that precision."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def as_read(call: Call, u: Tensor) -> tuple[Call, Tensor]:
+    """A call and u in the precision in which the kernel reads them."""
+    q, k, scale, bias, mask = call
+    kind = stored(q)
+    bias = None if bias is None else in_precision(bias, torch.float32)
+    return Call(in_precision(q, kind), in_precision(k, kind), scale, bias, mask), in_precision(u, torch.float32)
+
+
+class Values(NamedTuple):
+    """How values go through the kernel: softmax's part, the projector's, or both, as `Call` of csrc says."""
+
+    v: Tensor
+    attended: Tensor | None  # softmax's backward pass alone reads it
+    logsumexp: Tensor | None = None  # there with softmax
+    w: Tensor | None = None
+    gate: Tensor | None = None
+    grad: Tensor | None = None  # of attended
+
+
+class Results(NamedTuple):
+    """Memory for gradients, contiguous; None where they aren't wanted."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    u: Tensor | None
+    w: Tensor | None
+    gate: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        call: Call,
+        u: Tensor,
+        needs: tuple[bool, ...],
+        v: Tensor | None,
+        w: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Results:
+        """`needs` says which are wanted, of q, k, v, u, w, gate and bias. Those of k and v have parts in front where
+        there are several, that of bias always."""
+        q, k, _, bias, _ = call
+        threads, parts = shares(call)
+        dq = torch.empty(q.shape, dtype=q.dtype) if needs[0] else None
+        dk, dv = (
+            None
+            if x is None or not need
+            else torch.empty(x.shape, dtype=q.dtype)
+            if parts == 1
+            else torch.empty((parts, *x.shape))
+            for x, need in ((k, needs[1]), (v, needs[2]))
+        )
+        dbias = None
+        if bias is not None and needs[6]:
+            # One sum a thread, unless each number of it belongs to one thread anyway.
+            alone = bias.shape[:2] == q.shape[:2] and (parts == 1 or bias.shape[2] == q.shape[2])
+            dbias = torch.zeros((1 if alone else threads, *bias.shape))
+        return cls(
+            dq,
+            dk,
+            dv,
+            torch.empty(u.shape) if needs[3] else None,
+            torch.empty(w.shape) if w is not None and needs[4] else None,
+            torch.empty(gate.shape) if gate is not None and needs[5] else None,
+            dbias,
+        )
+
+    def found(
+        self, call: Call, u: Tensor, v: Tensor | None = None, w: Tensor | None = None, gate: Tensor | None = None
+    ) -> ProjectedGradients:
+        """Parts added up, each in the precision of what it's the gradient of."""
+        likes = (call.q, call.k, v, u, w, gate, call.bias)
+        return ProjectedGradients(*[_fitting(x, like) for x, like in zip(self, likes, strict=True)])
+
+
+def _fitting(gradient: Tensor | None, x: Tensor | None) -> Tensor | None:
+    if gradient is None or x is None:
+        return None
+    whole = gradient if gradient.dim() == x.dim() else gradient.sum(0)
+    return whole if whole.dtype == x.dtype else whole.to(x.dtype)
+
+
+def shares(call: Call) -> tuple[int, int]:
+    """Threads, and into how many ranges of queries each (image, head) is cut: where these are few or fall unevenly on
+    the threads."""
+    threads, tasks = torch.get_num_threads(), call.q.shape[0] * call.q.shape[1]
+    if 4 * threads <= tasks or tasks % threads == 0:
+        return threads, 1
+    return threads, max(1, min(threads, call.q.shape[2] // 32))
+
+
+def task(
+    call: Call,
+    u: Tensor,
+    basis: Basis,
+    sums: Tensor | None,
+    values: Values | None = None,
+    grad: Tensor | None = None,
+    results: Results | None = None,
+) -> bytes:
+    """Forward, sums is written; backward, given results, it's read where there is a projector, and `grad` is its
+    gradient where there is none. All in the precision that the kernel reads; alive as long as it runs."""
+    q, k, scale, bias, mask = call
+    B, H, M, D = q.shape
+    F, N, E = u.shape[-3:]
+    row = 4 * F * min(TILE_KEYS, N)
+    rows = min(M, max(24, TILE_BYTES // row // 6 * 6))
+    shared = u.dim() == 4
+    half = q.dtype == torch.bfloat16
+    described = basis_of(basis)
+    assert described is not None
+    v, attended, logsumexp, w, gate, grad_attended = values or (None,) * 6
+    dq, dk, dv, du, dw, dgate, dbias = results or (None,) * 7
+    return _LAYOUT.pack(
+        *(B, H, M, N, D, F, E, *shares(call), rows, TILE_KEYS, shared, half, logsumexp is not None),
+        *described,
+        scale,
+        *(q.data_ptr(), k.data_ptr(), u.data_ptr(), _at(bias), _at(grad), _at(mask)),
+        *q.stride(),
+        *k.stride(),
+        *((0, *u.stride()) if shared else u.stride()),
+        *_broadcast(bias),
+        *_broadcast(mask),
+        *(_NONE if grad is None else grad.stride()),
+        *(_at(sums), *(_NONE if sums is None else sums.stride())),
+        *(_at(dq), _at(dk), _at(du), _at(dbias)),
+        *(_NONE if dbias is None else _broadcast(dbias[0])),
+        0 if dbias is None or len(dbias) == 1 else dbias.stride(0),
+        0 if v is None else v.shape[3],
+        *(_at(v), _at(grad_attended), _at(attended), _at(logsumexp), _at(dv)),
+        *(_NONE if v is None else v.stride()),
+        *(_NONE if attended is None else attended.stride()),
+        *(_NONE if grad_attended is None else grad_attended.stride()),
+        *(_at(w), _at(gate), _at(dw), _at(dgate)),
+        *((0, 0, 0) if w is None else w.stride()),
+    )
+
+
+def _at(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _broadcast(x: Tensor | None) -> tuple[int, ...]:
+    """Strides in elements, zero along axes of size one."""
+    if x is None:
+        return _NONE
+    return tuple([0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)])

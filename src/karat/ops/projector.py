@@ -1,0 +1,50 @@
+"""What one attend is asked beside a Call and its u: values, the projector behind the sums, softmax beside them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from karat.ops.call import Call
+
+
+class Projector(NamedTuple):
+    """O = gate · sums (wᵀ v), and with `softmax` softmax(S) v added to it.
+
+    v: values (B,H,N,Dv); w: (H,N,R), R the width of the sums; gate: (H,), or None for one.
+    """
+
+    v: Tensor
+    w: Tensor
+    gate: Tensor | None
+    softmax: bool
+
+
+class Attended(NamedTuple):
+    """What an attend gives, memory that is written to: O (B,H,M,Dv), laid out as (B,M,H,Dv), the order in which a model
+    joins its heads; the sums (B,H,M,R), laid out as (B,H,R,M); logsumexp (B,H,M) of softmax, or nothing."""
+
+    out: Tensor
+    sums: Tensor
+    logsumexp: Tensor
+
+
+ProjectedNeeds = tuple[bool, ...]  # which of the gradients for q, k, v, u, w, gate and bias are wanted
+
+
+class ProjectedGradients(NamedTuple):
+    """Gradients, each in the shape and precision of what it is for; None where not wanted."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    u: Tensor | None
+    w: Tensor | None
+    gate: Tensor | None
+    bias: Tensor | None
+
+
+def unmasked(call: Call, v: Tensor) -> Tensor:
+    """v, zero where the mask of keys (B,H,1,N) drops the key: what stands there may be anything."""
+    return v if call.mask is None else v.masked_fill(~call.mask.transpose(-2, -1), 0)

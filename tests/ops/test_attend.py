@@ -1,0 +1,226 @@
+"""One attend as one operation: every implementation against the definition in float64, with the projector, the gate,
+softmax beside it, masks of keys, low precision."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from contextlib import nullcontext
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from karat.basis import BASES, parse_basis
+from karat.ops import Call, Projector, attend
+from support.against_float64 import relative_error
+from support.looker import Looker
+
+COMPILER = shutil.which("c++") is not None
+needs_compiler = pytest.mark.skipif(not COMPILER, reason="building the kernel needs c++")
+KERNELS = ["tiled", pytest.param("cpp", marks=needs_compiler)]
+SPECS = ["fourier(grid=1)", "fourier(grid=3)", "fourier(grid=7)", "silu+fourier(grid=2)", "bspline(grid=4,order=2)"]
+SIZES = ((2, 3, 9, 7, 8, 5, 6), (1, 2, 41, 37, 20, 12, 18), (3, 2, 70, 300, 16, 13, 16))  # B, H, M, N, D, R, Dv
+SCALE = 0.3
+Inputs = list[Tensor | None]
+
+
+def draw(sizes: tuple[int, ...], spec: str, *, gate: bool = True, bias: bool = True) -> Inputs:
+    """q, k, v as models cut them from one tensor, u, w, gate, bias, in float64."""
+    B, H, M, N, D, R, Dv = sizes
+    q, k, v = (torch.randn(B, n, H, d).transpose(1, 2) for n, d in ((M, D), (N, D), (N, Dv)))
+    u = torch.randn(H, parse_basis(spec).num_parameters, N, R)
+    found = [q, k, v, u, torch.randn(H, N, R), torch.randn(H) if gate else None]
+    return [None if x is None else x.double() for x in [*found, torch.randn(1, H, M, N) if bias else None]]
+
+
+def run(inputs: Inputs, spec: str, impl: str, *, softmax: bool, mask: Tensor | None = None) -> list[Tensor]:
+    """The output and all gradients."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    q, k, v, u, w, gate, bias = leaves
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    assert u is not None
+    assert w is not None
+    out = attend(Call(q, k, SCALE, bias, mask), u, spec, Projector(v, w, gate, softmax), impl)
+    upstream = torch.linspace(-1, 1, out.numel()).sin().view(*out.transpose(1, 2).shape).transpose(1, 2).to(out.dtype)
+    return [out, *torch.autograd.grad(out, [x for x in leaves if x is not None], upstream)]
+
+
+def in_precision(inputs: Inputs, dtype: torch.dtype, of_u: torch.dtype | None = None) -> Inputs:
+    kinds = [dtype] * 3 + [of_u or dtype] * 4
+    return [None if x is None else x.to(kind) for x, kind in zip(inputs, kinds, strict=True)]
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_matches_the_definition(spec: str, sizes: tuple[int, ...], softmax: bool, impl: str) -> None:
+    B, N = sizes[0], sizes[3]
+    dtype, tolerance = (torch.float32, 2e-5) if impl == "cpp" else (torch.float64, 1e-9)
+    for masked, gate, bias in ((False, True, True), (True, True, False), (True, False, True)):
+        inputs = in_precision(draw(sizes, spec, gate=gate, bias=bias), torch.float32)
+        mask = torch.rand(B, 1, 1, N) > 0.3 if masked else None
+        wanted = run(in_precision(inputs, torch.float64), spec, "reference", softmax=softmax, mask=mask)
+        found = run(in_precision(inputs, dtype), spec, impl, softmax=softmax, mask=mask)
+        for place, (ours, exact) in enumerate(zip(found, wanted, strict=True)):
+            assert ours.shape == exact.shape
+            assert relative_error(ours, exact) <= tolerance, place
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_every_basis_is_served(basis: str) -> None:
+    inputs = draw(SIZES[0], basis)
+    found, wanted = (run(inputs, basis, impl, softmax=True) for impl in ("auto", "reference"))
+    assert all(relative_error(ours, exact) < 1e-9 for ours, exact in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+@pytest.mark.parametrize("softmax", [False, True])
+def test_gradcheck(softmax: bool, impl: str) -> None:
+    leaves = [x.requires_grad_() for x in draw((1, 2, 3, 4, 2, 2, 3), "fourier(grid=2)") if x is not None]
+    mask = torch.tensor([True, False, True, True])[None, None, None]
+
+    def f(q: Tensor, k: Tensor, v: Tensor, u: Tensor, w: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
+        return attend(Call(q, k, SCALE, bias, mask), u, "fourier(grid=2)", Projector(v, w, gate, softmax), impl)
+
+    assert torch.autograd.gradcheck(f, leaves, eps=1e-6, atol=1e-4)
+
+
+# opcheck itself looks at the gradients of tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("softmax", [False, True])
+def test_operator_checks_of_torch_library(softmax: bool, impl: str) -> None:
+    leaves = in_precision(draw((1, 2, 5, 6, 4, 3, 4), "fourier(grid=1)"), torch.float32)
+    inputs = [None if x is None else x.requires_grad_() for x in leaves]
+    mask = torch.rand(1, 1, 1, 6) > 0.3
+    arguments = (*inputs, mask, "fourier(grid=1)", SCALE, impl, softmax)
+    torch.library.opcheck(torch.ops.karat.attend.default, arguments)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("softmax", [False, True])
+def test_looked_upon_or_not_the_bits_are_the_same(softmax: bool, impl: str) -> None:
+    inputs = in_precision(draw(SIZES[1], "fourier(grid=3)"), torch.float32)
+    looker = Looker()
+    alone, watched = [], []
+    for way, results in ((nullcontext(), alone), (looker, watched)):
+        with way:
+            results.extend(run(inputs, "fourier(grid=3)", impl, softmax=softmax))
+    assert looker.seen == ["attend", "attend_backward"]
+    assert all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(alone, watched, strict=True))
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize(("threads", "B", "H"), [(1, 2, 3), (2, 1, 1), (2, 1, 3), (3, 4, 2), (2, 5, 3)])
+def test_any_share_of_work_gives_the_same_bits_twice(threads: int, B: int, H: int, impl: str) -> None:
+    """Heads whose images fall to several threads, and images whose queries do."""
+    torch.set_num_threads(threads)
+    inputs = in_precision(draw((B, H, 101, 19, 8, 5, 8), "fourier(grid=2)"), torch.float32)
+    wanted = run(in_precision(inputs, torch.float64), "fourier(grid=2)", "reference", softmax=True)
+    first, second = (run(inputs, "fourier(grid=2)", impl, softmax=True) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    assert all(relative_error(x, y) < 2e-5 for x, y in zip(first, wanted, strict=True))
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_any_subset_of_gradients(impl: str) -> None:
+    inputs = in_precision(draw(SIZES[1], "fourier(grid=2)"), torch.float32)
+    wanted = run(inputs, "fourier(grid=2)", impl, softmax=True)[1:]
+    for alone in range(7):
+        q, k, v, u, w, gate, bias = (x if x is None else x.detach() for x in inputs)
+        leaf = (q, k, v, u, w, gate, bias)[alone].requires_grad_()
+        out = attend(Call(q, k, SCALE, bias), u, "fourier(grid=2)", Projector(v, w, gate, True), impl)
+        shape = out.transpose(1, 2).shape
+        (got,) = torch.autograd.grad(out, leaf, torch.linspace(-1, 1, out.numel()).sin().view(shape).transpose(1, 2))
+        torch.testing.assert_close(got, wanted[alone], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["reference", *KERNELS])
+def test_masked_keys_may_be_anything_and_add_nothing(impl: str) -> None:
+    q, k, v, u, w, gate, _ = in_precision(draw(SIZES[0], "fourier(grid=3)", bias=False), torch.float32)
+    kept = run([q, k[:, :, :5], v[:, :, :5], u[:, :, :5], w[:, :5], gate, None], "fourier(grid=3)", impl, softmax=True)
+    for softmax, filler in product((False, True), (1e30, math.nan)):
+        k[:, :, 5:], v[:, :, 5:] = 1e30, filler
+        mask = (torch.arange(7) < 5)[None, None, None]
+        found = run([q, k, v, u, w, gate, None], "fourier(grid=3)", impl, softmax=softmax, mask=mask)
+        assert all(x.isfinite().all() for x in found)
+        assert not any(x[..., 5:, :].any() for x in found[2:6])
+        if softmax:
+            whole = [found[0], found[1], *(x[..., :5, :] for x in found[2:6]), found[6]]
+            assert all(relative_error(x, y.double()) < 2e-5 for x, y in zip(whole, kept, strict=True))
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+def test_low_precision(dtype: torch.dtype, tolerance: float, softmax: bool, impl: str) -> None:
+    """Computed in float32 from what is read in place, u and w in float32: as by the definition on the same numbers."""
+    inputs = in_precision(draw(SIZES[1], "fourier(grid=2)"), dtype, torch.float32)
+    found = run(inputs, "fourier(grid=2)", impl, softmax=softmax)
+    wanted = run(in_precision(inputs, torch.float64), "fourier(grid=2)", "reference", softmax=softmax)
+    assert [x.dtype for x in found] == [dtype] * 4 + [torch.float32] * 4
+    assert all(relative_error(x, y) < tolerance for x, y in zip(found, wanted, strict=True))
+
+
+def test_autocast_rounds_queries_keys_and_values() -> None:
+    inputs = in_precision(draw(SIZES[1], "fourier(grid=2)"), torch.float32)
+    rounded = in_precision(inputs, torch.bfloat16, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(inputs, "fourier(grid=2)", "auto", softmax=True)
+    wanted = run(rounded, "fourier(grid=2)", "auto", softmax=True)
+    assert torch.equal(found[0], wanted[0])
+    assert {x.dtype for x in found[1:]} == {torch.float32}
+    assert all(torch.equal(x, y.float()) for x, y in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["reference", *KERNELS])
+@pytest.mark.parametrize("sizes", [(0, 2, 3, 4, 5, 6, 7), (1, 2, 0, 4, 5, 6, 7)])
+def test_nothing_is_attended_to_nothing(sizes: tuple[int, ...], impl: str) -> None:
+    inputs = in_precision(draw(sizes, "fourier(grid=1)"), torch.float32)
+    out, *gradients = run(inputs, "fourier(grid=1)", impl, softmax=True)
+    assert out.shape == (*sizes[:3], sizes[-1])
+    assert not any(x.any() for x in gradients)
+
+
+def test_the_flop_counter_knows_it() -> None:
+    B, H, M, N, D, R, Dv = SIZES[1]
+    inputs = in_precision(draw(SIZES[1], "fourier(grid=3)"), torch.float32)
+    pairs, products = B * H * M * N, B * H * (M + N) * R * Dv
+    for softmax in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            run(inputs, "fourier(grid=3)", "auto", softmax=softmax)
+        beside = 3 * Dv if softmax else 0
+        assert counter.get_total_flops() == 2 * pairs * (4 * D + 3 * 6 * R + beside) + 6 * products
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x.update(w=torch.randn(3, 7, 4)), "w \\(H,N,R\\)"),
+        (lambda x: x.update(gate=torch.randn(2)), "each of 3 heads"),
+        (lambda x: x.update(mask=torch.ones(2, 1, 9, 7, dtype=torch.bool)), "mask of pairs"),
+        (lambda x: x.update(v=torch.randn(2, 3, 8, 6)), "v must be"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: object, words: str) -> None:
+    q, k, v, u, w, gate, _ = in_precision(draw(SIZES[0], "fourier(grid=1)"), torch.float32)
+    asked = {"v": v, "w": w, "gate": gate, "mask": None}
+    change(asked)
+    call = Call(q, k, SCALE, None, asked["mask"])
+    with pytest.raises(ValueError, match=words):
+        attend(call, u, "fourier(grid=1)", Projector(asked["v"], asked["w"], asked["gate"], False))
+
+
+def test_second_derivatives_are_refused_with_the_remedy() -> None:
+    inputs = [None if x is None else x.float().requires_grad_() for x in draw(SIZES[0], "fourier(grid=1)")]
+    q, k, v, u, w, gate, bias = inputs
+    out = attend(Call(q, k, SCALE, bias), u, "fourier(grid=1)", Projector(v, w, gate, True))
+    (first,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="impl='reference'"):
+        first.sum().backward()
