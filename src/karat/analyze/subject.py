@@ -78,8 +78,8 @@ class Subject:
 
     @property
     def learns(self) -> bool:
-        """Whether the run's attention is another than softmax."""
-        return not KArAtConfig.parse(self.run.settings.attention).is_softmax
+        """Whether the run's attention is an operator's."""
+        return KArAtConfig.parse(self.run.settings.attention).has_operator
 
     @cached_property
     def model(self) -> nn.Module:

@@ -24,6 +24,7 @@ from karat.models.attention import (
     token_inputs,
     window_inputs,
 )
+from karat.models.differential import DifferentialAttention, differential
 from karat.models.evaluating import evaluating
 from karat.models.regrid import resample_convit, resample_swin, resample_vit, resize_grid, resize_windows
 from karat.operator.operator import KArAtOperator
@@ -89,6 +90,7 @@ GATED = AttentionKind(  # SPEC §3
 # karat's own modules, in the places of others.
 OWN: dict[type[nn.Module], AttentionKind] = {
     BiasedAttention: AttentionKind(token_inputs),
+    DifferentialAttention: AttentionKind(None, observe=differential),
     KArAtAttention: AttentionKind(token_inputs, learned=True),
     KArAtWindowAttention: AttentionKind(window_inputs, learned=True, windows=True),
     TransferredAttention: AttentionKind(None, observe=lambda attn, *args, **kwargs: attn.given),

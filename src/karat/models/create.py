@@ -109,6 +109,10 @@ def _build(
         raise ValueError(f"unknown model {name!r}; {hint}")
     if bare == DEEP_KAN and (config is None or config.leaves_attention):
         config = None  # it has no attention to convert
+    if start.attention is not None and config is not None and config.is_fixed and not config.has_operator:
+        raise ValueError(
+            f"attn_init={start.attention} starts one map a head, and attention={config} has two: leave it out"
+        )
     if bare.startswith(PREFIX) and config is not None:
         timm_kwargs, config = timm_kwargs | {"attention": config}, None
 

@@ -19,6 +19,7 @@ from karat.models.backbones import (
     is_unknown_attention,
     refusal,
 )
+from karat.models.differential import DifferentialAttention
 from karat.models.regrid import check_holds_patch
 from karat.models.relative_bias import RelativeBias, relative_biases
 from karat.models.resample import SetInputSize
@@ -101,6 +102,9 @@ def _replace(model: nn.Module, backbone: Backbone, config: KArAtConfig) -> None:
     biases = _position_biases(model, backbone, config, sites)
     if config.is_softmax:
         replacements: list[Any] = [BiasedAttention(site.module) for site in sites]
+    elif not config.has_operator:
+        blocks = [site.name for site in attention_sites(model)]
+        replacements = [DifferentialAttention(site.module, blocks.index(site.name)) for site in sites]
     else:
         replacements = _learnable(model, backbone, config, sites, sizes)
     for site, new, bias in zip(sites, replacements, biases, strict=True):

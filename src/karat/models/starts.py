@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from karat.models.backbones import BACKBONES, AttentionSite, attention_sites, backbone_of
@@ -57,7 +57,8 @@ def start_attention(model: nn.Module, name: str) -> None:
     """
     check_start(name)
     sites = attention_sites(model)
-    if backbone_of(model) is not BACKBONES[VisionTransformer] or not sites:
+    known = backbone_of(model) is BACKBONES[VisionTransformer]
+    if not known or not sites or any(type(site.module) is not Attention for site in sites):
         raise ValueError(f"attn_init={name} starts the attention of a ViT or DeiT, and this is {type(model).__name__}")
     if not sites[0].module.qkv.weight.is_meta:
         STARTS[name](model, sites)

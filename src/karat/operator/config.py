@@ -47,7 +47,7 @@ class KArAtConfig:
 
     Args:
         basis: the edge functions, e.g. "fourier(grid=3)"; "softmax" means ordinary attention, "sigmoid", "relu",
-            "entmax15", "sparsemax" and "lsa" another fixed function (`karat.operator.fixed`); "static" a learned
+            "entmax15", "sparsemax", "lsa", "diff" another fixed function (`karat.operator.fixed`); "static" a learned
             matrix of the given rank in each head, σ_kn = Σ_p W_np C_kp, blind to the scores; "row", with rank=None,
             one learned row a head, σ_kn = W_n, blind to scores and queries.
         rank: R of the low-rank operator; None is the full N×N operator (order WPhi only, no W).
@@ -143,6 +143,11 @@ class KArAtConfig:
     def is_fixed(self) -> bool:
         """Whether σ is a fixed function of the scores, another than softmax."""
         return self.basis in FIXED
+
+    @property
+    def has_operator(self) -> bool:
+        """Whether a `KArAtOperator` can be made of it, one without anything to learn included."""
+        return not self.is_softmax and (not self.is_fixed or FIXED[self.basis].sees_scores)
 
     @property
     def is_static(self) -> bool:

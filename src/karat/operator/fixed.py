@@ -1,7 +1,8 @@
 """Fixed functions of the scores in softmax's place: what others put there, under their usual names.
 
-They have no edge functions, no rank and, but for `lsa`, nothing to learn; `softmax_heads`, `blocks` and `position_bias`
-go with them. A masked key counts as absent: it has no weight, and N is the number of keys that a query may see.
+They have no edge functions, no rank and, but for `lsa` and `diff`, nothing to learn; `softmax_heads`, `blocks` and
+`position_bias` go with most. A masked key counts as absent: it has no weight, and N is the number of keys that a query
+may see.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class Fixed(Order):
     layout: ClassVar[Layout] = Layout(())
     formula: ClassVar[str]
     paper: ClassVar[str]
+    takes: ClassVar[tuple[str, ...]] = ("blocks", "softmax_heads", "position_bias", "impl")  # settings beside its name
+    sees_scores: ClassVar[bool] = True  # whether it is a function of q kᵀ, and so may be an operator
 
     @abstractmethod
     def weights(self, parameters: OperatorParameters, scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -128,6 +131,19 @@ class LSA(Fixed):
         return safe_softmax(scores * sharp, others if mask is None else others & mask)
 
 
+class Differential(Fixed):
+    """timm's `DiffAttention`, a module of its own (`karat.models.differential`): queries and keys have two halves."""
+
+    name: ClassVar[str] = "diff"
+    formula: ClassVar[str] = "softmax(A₁) − λ softmax(A₂), of the halves of q and k, λ learned a block"
+    paper: ClassVar[str] = "2410.05258"
+    takes: ClassVar[tuple[str, ...]] = ("blocks", "impl")
+    sees_scores: ClassVar[bool] = False
+
+    def weights(self, parameters: OperatorParameters, scores: Tensor, mask: Tensor | None) -> Tensor:
+        raise AssertionError("no operator is made of it")
+
+
 def _keys(scores: Tensor, mask: Tensor | None) -> Tensor:
     """How many keys each query may see, at least one: broadcastable to the scores."""
     if mask is None:
@@ -147,4 +163,6 @@ def _of_entmax(name: str) -> Callable[..., Any]:
 
 
 # A new function is one line here; its name is that of an attention.
-FIXED: dict[str, Fixed] = {function.name: function for function in (Sigmoid(), ReLU(), Entmax15(), Sparsemax(), LSA())}
+FIXED: dict[str, Fixed] = {
+    function.name: function for function in (Sigmoid(), ReLU(), Entmax15(), Sparsemax(), LSA(), Differential())
+}

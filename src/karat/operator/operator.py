@@ -55,6 +55,10 @@ class KArAtOperator(OperatorParameters):
                 raise ValueError(f"{name} must be >= 1, got {value}")
         config = KArAtConfig.parse(config)
         softmax_heads = config.softmax_head_indices(num_heads)
+        if config.is_fixed and not config.has_operator:
+            raise ValueError(
+                f"attention={config} has two maps of half the width, no operator: it serves timm's ViT and DeiT alone"
+            )
         order = FIXED[config.basis] if config.is_fixed else ORDERS[config.order_key]
         edges = (config.edge_basis, config.edge_scales) if config.has_edges else None
         gated = config.residual is not None and config.gate == "head"

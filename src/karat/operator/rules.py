@@ -31,7 +31,6 @@ GONE: dict[str, object] = {"score_gradient": 1.0, "input": "scores", "normalise"
 GONE_VALUES: dict[str, tuple[str, ...]] = {"position": ("gain",), "gate": ("block",), "blocks": ("last", "alternate")}
 # What softmax has a use for, the second beside the first, and what only edges of the scores have.
 OF_SOFTMAX = ("basis", "position_bias", "blocks")
-OF_FIXED = (*OF_SOFTMAX, "softmax_heads", "impl")
 OF_EDGES = ("base", "edge_scales", "order", "position")
 
 
@@ -131,10 +130,14 @@ def _softmax(config: Config) -> str | None:
 def _fixed(config: Config) -> str | None:
     if not config.is_fixed:
         return None
-    asked = _set(config, tuple(name for name in type(config).__dataclass_fields__ if name not in OF_FIXED))
+    function = FIXED[config.basis]
+    allowed = ("basis", *function.takes)
+    asked = _set(config, tuple(name for name in type(config).__dataclass_fields__ if name not in allowed))
     if asked:
-        return f"{asked} shapes an operator, and {config.basis} is a fixed function of the scores; leave it out"
-    FIXED[config.basis].check()
+        return (
+            f"{asked} doesn't go with {config.basis}, a fixed function, which takes {', '.join(function.takes)} alone"
+        )
+    function.check()
     return None
 
 
