@@ -48,14 +48,8 @@ class Run:
 
     @property
     def label(self) -> str:
-        """How the run is called in figures: its contender's name, with the seed where that isn't 0."""
-        seed = f" seed {self.settings.seed}" if self.settings.seed else ""
-        return f"{self.contender}{seed}"
-
-    @property
-    def contender(self) -> str:
-        """The attention, with the MLP where it isn't the model's own, as in `karat compare`: "g3b", "softmax/grkan"."""
-        return self.settings.label
+        """How the run is called in figures: as in `karat compare`, with the seed where that isn't 0."""
+        return self.settings.label + (f" seed {self.settings.seed}" if self.settings.seed else "")
 
     def model(self, weights: str = "last") -> nn.Module:
         """The run's model in evaluation mode, with its last, best or averaged ("ema") weights."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -184,24 +185,19 @@ def _embedded(figure: Any) -> str:
 
 
 def _results(subjects: Sequence[Subject]) -> dict[str, list[str]]:
-    rows: dict[str, list[str]] = {
-        name: [] for name in ("top-1", "best top-1", "evaluation loss", "parameters", "epochs", "seconds an epoch")
-    }
+    columns = []
     for s in subjects:
         history = s.run.history
-        best = max((line["top1"] for line in history), default=None)
-        seconds = sum(line["seconds"] for line in history) / len(history) if history else None
-        cells = (
-            f"{history[-1]['top1']:.2f} %" if history else "–",
-            "–" if best is None else f"{best:.2f} %",
-            f"{history[-1]['eval_loss']:.4f}" if history else "–",
-            f"{s.run.facts.get('parameters', 0):,}",
-            str(len(history)),
-            "–" if seconds is None else f"{seconds:.2f}",
+        cells = dict.fromkeys(
+            ("top-1", "best top-1", "evaluation loss", "parameters", "epochs", "seconds an epoch"), "–"
         )
-        for name, cell in zip(rows, cells, strict=True):
-            rows[name].append(cell)
-    return rows
+        if history:
+            cells["top-1"] = f"{history[-1]['top1']:.2f} %"
+            cells["best top-1"] = f"{max(line['top1'] for line in history):.2f} %"
+            cells["evaluation loss"] = f"{history[-1]['eval_loss']:.4f}"
+            cells["seconds an epoch"] = f"{fmean(line['seconds'] for line in history):.2f}"
+        columns.append(cells | {"parameters": f"{s.run.facts.get('parameters', 0):,}", "epochs": str(len(history))})
+    return {name: [cells[name] for cells in columns] for name in columns[0]}
 
 
 def _settings(subjects: Sequence[Subject]) -> dict[str, list[str]]:

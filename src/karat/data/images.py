@@ -33,13 +33,8 @@ TURNS = {  # EXIF orientation -> what shows the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-DEEP_FORMATS = (
-    "PNG",
-    "PPM",
-    "TIFF",
-    "JPEG2000",
-    None,
-)  # whose numbers beyond 8 bits have a known white; None: an array
+# Whose numbers beyond 8 bits have a known white; None: an array.
+DEEP_FORMATS = ("PNG", "PPM", "TIFF", "JPEG2000", None)
 
 
 def read_image(source: Any, in_chans: int = 3, *, ground: str = "white") -> Image.Image:

@@ -173,17 +173,9 @@ def _fit(
 
 def _teacher(options: Convert) -> tuple[Settings, nn.Module | None, dict[str, Any] | None]:
     """The new run's settings, and the teacher with its facts where it is a run."""
-    attention = str(KArAtConfig.parse(options.attention))
-    changed: dict[str, Any] = {
-        "attention": attention,
-        "output": options.output,
-        "overwrite": options.overwrite,
-        "seed": options.seed,
-        "workers": options.workers,
-        "device": options.device,
-        "resume": None,
-        "init": None,
-    }
+    kept = ("output", "overwrite", "seed", "workers", "device")
+    changed: dict[str, Any] = {name: getattr(options, name) for name in kept} | {"resume": None, "init": None}
+    changed["attention"] = str(KArAtConfig.parse(options.attention))
     path = Path(options.teacher).expanduser()
     if runs.is_run(path):
         if options.checkpoint is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from statistics import fmean
 
 from karat.analyze import figures
 from karat.analyze.analysis import Analysis
@@ -52,9 +53,8 @@ def analyse_cost(subjects: Sequence[Subject]) -> Analysis:
                 }
             history = s.run.history
             if label == s.label and history:
-                seconds = sum(line["seconds"] for line in history) / len(history)
                 rows[label] |= {
-                    "seconds an epoch, in training": seconds,
+                    "seconds an epoch, in training": fmean(line["seconds"] for line in history),
                     "peak memory in training (MiB)": max(line["peak_memory_mib"] for line in history),
                 }
     analysis.numbers = dict(rows)

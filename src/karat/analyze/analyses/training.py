@@ -36,7 +36,7 @@ def analyse_weights(subjects: Sequence[Subject]) -> Analysis:
 
 def analyse_sweep(subjects: Sequence[Subject]) -> Analysis:
     """Top-1 over the setting that the runs differ in."""
-    results = [(s.run.contender, float(s.run.history[-1]["top1"])) for s in subjects if s.run.history]
+    results = [(s.run.settings.label, float(s.run.history[-1]["top1"])) for s in subjects if s.run.history]
     found = sweep(results, subjects[0].options.sweep)
     analysis = Analysis(f"sweep over {found.setting}")
     analysis.figures["sweep"] = figures.draw_sweep(found)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from karat.errors import parse
 from karat.values import File, Positive, Range
+
+# What of a model's configuration the file says.
+NOTED = ("model", "attention", "mlp", "class_names", "mean", "std", "crop_pct", "interpolation")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Export:
 def export(arguments: Sequence[str]) -> None:
     """karat export."""
     parsed = parse(lambda: tyro.cli(Export, args=arguments, prog="karat export"), "karat export")
+    from karat.share.export import export_onnx, export_pt2
     from karat.share.hub.runs import open_model
 
     folder = Path(parsed.model)
@@ -45,31 +50,10 @@ def export(arguments: Sequence[str]) -> None:
     model = open_model(parsed.model, parsed.weights)
     config = model.config
     shape = (config.in_chans, *config.sides)
-    metadata = {
-        "model": config.model,
-        "attention": config.attention,
-        "mlp": config.mlp,
-        "class_names": config.class_names,
-        "mean": config.mean,
-        "std": config.std,
-        "crop_pct": config.crop_pct,
-        "interpolation": config.interpolation,
-    }
-    difference = _writer(parsed)(model.backbone, path, shape, metadata=metadata, tolerance=parsed.tolerance)
+    metadata = {name: getattr(config, name) for name in NOTED}
+    write = export_pt2 if parsed.format == "pt2" else partial(export_onnx, opset=parsed.opset)
+    difference = write(model.backbone, path, shape, metadata=metadata, tolerance=parsed.tolerance)
     print(
         f"saved: {path} ({path.stat().st_size / 2**20:.1f} MiB), images (batch, {', '.join(map(str, shape))})\n"
         f"checked with 1 and 3 images: logits differ from PyTorch's by at most {difference:.1e}"
     )
-
-
-def _writer(parsed: Export) -> Callable[..., float]:
-    if parsed.format == "pt2":
-        from karat.share.export.pt2 import export_pt2
-
-        return export_pt2
-    from karat.share.export.onnx import export_onnx
-
-    def with_opset(*arguments: Any, **options: Any) -> float:
-        return export_onnx(*arguments, opset=parsed.opset, **options)
-
-    return with_opset
