@@ -20,6 +20,7 @@ BAD = {
     "train --model resnet18 --attention g3b": "no attention that karat knows",
     "train --model swin_tiny_patch4_window7_224 --attention g3u --img-size 224": "use sharing='blockwise'",
     "train --bogus 3": "karat: Unrecognized options: --bogus, 3",
+    "analyze nothing RUN": "karat: Invalid choice 'nothing'",
     "train --epochs 0": "--epochs=0",
     "train --epochs many": "--epochs",
     "train --resume EMPTY": "no run is there",

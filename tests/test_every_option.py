@@ -141,7 +141,7 @@ def kept(make: Callable[..., Any]) -> Callable[..., Any]:
 def nothing_long(places: dict[str, str]) -> Iterator[None]:
     """What comes after all checks: training, serving, measuring."""
     from karat.analyze import cost, explore, report
-    from karat.analyze.analyses import ANALYSES
+    from karat.analyze.analyses import attention as maps
     from karat.detect import compare
     from karat.detect import measure as detected
     from karat.paper import run
@@ -173,7 +173,7 @@ def nothing_long(places: dict[str, str]) -> Iterator[None]:
             (pt2, "exported_program"),
         ):
             patch.setattr(owner, name, ends)
-        patch.setitem(ANALYSES, "attention", looks)
+        patch.setattr(maps, "analyse_attention", looks)
         patch.setattr(ParserSpecification, "from_callable_or_type", kept(ParserSpecification.from_callable_or_type))
         yield
 

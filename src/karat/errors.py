@@ -44,7 +44,7 @@ def one_line_errors(command: str) -> Iterator[None]:
         lines = [re.sub(r"\x1b\[[0-9;]*m|[─-╿]|-{5,}", " ", line).strip() for line in complaint.getvalue().splitlines()]
         words = " ".join(filter(None, lines)) or "the options can't be read"
         # of a value that a dataclass itself refuses, what it says is enough
-        words = re.sub(r"^(Unrecognized options) \1", r"\1", words)  # the frame's title, and the first line in it
+        words = re.sub(r"^(\w[\w ]+) \1\b", r"\1", words, flags=re.I)  # the frame's title, and the first line in it
         words = re.sub(r"^Value error Error parsing \S+ (.*) For full helptext, see .*", r"\1", words)
         raise ValueError(
             f"{re.sub(' +', ' ', words)}" + ("" if "--help" in words else f" ({command} --help)")

@@ -6,29 +6,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from karat.analyze.analyses import ANALYSES, analysis_of
 from karat.analyze.subject import Options
 from karat.errors import parse
 from karat.values import Count, File, Folder, Range
 
-What = Literal[
-    "curves",
-    "cost",
-    "attention",
-    "spectrum",
-    "functions",
-    "parts",
-    "ablation",
-    "weights",
-    "landscape",
-    "hessian",
-    "sweep",
-    "peers",
-]
+if TYPE_CHECKING:
+    What = str
+else:
+    What = Literal[tuple(ANALYSES)]
 Format = Literal["png", "svg", "pdf"]
 
 
@@ -99,16 +90,12 @@ def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
 def analyze(arguments: Sequence[str]) -> None:
     """karat analyze."""
     parsed = parse(lambda: tyro.cli(Analyze, args=arguments, prog="karat analyze"), "karat analyze")
-    from karat.analyze.analyses import ANALYSES
-    from karat.analyze.analyses.peers import analyse_peers
     from karat.analyze.analysis import FOLDER
     from karat.analyze.subject import open_subjects
 
-    if parsed.what == "peers":
-        analysis = analyse_peers(parsed.runs)
-    else:
-        with _bar(parsed.what) as progress:
-            analysis = ANALYSES[parsed.what](open_subjects(parsed.runs, parsed, progress))
+    with _bar(parsed.what) as progress:
+        seen = parsed.runs if parsed.what == "peers" else open_subjects(parsed.runs, parsed, progress)
+        analysis = analysis_of(parsed.what)(seen)
     folder = parsed.output or parsed.runs[0] / FOLDER / parsed.what
     for note in analysis.notes:
         print(f"note: {note}")

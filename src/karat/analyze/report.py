@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from karat.analyze.analyses import ANALYSES
+from karat.analyze.analyses import analysis_of
 from karat.analyze.analysis import Analysis, as_json
 from karat.analyze.figures import encode
 from karat.analyze.loading import trajectory
@@ -133,7 +133,7 @@ def write_report(
 
 def _section(name: str, subjects: Sequence[Subject]) -> Section:
     try:
-        analysis = _landscape(subjects) if name == "landscape" else ANALYSES[name](subjects)
+        analysis = _landscape(subjects) if name == "landscape" else analysis_of(name)(subjects)
     except ValueError as error:
         analysis = Analysis(name, notes=[str(error)])
     title = analysis.title if analysis.figures else TITLES.get(name, name)
@@ -170,9 +170,9 @@ def _landscape(subjects: Sequence[Subject]) -> Analysis:
             if len(found) < 3:
                 missing.append(f"{s.run.folder} has only {len(found)} trajectory checkpoints, which span no plane")
     if not missing:
-        return ANALYSES["landscape"](subjects)
+        return analysis_of("landscape")(subjects)
     drawn = [replace(s, options=replace(s.options, directions="random")) for s in subjects]
-    analysis = ANALYSES["landscape"](drawn)
+    analysis = analysis_of("landscape")(drawn)
     analysis.notes += missing
     return analysis
 

@@ -1,27 +1,29 @@
-"""What `karat analyze` can look at in runs, by name: each takes opened runs and returns figures, arrays and numbers."""
+"""What `karat analyze` can look at: functions `analyse_NAME` that give figures, arrays and numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable
+from typing import Any
 
-from karat.analyze.analyses.attention import analyse_attention, analyse_spectrum
-from karat.analyze.analyses.cost import analyse_cost
-from karat.analyze.analyses.learned import analyse_ablation, analyse_functions, analyse_parts
-from karat.analyze.analyses.loss import analyse_hessian, analyse_landscape
-from karat.analyze.analyses.training import analyse_curves, analyse_sweep, analyse_weights
-from karat.analyze.analysis import Analysis
-from karat.analyze.subject import Subject
-
-ANALYSES: dict[str, Callable[[Sequence[Subject]], Analysis]] = {
-    "curves": analyse_curves,
-    "cost": analyse_cost,
-    "attention": analyse_attention,
-    "spectrum": analyse_spectrum,
-    "functions": analyse_functions,
-    "parts": analyse_parts,
-    "ablation": analyse_ablation,
-    "weights": analyse_weights,
-    "landscape": analyse_landscape,
-    "hessian": analyse_hessian,
-    "sweep": analyse_sweep,
+# Name -> the file here that has its function. Each takes opened runs, but for peers, which takes folders.
+ANALYSES = {
+    "curves": "training",
+    "cost": "cost",
+    "attention": "attention",
+    "spectrum": "attention",
+    "functions": "learned",
+    "parts": "learned",
+    "ablation": "learned",
+    "weights": "training",
+    "landscape": "loss",
+    "hessian": "loss",
+    "sweep": "training",
+    "peers": "peers",
 }
+
+
+def analysis_of(name: str) -> Callable[[Any], Any]:
+    """The function of that name, imported when it is asked for."""
+    found: Callable[[Any], Any] = getattr(importlib.import_module(f"{__name__}.{ANALYSES[name]}"), f"analyse_{name}")
+    return found
