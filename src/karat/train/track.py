@@ -54,16 +54,11 @@ class HostedTracker:
 
 
 def trackers(names: tuple[str, ...], run: Path, config: Mapping[str, Any], first_epoch: int) -> list[Tracker]:
-    """The trackers of these names; ValueError for one that is unknown or not installed."""
-    made: list[Tracker] = []
-    for name in names:
-        if name == "tensorboard":
-            made.append(TensorBoardTracker(run, first_epoch))
-        elif name in ("wandb", "trackio"):
-            made.append(HostedTracker(name, run, config))
-        else:
-            raise ValueError(f"unknown tracker {name!r}: use tensorboard, wandb or trackio")
-    return made
+    """The trackers of these names, which the settings have checked; ValueError for one that is not installed."""
+    return [
+        TensorBoardTracker(run, first_epoch) if name == "tensorboard" else HostedTracker(name, run, config)
+        for name in names
+    ]
 
 
 class Bar:
