@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import karat
 from karat.models.create import REGISTERED
 from karat.models.kan.mlp import MLPS
 from karat.models.karatize import NoWeightDecay
-from support.small_models import SMALL, VIT, images
+from support.small_models import BACKBONES, SMALL, VIT, images
 
 BY_NAME = {name: (f"karat_{base}", arguments) for name, (base, arguments, _, _) in SMALL.items()}
 NOT_CONVIT = [name for name in SMALL if name != "convit"]  # timm's own has no checkpoints and isn't for torch.fx
@@ -85,6 +86,19 @@ def test_features_of_attached_attention(name: str) -> None:
     features = karat.create_model(name, "g3b", features_only=True, **small)
     assert len(karat.karat_operators(features)) == 2
     assert features(torch.randn(2, 3, 32, 32))[0].shape == (2, 24, 2, 2)
+
+
+@pytest.mark.parametrize("attention", [{}, {"attention": "dog-b,residual=softmax"}])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_what_timm_saves_it_loads(name: str, attention: dict[str, str], tmp_path: Path) -> None:
+    registered, arguments = BY_NAME[name]
+    model, x = karat.create_model(registered, num_classes=4, **attention, **arguments).eval(), images(name)
+    timm.models.save_for_hf(model, tmp_path)
+    for create in (timm.create_model, karat.create_model):
+        assert torch.equal(create(f"local-dir:{tmp_path}", pretrained=True).eval()(x), model(x))
+    features = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True, out_indices=(1,)).eval()
+    (found,), (expected,) = features(x), model.forward_intermediates(x, indices=[1], intermediates_only=True)
+    assert torch.equal(found.permute(0, 3, 1, 2) if name == "swin" else found, expected)
 
 
 @pytest.mark.parametrize("name", SMALL)

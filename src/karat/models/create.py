@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.models import load_pretrained
 from torch import nn
 
 from karat.basis.specs import parse_call
@@ -114,7 +115,7 @@ def _build(
             f"attn_init={start.attention} starts one map a head, and attention={config} has two: leave it out"
         )
     if bare.startswith(PREFIX) and config is not None:
-        timm_kwargs, config = timm_kwargs | {"attention": config}, None
+        timm_kwargs, config = timm_kwargs | {"attention": str(config)}, None
 
     def finish(model: nn.Module, size: tuple[int, int] | None = None) -> nn.Module:
         example = None if size is None else example_of(model, size)
@@ -182,13 +183,30 @@ def _from_timm(name: str, finish: Finish, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def _entry_point(base: str, default: str) -> Callable[..., nn.Module]:
+    name = PREFIX + base
+
     def build(pretrained: bool = False, attention: KArAtConfig | str = default, **kwargs: Any) -> nn.Module:
         config = KArAtConfig.parse(attention)
-        return create_finished(base, lambda model: karatize(model, config), pretrained=pretrained, **kwargs)
+        saved = pretrained and _is_saved(kwargs.get("pretrained_cfg"))
 
-    build.__name__ = build.__qualname__ = PREFIX + base
+        def finish(model: Any) -> nn.Module:
+            karatize(model, config)
+            if saved:
+                load_pretrained(model, num_classes=model.num_classes, in_chans=kwargs.get("in_chans", 3))
+            return model
+
+        made: Any = create_finished(base, finish, pretrained=pretrained and not saved, **kwargs)
+        made.pretrained_cfg["architecture"] = name  # what timm saves, to be built again
+        return made
+
+    build.__name__ = build.__qualname__ = name
     build.__doc__ = f"timm's {base} with learnable attention, {default} by default."
     return build
+
+
+def _is_saved(cfg: Any) -> bool:
+    """Whether timm was given a folder or repository by which a registered name has its whole converted model."""
+    return isinstance(cfg, dict) and cfg.get("source") in ("local-dir", "hf-hub")
 
 
 def _pretrained_cfgs(base: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from karat.runs.classification import Settings
 
 def input_size(model: str) -> int:
     """The side of the images that timm's model of this name takes; 224 where it does not say."""
-    name = model.removeprefix("karat_").partition("(")[0]  # deep_kan(order=5) has settings behind its name
+    name = model.partition("(")[0]  # deep_kan(order=5) has settings behind its name
     cfg = get_pretrained_cfg(name) if is_model(name.split(".")[0]) else None
     return cfg.input_size[-1] if cfg is not None else DEFAULT_SIZE
 
