@@ -76,9 +76,11 @@ struct Work {
 inline void begin_group(const Call& c, const Task& t, const Work& x) {
   const float* u = c.u + t.b * c.u_strides[0] + t.h * c.u_strides[1];
   const int64_t* s = c.u_strides;
-  for (int64_t f = 0; f < c.F; ++f)
+  for (int64_t f = 0; f < c.F; ++f) {
+    const float factor = fuses(c.basis) ? static_cast<float>(f % c.basis.grid + 1) : 1.0f;  // see PullBack
     for (int64_t e = 0; e < c.E; ++e)  // to (E,F,N)
-      pack(u + f * s[2] + e * s[4], 0, s[3], 1, c.N, 1.0f, x.u + (e * c.F + f) * x.ld_keys, x.ld_keys);
+      pack(u + f * s[2] + e * s[4], 0, s[3], 1, c.N, factor, x.u + (e * c.F + f) * x.ld_keys, x.ld_keys);
+  }
   if (c.w) pack_projector(c, t.h, x.w, x.ld_e);
 }
 

@@ -81,16 +81,17 @@ inline bool any_large(const Scores& x) {
 
 // cos(mx), sin(mx) for m = 1 to G by the recurrence c_{m+1} = 2 c_1 c_m - c_{m-1}. GRID is G, or 0 where it's read.
 template <int GRID, bool EXACT>
-void write_fourier(const Scores& x, long grid) {
+void write_fourier(const Scores x, long grid) {
   const long G = GRID ? GRID : grid;
-  for (long r = 0; r < x.rows; ++r)
-    for (long v = 0; v < x.vectors; ++v) {
-      float *cosine = x.psi + r * x.psi_row + v * LANES, *sine = cosine + G * x.psi_f;
+  for (long v = 0; v < x.vectors; ++v) {
+    const float* score = x.scores + v * LANES;
+    float *cosine = x.psi + v * LANES, *sine = cosine + G * x.psi_f;
+    for (long r = 0; r < x.rows; ++r, score += x.ld, cosine += x.psi_row, sine += x.psi_row) {
       vf s, c, s_before = vf{}, c_before = splat(1.0f);
       if constexpr (EXACT)
-        sincos_exact(load(x.scores + r * x.ld + v * LANES), s, c);
+        sincos_exact(load(score), s, c);
       else
-        sincos(load(x.scores + r * x.ld + v * LANES), s, c);
+        sincos(load(score), s, c);
       const vf twice = 2.0f * c;
 #pragma GCC unroll 8
       for (long m = 0; m < G; ++m) {
@@ -100,6 +101,7 @@ void write_fourier(const Scores& x, long grid) {
         c_before = c, s_before = s, c = c_next, s = s_next;
       }
     }
+  }
 }
 
 inline void write_splines(const Basis& basis, const Scores& x) {
@@ -130,7 +132,7 @@ inline void write_features(const Basis& basis, Scores x) {
   }
   if (basis.family == BSPLINE) return write_splines(basis, x);
   if (any_large(x)) return write_fourier<0, true>(x, basis.grid);
-  using Write = void (*)(const Scores&, long);
+  using Write = void (*)(Scores, long);
   static constexpr Write by_grid[] = {write_fourier<0, false>, write_fourier<1, false>, write_fourier<2, false>,
                                       write_fourier<3, false>, write_fourier<4, false>, write_fourier<5, false>};
   by_grid[basis.grid <= 5 ? basis.grid : 0](x, basis.grid);

@@ -7,7 +7,8 @@ namespace karat {
 
 inline bool fuses(const Basis& basis) { return basis.family == FOURIER && basis.base == NONE; }
 
-// ds[i, j] = sum_m m (cos(m s_ij) dpsi_sine - sin(m s_ij) dpsi_cosine), dpsi_f[i, j] = sum_e grad[i, e] u[e, f, j].
+// ds[i, j] = sum_m cos(m s_ij) dpsi_sine - sin(m s_ij) dpsi_cosine, dpsi_f[i, j] = sum_e grad[i, e] u[e, f, j]; the
+// derivative's factor m is in u.
 struct PullBack {
   long E, G;
   const float* grad;  // (queries, ld_grad)
@@ -18,48 +19,49 @@ struct PullBack {
   long psi_row, psi_f;
   float* ds;  // (queries, ld)
   long ld;
-
-  template <int R, int V>
-  void block(long row, long at) const {
-    for (long m = 0; m < G; ++m) {
-      vf dcosine[R][V], dsine[R][V];
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) dcosine[r][v] = dsine[r][v] = vf{};
-      const float *cosines = u + m * u_f + at, *sines = cosines + G * u_f, *factor = grad + row * ld_grad;
-      for (long e = 0; e < E; ++e, cosines += u_e, sines += u_e, ++factor) {
-        vf cosine[V], sine[V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) cosine[v] = load(cosines + v * LANES), sine[v] = load(sines + v * LANES);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          const vf x = splat(factor[r * ld_grad]);
-#pragma GCC unroll 8
-          for (int v = 0; v < V; ++v) dcosine[r][v] += x * cosine[v], dsine[r][v] += x * sine[v];
-        }
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) {
-          const float *cosine = psi + (row + r) * psi_row + m * psi_f + at + v * LANES, *sine = cosine + G * psi_f;
-          float* to = ds + (row + r) * ld + at + v * LANES;
-          const vf term = (load(cosine) * dsine[r][v] - load(sine) * dcosine[r][v]) * static_cast<float>(m + 1);
-          store(to, m ? load(to) + term : term);
-        }
-    }
-  }
 };
 
+template <int R, int V>
+void pull_block(const PullBack x, long row, long at) {  // a copy: what is stored can't change it
+  const float *cosines = x.u + at, *cosine = x.psi + row * x.psi_row + at;
+  const long to_sines = x.G * x.u_f, to_sine = x.G * x.psi_f;
+  for (long m = 0; m < x.G; ++m, cosines += x.u_f, cosine += x.psi_f) {
+    vf dcosine[R][V], dsine[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) dcosine[r][v] = dsine[r][v] = vf{};
+    const float *p = cosines, *factor = x.grad + row * x.ld_grad;
+    for (long e = 0; e < x.E; ++e, p += x.u_e, ++factor) {
+      vf with_cosine[V], with_sine[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) with_cosine[v] = load(p + v * LANES), with_sine[v] = load(p + to_sines + v * LANES);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const vf g = splat(factor[r * x.ld_grad]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) dcosine[r][v] += g * with_cosine[v], dsine[r][v] += g * with_sine[v];
+      }
+    }
+    const float* values = cosine;
+    float* to = x.ds + row * x.ld + at;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r, values += x.psi_row, to += x.ld)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        const vf before = m ? load(to + v * LANES) : vf{};
+        store(to + v * LANES, load(values + v * LANES) * dsine[r][v] +
+                                  (before - load(values + to_sine + v * LANES) * dcosine[r][v]));
+      }
+  }
+}
+
 constexpr int PULL_VECTORS = BLOCK_VECTORS / 2;  // of keys: each has two sums
-using PullBlock = void (*)(const PullBack&, long, long);
+using PullBlock = void (*)(PullBack, long, long);
 
 template <int... I>
 PullBlock choose_pull(int index, std::integer_sequence<int, I...>) {
-  static constexpr PullBlock table[] = {[](const PullBack& x, long row, long at) {
-    x.block<I / PULL_VECTORS + 1, I % PULL_VECTORS + 1>(row, at);
-  }...};
+  static constexpr PullBlock table[] = {pull_block<I / PULL_VECTORS + 1, I % PULL_VECTORS + 1>...};
   return table[index];
 }
 
