@@ -52,9 +52,11 @@ def test_random_shapes(data: st.DataObject) -> None:
     check(leaves, spec, "triton", keep, tolerance=TOLERANCE[dtype])
 
 
-def test_softmax_goes_with_the_first_of_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs in slices, and dU in groups: the softmax's share is added once."""
+@pytest.mark.parametrize("most", [0, launch.MOST_SUMS])
+def test_softmax_goes_with_the_first_of_several_launches(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs in slices, and dU in groups: the softmax's share is added once, dV with the first or after all."""
     monkeypatch.setattr(launch, "DU_NUMBERS", 16 * 16 * 3)
+    monkeypatch.setattr(launch, "MOST_SUMS", most)
     for kind in arguments.WIDEST:
         monkeypatch.setitem(arguments.WIDEST, kind, 4)
     leaves = on_device(make("gelu+fourier(grid=3)", (1, 1, 5, 9, 4, 9, 6), bias=(1, 1, 5, 9), dtype=torch.float32))

@@ -27,15 +27,27 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# Chosen by what the compiler reports for Hopper (few spilled registers, shared memory that fits), not yet by the clock;
-# benchmarks/gpu.py sweeps them. A fixed table, as a choice by measurement could differ between two runs, and the order
-# of sums with it.
+# Chosen by what the compiler reports for chips from sm_80 to sm_120 (no register spilled, few instructions a score:
+# benchmarks/compiled.py), not yet by the clock; benchmarks/gpu.py sweeps them. A fixed table, as a choice by
+# measurement could differ between two runs, and the order of sums with it. A warp has 16 rows at least.
 TILES: dict[str, dict[str, Tiles]] = {
     "half": {
-        "fwd": Tiles(64, 64, 4, 3),
-        "dq": Tiles(64, 32, 4, 3),
+        "fwd": Tiles(128, 32, 4, 3),
+        "dq": Tiles(32, 32, 2, 3),
         "dkdu": Tiles(32, 64, 4, 2),
         "dbias": Tiles(64, 32, 4, 1),
+    },
+    "joint": {  # half precision, beside softmax
+        "fwd": Tiles(128, 32, 8, 3),
+        "dq": Tiles(32, 32, 2, 3),
+        "dkdu": Tiles(16, 64, 4, 2),
+        "dbias": Tiles(64, 32, 4, 1),
+    },
+    "few": {  # half precision, few tokens: wide tiles would be empty for the most part
+        "fwd": Tiles(32, 16, 1, 3),
+        "dq": Tiles(16, 16, 1, 3),
+        "dkdu": Tiles(16, 16, 1, 2),
+        "dbias": Tiles(16, 16, 1, 1),
     },
     "float": {
         "fwd": Tiles(64, 32, 4, 2),
@@ -50,8 +62,9 @@ TILES: dict[str, dict[str, Tiles]] = {
         "dbias": Tiles(64, 16, 4, 1),
     },
 }
+FEW_TOKENS = 96
 LARGE_SHARED_BYTES = 200 << 10  # on chips with less, the widest tiles get smaller
-WIDEST = {"half": 128, "float": 64, "edges": 16}  # outputs of one launch; wider ones are cut
+WIDEST = {"half": 128, "joint": 128, "few": 128, "float": 64, "edges": 16}  # outputs of one launch; wider ones are cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +106,14 @@ class Arguments:
     @property
     def kind(self) -> str:
         """Key of TILES and WIDEST."""
-        return "edges" if not self.linear else "half" if self.call.q.element_size() == 2 else "float"
+        if not self.linear or self.call.q.element_size() > 2:
+            return "float" if self.linear else "edges"
+        if max(self.call.q.shape[2], self.call.k.shape[2]) <= FEW_TOKENS:
+            return "few"
+        return "half" if self.softmax is None else "joint"
 
     def tiles(self, kernel: str) -> Tiles:
+        """The tiles of a kernel: those of the table, smaller or with more warps where they'd outgrow the chip."""
         tiles = TILES[self.kind][kernel]
         # The axis along which a tile may get smaller: the other one carries the accumulators' rows.
         axis = "queries" if kernel == "dkdu" else "keys"
@@ -105,6 +123,9 @@ class Arguments:
         values = 0 if self.softmax is None else self.softmax.v.shape[-1]
         if max(self.call.q.shape[-1], values, min(self.u.shape[-1], WIDEST[self.kind])) > 64:
             tiles = tiles._replace(warps=2 * tiles.warps, stages=max(1, tiles.stages - 1))
+            if self.kind in ("half", "joint", "few"):
+                rows = "keys" if kernel == "dkdu" else "queries"
+                tiles = tiles._replace(**{rows: max(getattr(tiles, rows), 16 * tiles.warps)})
             if self.kind == "float":
                 small = shared_memory(self.call.q.device) < LARGE_SHARED_BYTES
                 tiles = tiles._replace(keys=16, queries=min(tiles.queries, 32 if small else 64))
@@ -176,7 +197,7 @@ class Arguments:
             "HAS_BIAS": bias is not None,
             "HAS_MASK": mask is not None,
             "PRECISION": "tf32x3" if q.is_cuda and q.dtype == torch.float32 and not torch.version.hip else "ieee",
-            "EXACT": q.dtype == torch.float32,
+            "SINE": "exact" if q.dtype == torch.float32 else "polynomial" if torch.version.hip else "unit",
         }
         return run_time | compile_time | ({} if self.grad is None else self._backward(self.grad))
 

@@ -85,8 +85,8 @@ def meyer(x):
     size = tl.minimum(tl.abs(x), 1.0)
     step, step_slope = meyer_step(size)
     inner, inner_slope = meyer_step(2.0 * step - 1.0)
-    window, bend = sincos(PI / 2 * inner, True)
-    cos, sin = sincos(PI * size, True)
+    window, bend = sincos(PI / 2 * inner, "exact")
+    cos, sin = sincos(PI * size, "exact")
     slope = PI * cos * window - sin * (PI * bend * inner_slope) * step_slope
     return sin * window, tl.where(x > 0, slope, tl.where(x < 0, -slope, 0.0))
 
@@ -97,14 +97,14 @@ def shannon(x, WINDOWED: tl.constexpr):
     inside = x
     if WINDOWED:
         inside = tl.minimum(tl.maximum(x, -END), END)
-    cos, sin = sincos(inside, True)
+    cos, sin = sincos(inside, "exact")
     near = tl.abs(inside) < 0.05  # by the series there: the differences cancel
     apart = tl.where(near, 1.0, inside)
     squared = inside * inside
     sinc = tl.where(near, 1.0 - squared * (1.0 / 6) * (1.0 - squared * 0.05), sin / apart)
     slope = tl.where(near, inside * (squared * (1.0 / 30) - 1.0 / 3), (cos - sinc) / apart)
     if WINDOWED:
-        wave, bend = sincos(inside * 0.2, True)
+        wave, bend = sincos(inside * 0.2, "exact")
         window = 0.54 + 0.46 * wave
         slope = slope * window - sinc * (0.092 * bend)
         sinc = sinc * window
@@ -122,7 +122,7 @@ def mother(x, FAMILY: tl.constexpr, SETTINGS: tl.constexpr):
         return (squared - 1.0) * bell, x * (3.0 - squared) * bell
     elif FAMILY == "morlet":
         bell = gaussian(x)
-        cos, sin = sincos(SETTINGS[0] * x, True)
+        cos, sin = sincos(SETTINGS[0] * x, "exact")
         return cos * bell, -(SETTINGS[0] * sin + x * cos) * bell
     elif FAMILY == "dog":
         bell = gaussian(x)

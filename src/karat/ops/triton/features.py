@@ -83,9 +83,9 @@ def base_differentiate(
 
 
 @triton.jit
-def fourier_start(b_x, b_keep, HAS_MASK: tl.constexpr, EXACT: tl.constexpr):
+def fourier_start(b_x, b_keep, HAS_MASK: tl.constexpr, SINE: tl.constexpr):
     """2 cos x, then cos and sin of 1x and of 0x. Masked ones are zero, and the recurrence keeps them so."""
-    b_c, b_s = sincos(b_x, EXACT)
+    b_c, b_s = sincos(b_x, SINE)
     b_twice = 2.0 * b_c
     b_c0 = tl.full(b_x.shape, 1.0, tl.float32)
     b_s0 = tl.zeros(b_x.shape, tl.float32)
@@ -108,10 +108,10 @@ def fourier_contract(
     SETTINGS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
-    EXACT: tl.constexpr,
+    SINE: tl.constexpr,
 ):
     G: tl.constexpr = SETTINGS[0]
-    b_twice, b_c, b_s, b_c0, b_s0 = fourier_start(b_x, b_keep, HAS_MASK, EXACT)
+    b_twice, b_c, b_s, b_c0, b_s0 = fourier_start(b_x, b_keep, HAS_MASK, SINE)
     for m in tl.static_range(G):
         b_out = add_feature(b_out, b_c, load_u(p_u, s_f, m_n, FIRST_F + m, b_out), PRECISION)
         b_out = add_feature(b_out, b_s, load_u(p_u, s_f, m_n, FIRST_F + G + m, b_out), PRECISION)
@@ -123,6 +123,7 @@ def fourier_contract(
 @triton.jit
 def fourier_differentiate(
     du,
+    b_ds,
     b_x,
     b_keep,
     b_do,
@@ -138,12 +139,11 @@ def fourier_differentiate(
     WITH_DU: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
-    EXACT: tl.constexpr,
+    SINE: tl.constexpr,
 ):
-    """dS, and dU of the harmonics FIRST, ..., FIRST + COUNT - 1: (cos, sin, cos, sin, ...)."""
+    """dS added to b_ds, and dU of the harmonics FIRST, ..., FIRST + COUNT - 1: (cos, sin, cos, sin, ...)."""
     G: tl.constexpr = SETTINGS[0]
-    b_twice, b_c, b_s, b_c0, b_s0 = fourier_start(b_x, b_keep, HAS_MASK, EXACT)
-    b_ds = tl.zeros(b_x.shape, tl.float32)
+    b_twice, b_c, b_s, b_c0, b_s0 = fourier_start(b_x, b_keep, HAS_MASK, SINE)
     new = ()
     for m in tl.static_range(G):
         if WITH_DS:  # cos(mx)' = -m sin(mx), sin(mx)' = m cos(mx)

@@ -28,6 +28,7 @@ from karat.ops.triton.features import (
     fourier_contract,
     fourier_differentiate,
 )
+from karat.ops.triton.functions import afresh
 from karat.ops.triton.softmax import finished_softmax, running_softmax, softmax_backward
 
 
@@ -70,19 +71,21 @@ def score(
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The scores' tile and, with a mask, which pairs take part; other pairs' scores are 0, whatever q, k, bias are."""
+    """The scores' tile and which pairs take part; other pairs' scores are 0, whatever q, k, bias are.
+
+    Without a mask that's a row or a column: keys within the end. What stands in queries beyond it isn't stored.
+    """
     BM: tl.constexpr = b_q.shape[0]
     BN: tl.constexpr = b_k.shape[0]
     if TRANSPOSED:
         b_x = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale
-        m_pair = m_n[:, None] & m_m[None, :]
+        m_pair, b_keep = m_n[:, None] & m_m[None, :], m_n[:, None]
     else:
         b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
-        m_pair = m_m[:, None] & m_n[None, :]
+        m_pair, b_keep = m_m[:, None] & m_n[None, :], m_n[None, :]
     if HAS_BIAS:
         p_tile = pairs(p_bias, start_m, start_n, s_bias, BM, BN, TRANSPOSED)
         b_x += tl.load(p_tile, mask=m_pair, other=0.0).to(tl.float32)
-    b_keep = m_pair
     if HAS_MASK:
         p_tile = pairs(p_mask, start_m, start_n, s_mask, BM, BN, TRANSPOSED)
         b_keep = tl.load(p_tile, mask=m_pair, other=0) != 0
@@ -105,7 +108,7 @@ def contract(
     SETTINGS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
-    EXACT: tl.constexpr,
+    SINE: tl.constexpr,
 ):
     """out + Σ_f ψ_f(S) U_f, or Σ_j φ(S; u_j) for edges that aren't linear in u. p_u (BN,): rows of f = 0."""
     if FAMILY != "fourier" and FAMILY != "bspline":
@@ -115,7 +118,7 @@ def contract(
         if BASE != "zero":
             b_out = base_contract(b_out, b_x, b_keep, p_u, s_f, m_n, BASE, HAS_MASK, PRECISION)
         if FAMILY == "fourier":
-            return fourier_contract(b_out, b_x, b_keep, p_u, s_f, m_n, FIRST_F, SETTINGS, HAS_MASK, PRECISION, EXACT)
+            return fourier_contract(b_out, b_x, b_keep, p_u, s_f, m_n, FIRST_F, SETTINGS, HAS_MASK, PRECISION, SINE)
         else:
             return bspline_contract(b_out, b_x, b_keep, p_u, s_f, m_n, FIRST_F, SETTINGS, HAS_MASK, PRECISION)
 
@@ -123,6 +126,7 @@ def contract(
 @triton.jit
 def differentiate(
     du,
+    b_ds,
     b_x,
     b_keep,
     b_do,
@@ -141,27 +145,32 @@ def differentiate(
     WITH_DU: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
-    EXACT: tl.constexpr,
+    SINE: tl.constexpr,
 ):
-    """dS (float32), and the tiles of dU that `accumulators` began, one step on."""
+    """dS (float32) added to b_ds, and the tiles of dU that `accumulators` began, one step on.
+
+    Added from the first, as what waits for the end takes registers until then.
+    """
     if FAMILY != "fourier" and FAMILY != "bspline":
-        b_ds, du = edges_differentiate(
+        b_more, du = edges_differentiate(
             du, b_x, b_keep, b_do, p_u, s_f, m_n, E, F, FAMILY, BASE, SETTINGS, HAS_MASK, WITH_DU, TRANSPOSED
         )
+        b_ds += b_more
     else:
         FIRST_F: tl.constexpr = 0 if BASE == "zero" else 1
         WITH_BASE: tl.constexpr = BASE != "zero" and FIRST == 0
         rest = du[1:] if WITH_DU and WITH_BASE else du
         if FAMILY == "fourier":
             b_ds, new = fourier_differentiate(
-                rest, b_x, b_keep, b_do, p_u, s_f, m_n, FIRST_F, SETTINGS, FIRST, COUNT,
-                HAS_MASK, WITH_DS, WITH_DU, TRANSPOSED, PRECISION, EXACT,
+                rest, b_ds, b_x, b_keep, b_do, p_u, s_f, m_n, FIRST_F, SETTINGS, FIRST, COUNT,
+                HAS_MASK, WITH_DS, WITH_DU, TRANSPOSED, PRECISION, SINE,
             )  # fmt: skip
         else:
-            b_ds, new = bspline_differentiate(
+            b_more, new = bspline_differentiate(
                 rest, b_x, b_keep, b_do, p_u, s_f, m_n, FIRST_F, SETTINGS, FIRST, COUNT,
                 HAS_MASK, WITH_DS, WITH_DU, TRANSPOSED, PRECISION,
             )  # fmt: skip
+            b_ds += b_more
         if WITH_BASE:
             b_du0 = du[0] if WITH_DU else b_ds
             b_ds0, b_du0 = base_differentiate(
@@ -207,7 +216,7 @@ def basis_attention_fwd_kernel(
     D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOFTMAX: tl.constexpr,
     FAMILY: tl.constexpr, BASE: tl.constexpr, SETTINGS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, SINE: tl.constexpr,
 ):  # fmt: skip
     """out of one query block of one image and head. Neighbouring programs share k and u through the cache."""
     blocks = tl.cdiv(M, BM)
@@ -235,12 +244,13 @@ def basis_attention_fwd_kernel(
         )  # fmt: skip
         if SOFTMAX:
             b_v = load_rows(p_v, s_v[2], o_n, m_n, DV, BV, s_v[3])
-            b_sums, b_top, b_total = running_softmax(b_sums, b_top, b_total, b_x, b_keep, b_v, PRECISION)
+            b_sums, b_top, b_total = running_softmax(b_sums, b_top, b_total, b_x, b_keep, b_v, PRECISION, SINE)
         b_out = contract(
             b_out, b_x, b_keep, p_u + o_n * BE, s_u[2], m_n,
-            E, F, FAMILY, BASE, SETTINGS, HAS_MASK, PRECISION, EXACT,
+            E, F, FAMILY, BASE, SETTINGS, HAS_MASK, PRECISION, SINE,
         )  # fmt: skip
-    o_e = tl.arange(0, BE)
+    o_m, o_e = afresh(i_m, SINE) * BM + tl.arange(0, BM), tl.arange(0, BE)
+    m_m = o_m < M
     p_out = out + i_b * s_out[0] + i_h * s_out[1] + o_m[:, None] * s_out[2] + o_e[None, :] * s_out[3]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_m[:, None] & (o_e < E)[None, :])
     if SOFTMAX:
@@ -259,7 +269,7 @@ def basis_attention_bwd_dq_kernel(
     D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOFTMAX: tl.constexpr,
     FAMILY: tl.constexpr, BASE: tl.constexpr, SETTINGS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, SINE: tl.constexpr,
 ):  # fmt: skip
     """dQ of one query block of one image and head."""
     blocks = tl.cdiv(M, BM)
@@ -287,16 +297,18 @@ def basis_attention_bwd_dq_kernel(
             b_q, b_k, p_bias, p_mask, s_bias, s_mask, i_m * BM, start, m_m, m_n, scale,
             HAS_BIAS, HAS_MASK, False, PRECISION,
         )  # fmt: skip
-        b_ds, _ = differentiate(
-            (), b_x, b_keep, b_do, p_u + o_n * BE, s_u[2], m_n,
-            E, F, FAMILY, BASE, SETTINGS, 0, 0, HAS_MASK, True, False, False, PRECISION, EXACT,
-        )  # fmt: skip
+        b_ds = tl.zeros((BM, BN), tl.float32)
         if SOFTMAX:
             b_v = load_rows(p_v, s_v[2], o_n, m_n, DV, BV, s_v[3])
             b_ds, _ = softmax_backward(
-                b_ds, b_ds, b_x, b_keep, b_v, b_da, b_logsumexp, b_delta, True, False, False, PRECISION
+                b_ds, b_x, b_keep, b_v, b_da, b_logsumexp, b_delta, HAS_MASK, True, False, False, PRECISION, SINE
             )
+        b_ds, _ = differentiate(
+            (), b_ds, b_x, b_keep, b_do, p_u + o_n * BE, s_u[2], m_n,
+            E, F, FAMILY, BASE, SETTINGS, 0, 0, HAS_MASK, True, False, False, PRECISION, SINE,
+        )  # fmt: skip
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
-    o_d = tl.arange(0, BD)
+    o_m, o_d = afresh(i_m, SINE) * BM + tl.arange(0, BM), tl.arange(0, BD)
+    m_m = o_m < M
     p_dq = dq + i_b * s_dq[0] + i_h * s_dq[1] + o_m[:, None] * s_dq[2] + o_d[None, :] * s_dq[3]
     tl.store(p_dq, (b_dq * scale).to(dq.dtype.element_ty), mask=m_m[:, None] & (o_d < D)[None, :])

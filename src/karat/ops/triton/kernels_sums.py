@@ -9,8 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from karat.ops.triton.functions import afresh
 from karat.ops.triton.kernels import accumulators, differentiate, feature_of, load_rows, score
 from karat.ops.triton.softmax import softmax_backward
+
+
+@triton.jit
+def place(program, N, H, BN: tl.constexpr):
+    """A program's block of keys, head and range of images."""
+    blocks = tl.cdiv(N, BN)
+    return program % blocks, (program // blocks % H).to(tl.int64), (program // blocks // H).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["B", "IMAGES"])  # a last batch of another size is no other kernel
@@ -23,7 +31,7 @@ def basis_attention_bwd_dkdu_kernel(
     FAMILY: tl.constexpr, BASE: tl.constexpr, SETTINGS: tl.constexpr,
     FIRST: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, WITH_DK: tl.constexpr, WITH_DU: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, SINE: tl.constexpr,
 ):  # fmt: skip
     """dK of one key block of one head in IMAGES images, one after the other, and dU (S,H,F,N,E) summed over them.
 
@@ -31,15 +39,15 @@ def basis_attention_bwd_dkdu_kernel(
     SLOTS features at a time fit; FIRST and COUNT say which. Scores are transposed, (BN,BM): the features are then
     the left factor of ψᵀ dO, which the tensor cores take from registers.
     """
-    blocks = tl.cdiv(N, BN)
-    i_n = tl.program_id(0) % blocks
-    i_h = (tl.program_id(0) // blocks % H).to(tl.int64)
-    i_s = (tl.program_id(0) // blocks // H).to(tl.int64)
-    o_n = i_n * BN + tl.arange(0, BN)
-    m_n = o_n < N
+    i_n, i_h, i_s = place(tl.program_id(0), N, H, BN)
     o_d, o_e = tl.arange(0, BD), tl.arange(0, BE)
     b_du = accumulators(SLOTS, BN, BE)
-    for i_b in range(i_s * IMAGES, tl.minimum((i_s + 1) * IMAGES, B)):
+    first = (i_s * IMAGES).to(tl.int32)
+    for i_b0 in range(first, tl.minimum(first + IMAGES, B)):
+        i_b = tl.cast(i_b0, tl.int64)
+        i_n, i_h, i_s = place(afresh(tl.program_id(0), SINE), N, H, BN)
+        o_n = i_n * BN + tl.arange(0, BN)
+        m_n = o_n < N
         p_q = q + i_b * s_q[0] + i_h * s_q[1]
         p_do = do + i_b * s_do[0] + i_h * s_do[1]
         p_u = u + i_b * s_u[0] + i_h * s_u[1] + o_n * BE
@@ -61,19 +69,25 @@ def basis_attention_bwd_dkdu_kernel(
                 b_q, b_k, p_bias, p_mask, s_bias, s_mask, start, i_n * BN, m_m, m_n, scale,
                 HAS_BIAS, HAS_MASK, True, PRECISION,
             )  # fmt: skip
-            b_ds, b_du = differentiate(
-                b_du, b_x, b_keep, b_do, p_u, s_u[2], m_n,
-                E, F, FAMILY, BASE, SETTINGS, FIRST, COUNT, HAS_MASK, WITH_DK, WITH_DU, True, PRECISION, EXACT,
-            )  # fmt: skip
+            b_ds = tl.zeros((BN, BM), tl.float32)
             if SOFTMAX:
                 b_da = load_rows(p_da, s_da[2], o_m, m_m, DV, BV, s_da[3])
                 b_logsumexp = tl.load(logsumexp + (i_b * H + i_h) * M + o_m, mask=m_m, other=0.0)
                 b_delta = tl.load(delta + (i_b * H + i_h) * M + o_m, mask=m_m, other=0.0)
                 b_ds, b_dv = softmax_backward(
-                    b_dv, b_ds, b_x, b_keep, b_v, b_da, b_logsumexp, b_delta, WITH_DK, WITH_DV, True, PRECISION
-                )
+                    b_dv, b_x, b_keep, b_v, b_da, b_logsumexp, b_delta,
+                    HAS_MASK, WITH_DK, WITH_DV, True, PRECISION, SINE,
+                )  # fmt: skip
+            b_ds, b_du = differentiate(
+                b_du, b_ds, b_x, b_keep, b_do, p_u, s_u[2], m_n,
+                E, F, FAMILY, BASE, SETTINGS, FIRST, COUNT, HAS_MASK, WITH_DK, WITH_DU, True, PRECISION, SINE,
+            )  # fmt: skip
             if WITH_DK:
                 b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+        i_n, i_h, i_s = place(afresh(tl.program_id(0), SINE), N, H, BN)
+        i_b = tl.cast(afresh(i_b0, SINE), tl.int64)
+        o_n = i_n * BN + tl.arange(0, BN)
+        m_n = o_n < N
         if WITH_DK:
             p_dk = dk + i_b * s_dk[0] + i_h * s_dk[1] + o_n[:, None] * s_dk[2] + o_d[None, :] * s_dk[3]
             tl.store(p_dk, (b_dk * scale).to(dk.dtype.element_ty), mask=m_n[:, None] & (o_d < D)[None, :])
@@ -81,6 +95,9 @@ def basis_attention_bwd_dkdu_kernel(
             if WITH_DV:
                 p_dv = dv + i_b * s_dv[0] + i_h * s_dv[1] + o_n[:, None] * s_dv[2] + o_v[None, :] * s_dv[3]
                 tl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=m_n[:, None] & (o_v < DV)[None, :])
+    i_n, i_h, i_s = place(afresh(tl.program_id(0), SINE), N, H, BN)
+    o_n = i_n * BN + tl.arange(0, BN)
+    m_n = o_n < N
     for slot in tl.static_range(SLOTS):
         row = ((i_s * H + i_h) * F + feature_of(slot, FAMILY, BASE, SETTINGS, FIRST)) * N
         p_du = du + row * E + o_n[:, None] * E + o_e[None, :]
@@ -95,7 +112,7 @@ def basis_attention_bwd_dbias_kernel(
     BD: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOFTMAX: tl.constexpr,
     FAMILY: tl.constexpr, BASE: tl.constexpr, SETTINGS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
-    SUM_M: tl.constexpr, SUM_N: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    SUM_M: tl.constexpr, SUM_N: tl.constexpr, PRECISION: tl.constexpr, SINE: tl.constexpr,
 ):  # fmt: skip
     """dS of one pair of blocks of one head, summed over IMAGES images: dbias (S,H,M,N).
 
@@ -120,18 +137,19 @@ def basis_attention_bwd_dbias_kernel(
             b_q, b_k, p_bias, p_mask, s_bias, s_mask, i_m * BM, i_n * BN, m_m, m_n, scale,
             HAS_BIAS, HAS_MASK, False, PRECISION,
         )  # fmt: skip
-        b_ds, _ = differentiate(
-            (), b_x, b_keep, b_do, p_u, s_u[2], m_n,
-            E, F, FAMILY, BASE, SETTINGS, 0, 0, HAS_MASK, True, False, False, PRECISION, EXACT,
-        )  # fmt: skip
+        b_ds = tl.zeros((BM, BN), tl.float32)
         if SOFTMAX:
             b_v = load_rows(v + i_b * s_v[0] + i_h * s_v[1], s_v[2], o_n, m_n, DV, BV, s_v[3])
             b_da = load_rows(da + i_b * s_da[0] + i_h * s_da[1], s_da[2], o_m, m_m, DV, BV, s_da[3])
             b_logsumexp = tl.load(logsumexp + (i_b * H + i_h) * M + o_m, mask=m_m, other=0.0)
             b_delta = tl.load(delta + (i_b * H + i_h) * M + o_m, mask=m_m, other=0.0)
             b_ds, _ = softmax_backward(
-                b_ds, b_ds, b_x, b_keep, b_v, b_da, b_logsumexp, b_delta, True, False, False, PRECISION
+                b_ds, b_x, b_keep, b_v, b_da, b_logsumexp, b_delta, HAS_MASK, True, False, False, PRECISION, SINE
             )
+        b_ds, _ = differentiate(
+            (), b_ds, b_x, b_keep, b_do, p_u, s_u[2], m_n,
+            E, F, FAMILY, BASE, SETTINGS, 0, 0, HAS_MASK, True, False, False, PRECISION, SINE,
+        )  # fmt: skip
         b_sum += b_ds
     p_dbias = dbias + i_s * s_dbias[0] + i_h * s_dbias[1]
     if SUM_M and SUM_N:

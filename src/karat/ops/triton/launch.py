@@ -14,6 +14,8 @@ from karat.ops.triton import kernels, kernels_sums
 from karat.ops.triton.arguments import Arguments, Tiles
 
 DU_NUMBERS = 1 << 13  # float32 numbers of dU that one program keeps in registers
+SUMS = 64  # numbers of dK, dV and dU in a thread, beyond which a tile has few queries, or registers are spilled,
+MOST_SUMS = 96  # and beyond which dV is summed in a launch of its own
 PROGRAMS_PER_MULTIPROCESSOR = 4
 BIAS_NUMBERS = 1 << 24  # most numbers of partial results for the gradient of a bias that images share
 
@@ -131,6 +133,12 @@ def _groups(arguments: Arguments, tiles: Tiles, width: int) -> Iterator[tuple[in
         yield first, count, each * count + (arguments.leading if first == 0 else 0)
 
 
+def _sums(tiles: Tiles, given: dict[str, Any]) -> int:
+    """How many numbers of dK, dV and dU a thread keeps."""
+    widths = given["WITH_DK"] * given["BD"] + (given["SOFTMAX"] and given["WITH_DV"]) * given["BV"]
+    return int(tiles.keys * (widths + given["SLOTS"] * given["BE"]) // (32 * tiles.warps))
+
+
 def _dk_and_du(arguments: Arguments, with_dk: bool, with_du: bool) -> tuple[Tensor | None, Tensor | None]:
     (q, k, *_), u, softmax = arguments.call, arguments.u, arguments.softmax
     (B, H), (N, E), tiles = q.shape[:2], u.shape[-2:], arguments.tiles("dkdu")
@@ -143,12 +151,19 @@ def _dk_and_du(arguments: Arguments, with_dk: bool, with_du: bool) -> tuple[Tens
     wanted = None if softmax is None else softmax.dv
     dv = dk if wanted is None else wanted
     results = {"dk": dk, "s_dk": dk.stride(), "du": du, "dv": dv, "s_dv": dv.stride(), "B": B, "IMAGES": images}
-    values = {**arguments.values, **results, "WITH_DU": with_du}
+    values = {**arguments.values, **results}
     groups = list(_groups(arguments, tiles, values["BE"])) if with_du else [(0, 0, 0)]
+    launches = []
     for first, count, slots in groups:
         group = {"FIRST": first, "COUNT": count, "SLOTS": slots, "WITH_DK": with_dk and first == 0}
-        group |= {"SOFTMAX": softmax is not None and first == 0, "WITH_DV": wanted is not None}
-        _launch(kernels_sums.basis_attention_bwd_dkdu_kernel, ranges * blocks, tiles, **{**values, **group})
+        group |= {"SOFTMAX": softmax is not None and first == 0, "WITH_DU": with_du, "WITH_DV": wanted is not None}
+        launches.append(values | group)
+    if wanted is not None and with_du and _sums(tiles, launches[0]) > MOST_SUMS:
+        nothing = {"FIRST": 0, "COUNT": 0, "SLOTS": 0, "WITH_DK": False, "WITH_DU": False}
+        launches = [launches[0] | {"WITH_DV": False}, *launches[1:], launches[0] | nothing]
+    for launch in launches:
+        narrow = tiles._replace(queries=16, stages=1) if _sums(tiles, launch) > SUMS else tiles
+        _launch(kernels_sums.basis_attention_bwd_dkdu_kernel, ranges * blocks, narrow, **launch)
     if with_du and u.dim() == 4:
         du = du.sum(0)  # a fixed order, so two runs agree to the bit
     return dk if with_dk else None, du if with_du else None
