@@ -101,6 +101,20 @@ def test_what_timm_saves_it_loads(name: str, attention: dict[str, str], tmp_path
     assert torch.equal(found.permute(0, 3, 1, 2) if name == "swin" else found, expected)
 
 
+def test_habits_of_attached_attention() -> None:
+    model = karat.create_model("cait_xxs24_224", "g3b", img_size=32, depth=1, num_classes=4)
+    operators, x = karat.karat_operators(model), torch.randn(2, 3, 32, 32)
+    model.reset_classifier(7)
+    assert karat.karat_operators(model) == operators
+    expected = model.eval()(x)
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(model(x), expected)
+    none = model(x[:0])  # as timm's own
+    assert none.shape == (0, 7)
+    none.sum().backward()
+    assert not any(p.grad.any() for op in operators.values() for p in op.parameters())
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_intermediates_end_in_the_features(name: str) -> None:
     model, x = by_name(name).eval(), images(name)
