@@ -40,7 +40,7 @@ class Settings(RunSettings):
     }
 
     model: str = AUTO
-    """timm's name of a ViT, DeiT, ConViT or Swin; auto: a small ViT for small images, else vit_tiny_patch16_224."""
+    """timm's name of a model with attention; auto: a small ViT for small images, else vit_tiny_patch16_224."""
     data: str = "digits"
     """digits, torch/NAME, hfds/NAME, hfids/NAME, wds/SHARDS, or the path of an image or parquet folder."""
     preset: Annotated[str, tyro.conf.arg(name="recipe")] = AUTO

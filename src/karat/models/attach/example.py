@@ -16,7 +16,8 @@ Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 def example_of(model: Any, img_size: Sequence[int] | None = None) -> Example:
     """Two images of zeros of the model's own size, or what a transformers model names as its inputs.
 
-    timm: `patch_embed.img_size`, else `img_size`, else the size in its pretrained_cfg. transformers: `image_size` of
+    timm and torchvision: `patch_embed.img_size`, else `img_size` or `image_size`, else the size in its pretrained_cfg.
+    transformers: `image_size` of
     its configuration, else `dummy_inputs`.
 
     Raises ValueError where the model says nothing of the kind.
@@ -34,7 +35,8 @@ def example_of(model: Any, img_size: Sequence[int] | None = None) -> Example:
 
 
 def _pixels(model: Any) -> tuple[int, int] | None:
-    for found in (getattr(getattr(model, "patch_embed", None), "img_size", None), getattr(model, "img_size", None)):
+    places = ((getattr(model, "patch_embed", None), "img_size"), (model, "img_size"), (model, "image_size"))
+    for found in (getattr(*place, None) for place in places):
         if found is not None and not callable(found):
             return (found, found) if isinstance(found, int) else (int(found[-2]), int(found[-1]))
     cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}

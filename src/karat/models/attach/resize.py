@@ -42,10 +42,10 @@ def resize_attached(model: Any, *args: Any, img_size: Sequence[int] | None = Non
     trial = copy.deepcopy(model)  # what fails fails here
     try:
         set_size(trial, size, args, kwargs)
-    except (AssertionError, RuntimeError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{type(model).__name__} can't have images of {size}: {first_line(error)}") from error
-    numbers = key_numbers(trial, example_of(trial, size))
-    new = _sides(trial, size)
+        new, numbers = _sides(trial, size), key_numbers(trial, example_of(trial, size))
+    except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        reason = first_line(error.__cause__ or error)  # of a model that can't take an example its own
+        raise ValueError(f"{type(model).__name__} can't have images of {size or old}: {reason}") from error
     moves: dict[KArAtOperator, tuple[str, int]] = {}
     for name, module in model.named_modules():
         place = attached(module)
@@ -74,7 +74,13 @@ def set_size(model: Any, size: Grid | None, args: tuple[Any, ...], kwargs: dict[
 
 def _sides(model: Any, size: Grid | None) -> Grid:
     """Height and width of the model's images."""
-    example = example_of(model, size)
+    try:
+        example = example_of(model, size)
+    except ValueError:
+        raise ValueError(
+            f"{type(model).__name__} doesn't say what its images are: build it anew at another size, and carry each "
+            "operator over by karat.resample_operator(operator, old_grid, new_grid)"
+        ) from None
     images = example.get("pixel_values") if isinstance(example, dict) else example
     if not isinstance(images, torch.Tensor) or images.dim() != 4:
         raise ValueError(f"{type(model).__name__} takes no images, so it has no other image size; build it anew")
