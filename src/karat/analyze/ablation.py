@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from karat.analyze.landscape import evaluate
+from karat.models.attach.mode import attached
 from karat.models.attention import AttentionInputs
 from karat.models.backbones import attention_sites
 from karat.ops.masks import safe_softmax
@@ -55,6 +56,11 @@ def ablate(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Ablati
         raise ValueError(
             f"{type(model).__name__} has no learned attention of its own, so there is nothing to take away; this needs "
             "one with learnable attention, such as g3b"
+        )
+    if any(attached(site.module) is not None for site in sites):
+        raise ValueError(
+            f"karat has no record of {type(model).__name__}, whose attention can't be computed with a part taken away; "
+            "this needs a ViT, DeiT or ConViT"
         )
     if any(site.kind.windows for site in sites):
         raise ValueError(

@@ -83,7 +83,8 @@ def num_prefix_tokens(sigma: Tensor, grid: tuple[int, int]) -> int:
     if extra < 0 or sigma.shape[-2] != sigma.shape[-1]:
         raise ValueError(
             f"attention of {sigma.shape[-1]} tokens doesn't span the image's {grid[0]}×{grid[1]} patches (it is cut "
-            "into windows, as in Swin): maps need a ViT, DeiT or ConViT; spectra, functions and measures do not"
+            "into windows, as in Swin, or pooled): maps need a ViT, DeiT or ConViT; spectra, functions and measures "
+            "do not"
         )
     return extra
 
@@ -111,7 +112,9 @@ def rollout(blocks: list[Tensor], *, residual: float = 0.5) -> Tensor:
         raise ValueError("rollout needs the attention of one block at least, got none")
     if not 0 <= residual <= 1:
         raise ValueError(f"residual must lie in [0, 1], got {residual}")
-    N = blocks[-1].shape[-1]
+    M, N = blocks[-1].shape[-2:]
+    if M != N:
+        raise ValueError(f"rollout needs as many queries as keys in the last block, got {M} and {N}")
     eye = torch.eye(N, dtype=blocks[-1].dtype)
     total = eye.expand(blocks[-1].shape[0], N, N)
     for sigma in reversed(blocks):

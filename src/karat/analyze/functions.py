@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from karat.analyze.attention import check_head, choose_block
 from karat.analyze.symbolic import Formula, fit_formula
-from karat.models.backbones import attention_sites
+from karat.models.record import recorded
 from karat.operator.edges import EdgeLayer
 from karat.operator.operator import KArAtOperator, karat_operators
 
@@ -49,9 +49,7 @@ def operator_of_block(model: nn.Module, block: int) -> KArAtOperator | None:
 
     Raises ValueError for a block that isn't there.
     """
-    sites = attention_sites(model)
-    found: KArAtOperator | None = getattr(choose_block(sites, block).module, "operator", None)
-    return found
+    return choose_block(recorded(model), block)[1]
 
 
 def learned_head(op: KArAtOperator, head: int) -> int:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from karat.analyze.attention import BlockAttention
-from karat.analyze.functions import operator_of_block
-from karat.models.backbones import kind_of
+from karat.models.record import recorded
 from karat.operator.operator import KArAtOperator
 
 FEWEST_IMAGES = 2
@@ -79,12 +78,10 @@ def parts_of(model: nn.Module, blocks: list[BlockAttention]) -> list[AttentionPa
     Raises ValueError for attention in windows, whose first axis counts windows and not images, and too few images.
     """
     found = []
-    for index, block in enumerate(blocks):
-        op = operator_of_block(model, index)
+    for block, (site, op) in zip(blocks, recorded(model), strict=True):
         if op is None:
             continue
-        kind = kind_of(model.get_submodule(block.name))
-        if kind is not None and kind.windows:
+        if site.kind.windows:
             raise ValueError(
                 f"attention of {type(model).__name__} is cut into windows: a query's place and row belong to its "
                 "window, not to the image, so it has no such parts; they need a ViT, DeiT or ConViT"

@@ -19,12 +19,15 @@ def entropy(sigma: Tensor) -> Tensor:
     size = sigma.abs()
     total = size.sum(-1, keepdim=True)
     p = torch.where(total > 0, size / total, 1 / sigma.shape[-1])
-    return torch.special.entr(p).sum(-1) / math.log(sigma.shape[-1])
+    return torch.special.entr(p).sum(-1) / math.log(max(sigma.shape[-1], 2))
 
 
 def sparsity(sigma: Tensor) -> Tensor:
-    """(√N - ‖σ‖₁/‖σ‖₂)/(√N - 1) of a row (Hoyer 2004): (...,N) -> (...); 1 one key, 0 uniform. Zeros give 0."""
+    """(√N - ‖σ‖₁/‖σ‖₂)/(√N - 1) of a row (Hoyer 2004): (...,N) -> (...); 1 one key, 0 uniform. Zeros give 0,
+    and a single key 1."""
     root = math.sqrt(sigma.shape[-1])
+    if root == 1:
+        return torch.ones_like(sigma[..., 0])
     norm = sigma.norm(dim=-1)
     ratio = torch.where(norm > 0, sigma.abs().sum(-1) / norm, root)
     return (root - ratio) / (root - 1)

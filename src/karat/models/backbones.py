@@ -104,8 +104,10 @@ def _no_look(attn: Any, *args: Any, **kwargs: Any) -> Intermediate:
 
 
 # Attention of a model that is not known, with a learnable operator where it calls for attention, or as it was.
-ATTACHED: dict[bool, AttentionKind] = {
-    learned: AttentionKind(None, observe=_no_look, learned=learned) for learned in (False, True)
+ATTACHED: dict[tuple[bool, bool], AttentionKind] = {
+    (learned, windows): AttentionKind(None, observe=_no_look, learned=learned, windows=windows)
+    for learned in (False, True)
+    for windows in (False, True)
 }
 
 
@@ -203,7 +205,7 @@ def attention_kinds() -> dict[type[nn.Module], AttentionKind]:
 def kind_of(module: nn.Module) -> AttentionKind | None:
     """What is known of an attention module; None of any other."""
     place = attached(module)
-    return attention_kinds().get(type(module)) if place is None else ATTACHED[place.learned]
+    return attention_kinds().get(type(module)) if place is None else ATTACHED[place.learned, place.windows]
 
 
 class AttentionSite(NamedTuple):
@@ -223,7 +225,9 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
     kinds = attention_kinds()
     places = [(name, module, attached(module)) for name, module in model.named_modules()]
     found = [
-        (place.index, AttentionSite(name, module, ATTACHED[place.learned])) for name, module, place in places if place
+        (place.index, AttentionSite(name, module, ATTACHED[place.learned, place.windows]))
+        for name, module, place in places
+        if place
     ]
     if found:
         return [site for _, site in sorted(found, key=lambda pair: pair[0])]

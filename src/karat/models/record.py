@@ -11,6 +11,7 @@ from torch import nn
 from karat.models.attach.mode import attached, observed
 from karat.models.attention import Intermediate
 from karat.models.backbones import AttentionSite, attention_kinds, attention_sites
+from karat.operator.operator import KArAtOperator
 
 
 @contextmanager
@@ -60,3 +61,15 @@ def record(model: nn.Module) -> Iterator[dict[str, Intermediate]]:
                 handle = site.module.register_forward_hook(hook(site), with_kwargs=True)
                 open_.callback(handle.remove)
         yield intermediates
+
+
+def recorded(model: nn.Module) -> list[tuple[AttentionSite, KArAtOperator | None]]:
+    """What `record` has an entry for, in its order: the attention, and its operator; None where it keeps softmax."""
+    found: list[tuple[AttentionSite, KArAtOperator | None]] = []
+    for site in attention_sites(model):
+        place = attached(site.module)
+        if place is None:
+            found.append((site, getattr(site.module, "operator", None)))
+        else:
+            found += [(site, place.operator(i)) for i, layout in enumerate(place.layouts) if layout is not None]
+    return found

@@ -52,11 +52,11 @@ def analyse_attention(subjects: Sequence[Subject]) -> Analysis:
         try:
             grid = grid_of(s.model)
             maps = class_maps(block.sigma, grid, signed=s.options.signed)
+            flow = rollout([found.sigma for found in s.attention])
         except ValueError as error:
             analysis.notes.append(f"{s.label}: {error}")
             maps = None
         if maps is not None:
-            flow = rollout([found.sigma for found in s.attention])
             names = _names(s)
             heads = range(maps.shape[1]) if s.options.head is None else [check_head(s.options.head, maps.shape[1])]
             columns = {f"head {h}": maps[:, h] for h in list(heads)[:MOST_HEADS]}

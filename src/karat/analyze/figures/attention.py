@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch.nn.functional as F
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
@@ -19,6 +20,7 @@ from karat.plots import COLOURS, DIVERGING, SEQUENTIAL, bare, drawing, finish, l
 SCALE = "each map on its own scale: dark 0, yellow its largest value; with negative values white 0, purple below"
 # Values below this share of the largest one are rounding: they would stretch the axis.
 FLOOR = 1e-8
+MOST_CELLS = 512  # of a matrix's side among many
 
 
 def draw_maps(pixels: Tensor, maps: Mapping[str, Tensor], *, titles: Sequence[str] = ()) -> Figure:
@@ -105,8 +107,10 @@ def _outline(axes: Axes, mask: Tensor, size: tuple[int, int]) -> None:
 def draw_heads(blocks: Mapping[str, Tensor]) -> Figure:
     """σ of every head (columns) in every block (rows): blocks by name, (H,M,N) each.
 
-    Every matrix is on its own scale; colours as in `draw_maps`.
+    Every matrix is on its own scale; colours as in `draw_maps`. Large ones are averaged to `MOST_CELLS` a side, long
+    ones drawn no more than twice as long as wide.
     """
+    blocks = {name: _small(sigma) for name, sigma in blocks.items()}
     most = max(sigma.shape[0] for sigma in blocks.values())
     M, N = (max(sigma.shape[axis] for sigma in blocks.values()) for axis in (1, 2))
     gap = max(1, N // 20)
@@ -117,9 +121,9 @@ def draw_heads(blocks: Mapping[str, Tensor]) -> Figure:
             colours, low, high = _scale(matrix)
             shade = np.clip((matrix - low) / (high - low), 0, 1)
             canvas[y : y + matrix.shape[0], x : x + matrix.shape[1]] = colormaps[colours](shade)[..., :3]
-    side = min(1.1, 9 / most)
-    with drawing(side * most + 1, side * len(blocks) * M / N + 0.9) as (figure, panel):
-        panel.imshow(canvas)
+    side, ratio = min(1.1, 9 / most), min(max(M / N, 0.5), 2)
+    with drawing(side * most + 1, side * len(blocks) * ratio + 0.9) as (figure, panel):
+        panel.imshow(canvas, aspect=ratio * N / M)
         bare(panel)
         panel.set_xticks([h * (N + gap) + N / 2 for h in range(most)], [str(h) for h in range(most)])
         panel.set_yticks([row * (M + gap) + M / 2 for row in range(len(blocks))], list(blocks))
@@ -128,6 +132,13 @@ def draw_heads(blocks: Mapping[str, Tensor]) -> Figure:
         panel.set_xlabel("head (in each matrix: key)")
         panel.set_ylabel("block (in each matrix: query)")
     return figure
+
+
+def _small(sigma: Tensor) -> Tensor:
+    """(H,M,N) with M and N of `MOST_CELLS` at most: means of neighbours."""
+    M, N = sigma.shape[1:]
+    size = (min(M, MOST_CELLS), min(N, MOST_CELLS))
+    return sigma if size == (M, N) else F.adaptive_avg_pool2d(sigma, size)
 
 
 def _scale(array: NDArray[np.float32]) -> tuple[str, float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ class Found:
     """A module that calls for attention, in forward order.
 
     calls: for each call of one pass of it the layout of its heads, or why it can't be told; sizes: (H, M, N) of each.
+    windows: whether one call has more than a score matrix for each head and image.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Found:
     sizes: list[tuple[int, int, int]] = field(default_factory=list)
     written: bool = False
     reason: str | None = None
+    windows: bool = False
 
     @property
     def layouts(self) -> tuple[Layout | None, ...]:
@@ -167,7 +170,9 @@ def _found(name: str, passes: list[_Pass], batch: int) -> Found:
     for number, call in enumerate(kept[0]):
         layout = Layout(heads) if either and heads is not None else layout_of(call, heads, batch)
         found.calls.append(layout)
-        found.sizes.append((0 if isinstance(layout, str) else layout.heads, call.shape[-2], call.shape[-1]))
+        own = 0 if isinstance(layout, str) else layout.heads
+        found.windows = found.windows or math.prod(call.shape[:-2]) > batch * (own or math.inf)
+        found.sizes.append((own, call.shape[-2], call.shape[-1]))
         keys = sorted({calls[number].shape[-1] for calls in kept})
         if len(keys) > 1:
             found.reason = (

@@ -69,6 +69,7 @@ class Attached:
         shared: the operator of all blocks, registered elsewhere; None: the module's own.
         written: whether softmax that is written out is one of its calls.
         learned: whether it has operators; otherwise it is as it was, only `karat.record` looks.
+        windows: whether an image has several score matrices of a head.
     """
 
     def __init__(
@@ -79,9 +80,10 @@ class Attached:
         *,
         written: bool,
         learned: bool,
+        windows: bool = False,
     ) -> None:
         self.module, self.layouts, self.shared = module, layouts, shared
-        self.written, self.learned = written, learned
+        self.written, self.learned, self.windows = written, learned, windows
         self.before = module.__dict__.get("forward")
         self.observer: Observer | None = None
         self.index = 0  # among the model's attention, in forward order

@@ -122,6 +122,7 @@ def _place(site: Found, operators: list[KArAtOperator] | None, shared: bool) -> 
         operators[0] if operators is not None and shared else None,
         written=site.written,
         learned=operators is not None,
+        windows=site.windows,
     )
     if isinstance(module, nn.MultiheadAttention):
         module.register_forward_pre_hook(keep_to_module)
