@@ -169,7 +169,44 @@ def fixed() -> str:
     return markdown("`attention=` | σ(A) | paper", lines)
 
 
+def compiled() -> str:
+    """The Triton kernels on each chip, before and after: instructions a score over all kernels, then every kernel."""
+    tokens = 197
+    rows = [
+        (when, row)
+        for when, name in (("before", "compiled-before"), ("after", "compiled"))
+        for row in read(f"performance/{name}.json")["rows"]
+    ]
+    chips, cases = (list(dict.fromkeys(row[key] for _, row in rows)) for key in ("chip", "case"))
+
+    def padded(row: dict[str, Any]) -> float:
+        queries, keys = (-(-tokens // size) * size for size in row["tile"][:2])
+        return float(row["instructions a score"]) * queries * keys / tokens**2
+
+    def chosen(when: str, chip: str, case: str) -> list[dict[str, Any]]:
+        return [row for at, row in rows if (at, row["chip"], row["case"]) == (when, chip, case)]
+
+    def sums(case: str, chip: str) -> tuple[object, ...]:
+        both = [chosen(when, chip, case) for when in ("before", "after")]
+        issued = [f"{sum(map(padded, kernels)):.0f}" for kernels in both] if not chip.startswith("gfx") else ["", ""]
+        return (case, chip, *(max(row["spilled"] for row in kernels) for kernels in both), *issued)
+
+    columns = "attention | chip | most bytes spilled, before > | after > | instructions a score, before > | after >"
+    short = markdown(columns, (sums(case, chip) for case in cases for chip in chips))
+    columns = "chip | attention | kernel | | tile, warps, stages | registers > | spilled, bytes > | shared, KiB >"
+    every = markdown(
+        columns,
+        (
+            (chip, case, row["kernel"], when, "×".join(map(str, row["tile"][:2])) + ", {}, {}".format(*row["tile"][2:]),
+             row["registers"], row["spilled"], f"{row['shared'] / 1024:.0f}")
+            for chip in chips for case in cases for when in ("before", "after") for row in chosen(when, chip, case)
+        ),
+    )  # fmt: skip
+    return f"{short}\n\n<details markdown>\n<summary>Every kernel</summary>\n\n{every}\n\n</details>"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "compiled": compiled,
     "published": published,
     "cost": cost,
     "rates": rates,
