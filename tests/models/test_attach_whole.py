@@ -11,6 +11,7 @@ import torch
 import karat
 from karat.models.attach.example import described, from_description
 from karat.models.attach.resize import _grid
+from support.attached import HIERA, LEVIT, PLAIN, SWIN, TWINS
 
 PYRAMID: dict[str, Any] = {"img_size": 64, "num_classes": 3, "depths": (1, 1, 1, 1)}
 ROTARY: dict[str, Any] = {"img_size": 56, "num_classes": 3, "depth": 2, "embed_dim": 24, "num_heads": 3}
@@ -63,10 +64,24 @@ def test_a_size_that_cannot_be_had_leaves_the_model_as_it_was() -> None:
     assert keys(model) == [17, 17]
 
 
-def test_a_saved_model_is_built_and_attached_again(tmp_path: Path) -> None:
-    model = karat.KArAtModel.create("pvt_v2_b0", "g3b", **PYRAMID).eval()
+@pytest.mark.parametrize(
+    ("name", "side", "arguments"),
+    [
+        ("pvt_v2_b0", 64, PYRAMID),
+        ("eva02_tiny_patch14_224", 56, ROTARY),
+        ("swinv2_tiny_window8_256", 32, SWIN),
+        ("twins_svt_small", 32, TWINS | {"sr_ratios": (2,)}),  # these don't keep the size that they are given
+        ("hiera_tiny_224", 32, HIERA),
+        ("levit_128s", 32, LEVIT),
+        ("naflexvit_base_patch16_gap", 32, PLAIN),
+    ],
+)
+def test_a_saved_model_is_built_and_attached_again(
+    name: str, side: int, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    model = karat.KArAtModel.create(name, "g3b", **arguments).eval()
     model.save_pretrained(tmp_path)
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 3, side, side)
     assert torch.equal(karat.from_pretrained(tmp_path)(x), model(x))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import timm
@@ -117,8 +116,11 @@ def _build(
     if bare.startswith(PREFIX) and config is not None:
         timm_kwargs, config = timm_kwargs | {"attention": str(config)}, None
 
-    def finish(model: nn.Module, size: tuple[int, int] | None = None) -> nn.Module:
-        example = None if size is None else example_of(model, size)
+    side = timm_kwargs.get("img_size")
+    size = (side, side) if isinstance(side, int) else side
+
+    def finish(model: nn.Module) -> nn.Module:
+        example = None if size is None else example_of(model, size)  # not every model keeps what it was given
         if start.positions is not None:
             start_as_sincos(model, start.positions)
         if start.attention is not None and fresh:
@@ -134,12 +136,11 @@ def _build(
     try:
         return _from_timm(name, finish, timm_kwargs)
     except ModelArgumentsError as error:
-        size = timm_kwargs.get("img_size")
         if size is None or config is None or "unexpected keyword argument 'img_size'" not in str(error):
             raise
     # It takes images of any size: that isn't the model's, but an example's.
     rest = {key: value for key, value in timm_kwargs.items() if key != "img_size"}
-    return _from_timm(name, partial(finish, size=(size, size) if isinstance(size, int) else size), rest)
+    return _from_timm(name, finish, rest)
 
 
 class _Start(NamedTuple):
