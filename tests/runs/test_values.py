@@ -43,6 +43,12 @@ def test_what_no_setting_can_be_is_refused_by_name(kind: Any, name: str) -> None
             replace(kind(), **{name: value})
 
 
+@pytest.mark.parametrize(("kind", "recipe"), [(Settings, Recipe), (DetectSettings, DetectRecipe)])
+def test_a_name_is_a_settings_or_a_recipes(kind: Any, recipe: Any) -> None:
+    """Options, the file of a study and what has changed in a run name both without saying whose they are."""
+    assert not hints(kind).keys() & hints(recipe).keys()
+
+
 @pytest.mark.parametrize(
     "aa", ["rand-mX-n2", "rand-n", "rand-m9-mstd", "rand-tweight", "v0-", "v0-x", "augmix-mm3", "rand-p5", "auto"]
 )

@@ -157,15 +157,9 @@ def data_slug(data: str) -> str:
 
 def first_change(before: RunSettings, after: RunSettings) -> str | None:
     """The first setting that a continuation may not change and does, in words; None when there is none."""
-    old, new = before.as_dict(), after.as_dict()
+    old, new = (plain | plain.pop("recipe") for plain in (before.as_dict(), after.as_dict()))
     for name, value in old.items():
-        if name in MAY_CHANGE:
-            continue
-        if name == "recipe":
-            for key, inner in value.items():
-                if list_or(inner) != list_or(new[name][key]):
-                    return f"{key} was {inner!r} and is now {new[name][key]!r}"
-        elif list_or(value) != list_or(new[name]):
+        if name not in MAY_CHANGE and list_or(value) != list_or(new[name]):
             return f"{name} was {value!r} and is now {new[name]!r}"
     return None
 
