@@ -155,6 +155,16 @@ def take_fraction(source: Source | Stream, fraction: float) -> Source | Stream:
     return SubsetSource(source, chosen)
 
 
+def set_aside(source: Source | Stream, count: int) -> tuple[Source, Source]:
+    """What is left, and a fixed random part of `count` samples. ValueError for a stream, or where nothing is left."""
+    if is_stream(source):
+        raise ValueError(f"held_out={count}: of a stream nothing can be held out; download the data first")
+    if not 0 < count < len(source):
+        raise ValueError(f"held_out={count} of {len(source)} training images: give 1 to {len(source) - 1}")
+    order = np.random.default_rng(0).permutation(len(source))
+    return SubsetSource(source, np.sort(order[count:])), SubsetSource(source, np.sort(order[:count]))
+
+
 def fixed_part(count: int, fraction: float) -> np.ndarray | None:
     """The indices, ascending, of a fixed random part of `count` samples, one at least; None for all of them.
 

@@ -31,7 +31,17 @@ from karat.data.loader import Loader, ResidentLoader, Views, WorkerLoader, decod
 from karat.data.named import open_digits, open_torch
 from karat.data.order import BadImages, ImageOrder
 from karat.data.shards import open_shards
-from karat.data.sources import ArraySource, Source, Splits, Stream, check_labels, is_stream, size_of, take_fraction
+from karat.data.sources import (
+    ArraySource,
+    Source,
+    Splits,
+    Stream,
+    check_labels,
+    is_stream,
+    set_aside,
+    size_of,
+    take_fraction,
+)
 
 RESIDENT_LIMIT = 512 * 2**20  # bytes of decoded pixels a split may take in memory; CIFAR-10 takes 150 MB
 DEFAULT_SIZE = 224
@@ -67,6 +77,7 @@ class DataOptions:
         processes let one open it first.
     fraction: use that share of both parts, a fixed random subset.
     num_samples: training images of a stream that does not say how many it has.
+    held_out: so many training images, a fixed random part, are evaluated on in place of the evaluation part; 0: none.
     classes: those of a model that is measured or looked at, in its order: labels follow them by name.
     whole: a folder without an evaluation part is evaluated on in full, and none of it held out or trained on.
 
@@ -86,6 +97,7 @@ class DataOptions:
     data_dir: str | Path | None = None
     fraction: float = 1.0
     num_samples: int | None = None
+    held_out: int = 0
     whole: bool = False
     classes: tuple[str, ...] | None = None
 
@@ -115,9 +127,15 @@ class Data:
             raise ValueError(f"{options.spec} does not name its classes; give --num-classes")
         self.in_chans = splits.in_chans
         self.img_size = options.img_size or splits.native_size or DEFAULT_SIZE
+        held_out = options.held_out
+        train, evaluation = set_aside(splits.train, held_out) if held_out else (splits.train, splits.eval)
+        if held_out:  # the evaluation images stay unseen
+            self.found = (
+                f"{options.spec}: trained on {size_of(train):,} images, evaluated on {held_out:,} held out of them"
+            )
         self._parts: dict[str, Source | Stream] = {
-            "train": take_fraction(splits.train, options.fraction),
-            "eval": take_fraction(splits.eval, options.fraction),
+            "train": take_fraction(train, options.fraction),
+            "eval": take_fraction(evaluation, options.fraction),
         }
         if options.classes is not None:  # the training part, which may not be needed, follows with its loader
             self._parts["eval"] = self._part("eval")

@@ -15,7 +15,7 @@ from karat.models.kan.peers import DEEP_KAN
 from karat.models.starts import STARTS
 from karat.runs.recipes import RECIPES, Recipe, get_recipe
 from karat.runs.settings import AUTO, RunSettings, data_slug, first_change, slug
-from karat.values import Count, Label, OneOf
+from karat.values import Count, Label, Natural, OneOf
 
 __all__ = ["AUTO", "Settings", "first_change", "is_small", "preset_for", "resolve"]
 
@@ -61,6 +61,8 @@ class Settings(RunSettings):
     """Side of the input images in pixels; none: the model's own."""
     num_samples: Count | None = None
     """Training images of a stream that does not say how many it has."""
+    held_out: Natural = 0
+    """Training images to evaluate on in place of the evaluation images, a fixed random part; 0: none."""
     num_classes: Count | None = None
     """Number of classes; none: as many as the data has."""
     teacher: str | None = None

@@ -44,6 +44,7 @@ def data_options(settings: Settings, **changes: Any) -> DataOptions:
         data_dir=s.data_dir,
         fraction=s.data_fraction,
         num_samples=s.num_samples,
+        held_out=s.held_out,
     )
     return replace(options, **changes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +15,7 @@ from karat.data.splits import Opener
 from karat.errors import parse
 from karat.runs.classification import Settings, resolve
 from karat.runs.settings import slug
-from karat.study.document import Document, read_document
+from karat.study.document import Document, Trials, read_document
 from karat.study.plan import Plan, common_settings, make_plan, refuse_other_runs, run_folder, summary_of
 from karat.train import commands as training
 from karat.values import Count
@@ -88,6 +89,7 @@ def _study(parsed: CompareSettings, document: Document, common: Settings, opened
     from karat.errors import TrainingDiverged
     from karat.study.results import write_results
     from karat.study.timing import TIMES, measure_times, read_times, settle
+    from karat.study.trials import TRIALS
     from karat.study.work import measures_of, refuse_several_processes, train_all
 
     refuse_several_processes()
@@ -101,6 +103,12 @@ def _study(parsed: CompareSettings, document: Document, common: Settings, opened
         seeds = tuple(range(common.seed, common.seed + parsed.seeds))
     folder = common.output or Path("runs") / f"study-{slug(parsed.study.stem if parsed.study else document.title)}"
     plan = make_plan(document, common, folder, seeds)
+    if document.trials is not None:
+        settled = _tried(plan, document.trials, parsed, opened)
+        if settled is None:
+            print(f"the rates are not chosen yet: {folder / TRIALS} comes with the last of their trials")
+            return
+        plan = settled
     refuse_other_runs(plan)  # before anything is written
     if not parsed.time:
         plan = settle(plan, read_times(plan))
@@ -133,6 +141,20 @@ def _study(parsed: CompareSettings, document: Document, common: Settings, opened
         write_results(plan, read_times(plan), measures_of(plan), console)
     if failed:
         raise TrainingDiverged(f"{len(failed)} runs diverged: {', '.join(Path(name).name for name in failed)}")
+
+
+def _tried(plan: Plan, asked: Trials, parsed: CompareSettings, opened: Opener) -> Plan | None:
+    """The plan with the rates that trials tell, which are trained first; None where they may not be, or are missing."""
+    from karat.study.trials import choose, settle, trial_plan
+    from karat.study.work import train_all
+
+    chosen, runs, failed = choose(plan, asked), trial_plan(plan, asked), dict[str, str]()
+    while chosen is None and not (parsed.only_table or parsed.time):
+        failed |= train_all(runs, console=Console(), measure=False, before=runs.write, opened=opened)
+        chosen = choose(plan, asked, failed)
+        if chosen is None:
+            time.sleep(5)  # another process trains the last ones
+    return None if chosen is None else settle(plan, chosen)
 
 
 def _refuse_idle_options(parsed: CompareSettings) -> None:

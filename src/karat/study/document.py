@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
 from karat.runs import renamed
 from karat.runs.classification import Settings
 from karat.runs.recipes import Recipe
-from karat.values import convert, hints
+from karat.values import Count, convert, hints
 
 # What the study itself decides, run by run.
 _OWN = frozenset({"attention", "seed", "resume", "overwrite", "preset", "recipe"})
 # What must be the same in all rows of one table, or has no meaning in a row.
 _COMMON_ONLY = frozenset({"recipe", "output", "data", "data_dir", "device"})
-_TOP = ("title", "seeds", "baseline", "settings", "variants")
+_TOP = ("title", "seeds", "baseline", "settings", "variants", "factors", "trials", "stages")
 _ROW = ("name", "attention", "seeds", "equal_time_to")
 Value = Any
 
@@ -32,6 +34,32 @@ class VariantEntry:
     values: Mapping[str, Value]
     seeds: tuple[int, ...] | int | None = None
     equal_time_to: str | None = None
+    levels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trials:
+    """How each variant's rate is chosen: of these, on so many held-out training images, with a seed of its own.
+
+    together: factors whose levels share a rate, the better one in their mean.
+    """
+
+    lr: tuple[float, ...]
+    held_out: int
+    seed: int = 100
+    together: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Runs that come before those of the next stage: seeds 0, 1, ... of the variants that the patterns name.
+
+    best: of each of these patterns only the variant that did best in the trials.
+    """
+
+    seeds: int
+    variants: tuple[str, ...] = ()
+    best: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,6 +71,8 @@ class Document:
     baseline: str
     settings: Mapping[str, Value]
     entries: tuple[VariantEntry, ...]
+    trials: Trials | None = None
+    stages: tuple[Stage, ...] = ()
 
 
 def read_document(path: Path) -> Document:
@@ -73,10 +103,14 @@ def parse_document(found: Mapping[str, Value], *, default_title: str = "study") 
     names = setting_names()
     _known(common, [name for name in names if name not in _OWN - {"recipe"}], "settings")
     settings = {name: checked(name, value, names[name]) for name, value in common.items()}
-    listed = found.get("variants", [])
-    if not isinstance(listed, list) or not listed:
+    single = found.get("variants", [])
+    if not isinstance(single, list) or not (single or "factors" in found):
         raise ValueError('there are no variants: add [[variants]] with an attention, e.g. attention = "softmax"')
-    entries = tuple(_entry(_table(row, "a variant"), names) for row in listed)
+    listed: list[tuple[Value, dict[str, str]]] = [(row, {}) for row in single] + list(
+        _crossed(_table(found.get("factors", {}), "factors"))
+    )
+    entries = tuple(_entry(_table(row, "a variant"), names, levels) for row, levels in listed)
+    trials, stages = _trials(found), _stages(found, [entry.name for entry in entries])
     title = _text(found.get("title", default_title), "title")
     baseline = _text(found.get("baseline", entries[0].name), "baseline")
     titles = [entry.name for entry in entries]
@@ -93,10 +127,64 @@ def parse_document(found: Mapping[str, Value], *, default_title: str = "study") 
             _among(entry.equal_time_to, titles, f"variant {entry.name!r}: equal_time_to")
             if entry.equal_time_to == entry.name:
                 raise ValueError(f"variant {entry.name!r}: equal_time_to names itself")
-    return Document(title, seeds_of(found.get("seeds", 1)), baseline, settings, entries)
+    return Document(title, seeds_of(found.get("seeds", 1)), baseline, settings, entries, trials, stages)
 
 
-def _entry(row: Mapping[str, Value], names: Mapping[str, Any]) -> VariantEntry:
+def _crossed(factors: Mapping[str, Value]) -> Iterator[tuple[dict[str, Value], dict[str, str]]]:
+    """A variant for every combination of the factors' levels, named after them, with what each level sets."""
+    tables = {name: _table(levels, f"factors.{name}") for name, levels in factors.items()}
+    for combination in product(*tables.values()) if tables else ():
+        levels = dict(zip(tables, combination, strict=True))
+        row: dict[str, Value] = {"name": ", ".join(combination)}
+        for factor, level in levels.items():
+            added = _table(tables[factor][level], f"factors.{factor}.{level}")
+            for name in added:
+                if name in row:
+                    raise ValueError(f"factors.{factor}.{level}: {name!r} is set by another factor too")
+            row |= added
+        yield row, levels
+
+
+def _trials(found: Mapping[str, Value]) -> Trials | None:
+    if "trials" not in found:
+        return None
+    table = _table(found["trials"], "trials")
+    _known(table, ("lr", "held_out", "seed", "together"), "trials")
+    for name in ("lr", "held_out"):
+        if name not in table:
+            raise ValueError(f"trials has no {name}: give lr, the rates, and held_out, the number of images")
+    rates, factors = table["lr"], table.get("together", [])
+    if not isinstance(rates, list) or not rates:
+        raise ValueError(f"trials: lr={rates!r}: give a list of rates, [1e-3, 4e-3]")
+    if not isinstance(factors, list):
+        raise ValueError(f"trials: together={factors!r}: give a list of factors")
+    _known(factors, list(found.get("factors", {})), "trials", "there is no factor ")
+    kinds = setting_names()
+    lr = tuple(checked("lr", rate, kinds["lr"], "trials") for rate in rates)
+    held_out = checked("held_out", table["held_out"], Count, "trials")
+    return Trials(lr, held_out, checked("seed", table.get("seed", 100), kinds["seed"], "trials"), tuple(factors))
+
+
+def _stages(found: Mapping[str, Value], names: Sequence[str]) -> tuple[Stage, ...]:
+    stages = []
+    for number, row in enumerate(found.get("stages", []), start=1):
+        where = f"stage {number}"
+        table = _table(row, where)
+        _known(table, ("seeds", "variants", "best"), where)
+        seeds = checked("seeds", table.get("seeds"), Count, where)
+        for name in ("variants", "best"):
+            for pattern in table.get(name, []):
+                if not any(fnmatchcase(known, pattern) for known in names):
+                    raise ValueError(f"{where}: {name}: there is no variant {pattern!r}")
+        if "best" in table and "trials" not in found:
+            raise ValueError(f"{where}: best is told by trials, and there are none: add [trials]")
+        stages.append(Stage(seeds, tuple(table.get("variants", [])), tuple(table.get("best", []))))
+    if stages and "seeds" in found:
+        raise ValueError("stages say how many seeds there are: leave seeds out")
+    return tuple(stages)
+
+
+def _entry(row: Mapping[str, Value], names: Mapping[str, Any], levels: Mapping[str, str]) -> VariantEntry:
     if "attention" not in row:
         raise ValueError(f'variant {row.get("name", dict(row))!r} has no attention, e.g. attention = "g3b"')
     attention = _text(row["attention"], "attention")
@@ -117,6 +205,7 @@ def _entry(row: Mapping[str, Value], names: Mapping[str, Any]) -> VariantEntry:
         values=values,
         seeds=None if seeds is None else seeds if _whole(seeds) and seeds > 0 else seeds_of(seeds, where),
         equal_time_to=None if "equal_time_to" not in row else _text(row["equal_time_to"], f"{where}: equal_time_to"),
+        levels=levels,
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from karat.runs.classification import Settings, resolve
 from karat.runs.recipes import Recipe
 from karat.runs.settings import first_change, slug
 from karat.study.compare import contender
-from karat.study.document import Document, VariantEntry
+from karat.study.document import Document, Stage, VariantEntry
 
 PLAN = "plan.json"
 
@@ -25,7 +26,7 @@ class Variant:
     """One row: all settings of its runs but seed and folder.
 
     waits: its number of epochs is still to be worked out, from step times, so that it trains as long as
-    `equal_time_to`.
+    `equal_time_to`. levels: of the study's factors. stages: in which stage each seed's run comes; nothing: the first.
     """
 
     name: str
@@ -33,6 +34,8 @@ class Variant:
     seeds: tuple[int, ...]
     equal_time_to: str | None = None
     waits: bool = False
+    levels: Mapping[str, str] = field(default_factory=dict)
+    stages: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,36 @@ class Plan:
     folder: Path
     baseline: str
     variants: tuple[Variant, ...]
+    stages: tuple[Stage, ...] = ()
 
     def jobs(self) -> list[Job]:
-        """The runs in the order in which they are trained: every variant with one seed before the next seed."""
+        """The runs as they are trained: stage by stage, and in each every variant with one seed before the next."""
         seeds = list(dict.fromkeys(seed for variant in self.variants for seed in variant.seeds))
-        return [
-            self.job(variant, seed)
+        found = [
+            (stage, self.job(variant, seed))
             for seed in seeds
             for variant in self.variants
-            if seed in variant.seeds and not variant.waits
+            for own, stage in zip(variant.seeds, variant.stages or [0] * len(variant.seeds), strict=True)
+            if own == seed and not variant.waits
         ]
+        return [job for _, job in sorted(found, key=lambda pair: pair[0])]
+
+    def in_stages(self, best_of: Callable[[str], str]) -> Plan:
+        """The plan with each variant's seeds by the stages, if there are any. best_of: of a pattern's variants."""
+        if not self.stages:
+            return self
+        stages = self.stages
+        best = [{best_of(pattern) for pattern in stage.best} for stage in stages]
+        variants = []
+        for variant in self.variants:
+            first: dict[int, int] = {}  # the stage of each seed
+            for number, stage in enumerate(stages):
+                named = any(fnmatchcase(variant.name, pattern) for pattern in stage.variants)
+                if named or variant.name in best[number] or not (stage.variants or stage.best):
+                    first = dict.fromkeys(range(stage.seeds), number) | first
+            seeds = tuple(sorted(first))
+            variants.append(replace(variant, seeds=seeds, stages=tuple(first[seed] for seed in seeds)))
+        return replace(self, variants=tuple(variants))
 
     def job(self, variant: Variant, seed: int) -> Job:
         """A variant's run with one seed."""
@@ -84,7 +107,13 @@ class Plan:
     def write(self) -> None:
         """plan.json in the study's folder: settings, seeds, versions."""
         variants = [
-            {"name": v.name, "seeds": v.seeds, "equal_time_to": v.equal_time_to, "settings": v.settings.as_dict()}
+            {
+                "name": v.name,
+                "levels": v.levels,
+                "seeds": v.seeds,
+                "equal_time_to": v.equal_time_to,
+                "settings": v.settings.as_dict(),
+            }
             for v in self.variants
         ]
         plan = {"title": self.title, "baseline": self.baseline, "variants": variants, "versions": runs.versions()}
@@ -115,7 +144,9 @@ def make_plan(document: Document, common: Settings, folder: Path, seeds: Sequenc
         other = taken.setdefault(slug(variant.name), variant.name)
         if other != variant.name:
             raise ValueError(f"variants {other!r} and {variant.name!r} would share a folder: rename one")
-    return Plan(document.title, folder, document.baseline, variants)
+    stages = document.stages if seeds is None else ()
+    plan = Plan(document.title, folder, document.baseline, variants, stages)
+    return plan if document.trials else plan.in_stages(lambda pattern: pattern)  # what trials tell comes with them
 
 
 def _variant(entry: VariantEntry, common: Settings, seeds: tuple[int, ...], folder: Path) -> Variant:
@@ -131,7 +162,7 @@ def _variant(entry: VariantEntry, common: Settings, seeds: tuple[int, ...], fold
         seeds = seeds[: entry.seeds]
     elif entry.seeds is not None:
         seeds = entry.seeds
-    variant = Variant(entry.name, settings, seeds, entry.equal_time_to)
+    variant = Variant(entry.name, settings, seeds, entry.equal_time_to, levels=entry.levels)
     if entry.equal_time_to is None or "epochs" in entry.values:
         return variant
     return _with_known_epochs(variant, folder)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 
 from karat import runs
 from karat.analyze.figures import save
 from karat.runs import files
-from karat.study import table
+from karat.study import effects, table, trials
 from karat.study.compare import summarise
 from karat.study.figures import draw_figures
 from karat.study.plan import Plan, summary_of
@@ -31,9 +32,15 @@ def write_results(
     if not any(row.seeds for row in rows):
         raise ValueError(f"no run in {plan.folder} is finished yet: there is nothing to put into a table")
     plan.folder.mkdir(parents=True, exist_ok=True)
-    found = {"title": plan.title, "baseline": plan.baseline, "rows": [asdict(row) for row in rows]}
+    seen = effects.effects(rows)
+    found: dict[str, Any] = {"title": plan.title, "baseline": plan.baseline, "rows": [asdict(row) for row in rows]}
+    if seen:
+        found |= {"effects": [asdict(effect) for effect in seen]}
+    if (tried := trials.kept_in(plan.folder)) is not None:
+        found |= {"trials": tried}
     files.write_json(plan.folder / STUDY, found)
     page = f"{table.markdown(rows, plan.baseline)}\n{table.markdown_curves(rows)}"
+    page += f"\n{effects.markdown(seen)}" if seen else ""
     files.write_text(plan.folder / PAGE, page)
     _write_comparison(plan, rows)
     console.print(table.console_table(rows, plan.baseline, plan.title, console.width))

@@ -31,7 +31,8 @@ class VariantRow:
     baseline; None for that itself. time_ratio: the time that the row's epochs take, over that of the row which it is
     declared `equal_time_to`. at_equal_time: rows declared so of this one. in_baseline_time: the curve read where the
     baseline's whole training time has passed. step: seconds of a training step by precision. measures: what was
-    measured of the trained models. planned: how many runs the study asks for.
+    measured of the trained models. planned: how many runs the study asks for. levels: of the study's factors. lr: the
+    recipe's.
     """
 
     name: str
@@ -53,6 +54,8 @@ class VariantRow:
     step: Mapping[str, float] = field(default_factory=dict)
     measures: Mapping[str, Mean] = field(default_factory=dict)
     runs: tuple[str, ...] = ()
+    levels: Mapping[str, str] = field(default_factory=dict)
+    lr: float | None = None
 
     @property
     def own_step(self) -> float | None:
@@ -116,6 +119,8 @@ def _row(
         equal_time_to=variant.equal_time_to,
         time_ratio=None if equal is None else time_ratio(variant, equal, times),
         step=times.get(variant.name, {}),
+        levels=variant.levels,
+        lr=variant.settings.recipe.lr,
     )
     top1 = mine.top1
     if top1 is None:

@@ -182,7 +182,13 @@ def _teacher(options: Convert) -> tuple[Settings, nn.Module | None, dict[str, An
             raise ValueError("--checkpoint belongs to a timm model; a run has its own weights")
         teacher, theirs, facts = softmax_run(path, options.weights)
         if options.data not in (None, theirs.data):  # how much of their data they took, and where it lay, goes with it
-            changed |= {"data": options.data, "data_fraction": 1.0, "num_samples": None, "data_dir": None}
+            changed |= {
+                "data": options.data,
+                "data_fraction": 1.0,
+                "num_samples": None,
+                "data_dir": None,
+                "held_out": 0,
+            }
         if options.img_size not in (None, theirs.img_size or input_size(theirs.model)):
             resample_tokens(teacher, img_size=options.img_size)
             changed["img_size"] = options.img_size

@@ -63,5 +63,5 @@ def student_defaults(teacher: Path, given: Sequence[str], model: str | None = No
     if model is not None and model.partition("(")[0] == DEEP_KAN:
         fresh = replace(fresh, patch_size=None)
     if "data" in given:
-        fresh = replace(fresh, data_fraction=1.0, data_dir=None, num_samples=None)
+        fresh = replace(fresh, data_fraction=1.0, data_dir=None, num_samples=None, held_out=0)
     return replace(fresh, preset=AUTO) if {"data", "recipe"} & set(given) else fresh

@@ -1,0 +1,173 @@
+"""Studies of crossed factors: cells, rates chosen on held-out images, stages of seeds, effects over all cells."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from karat import cli
+from karat.data.sources import ArraySource, set_aside
+from karat.study.document import parse_document
+from karat.study.effects import Fit, effects
+from karat.study.plan import common_settings, make_plan
+from karat.study.rows import VariantRow
+from karat.study.statistics import Mean
+from karat.study.trials import choose, settle, trial_plan, trials_of
+from support.paths import ROOT
+
+STUDY = """
+[settings]
+data = "digits"
+recipe = "quick"
+img_size = 8
+patch_size = 4
+embed_dim = 16
+depth = 1
+num_heads = 2
+data_fraction = 0.1
+batch_size = 16
+epochs = 1
+warmup_epochs = 0
+track = []
+device = "cpu"
+
+[trials]
+lr = [1e-3, 1e-2]
+held_out = 300
+together = ["width"]
+
+[factors.attention]
+softmax = { attention = "softmax" }
+static = { attention = "static-b,rank=2" }
+
+[factors.width]
+narrow = {}
+wide = { embed_dim = 24 }
+
+[[stages]]
+seeds = 1
+
+[[stages]]
+seeds = 2
+best = ["static, *"]
+"""
+
+
+def test_a_study_of_factors_from_its_trials_to_its_table(tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text(STUDY)
+    line = ["compare", "--study", str(tmp_path / "study.toml"), "--output", str(tmp_path / "out"), "--no-measure"]
+    assert cli.main(line) == 0
+    found = json.loads((tmp_path / "out" / "study.json").read_text())
+    tried, rows = found["trials"]["trials"], {row["name"]: row for row in found["rows"]}
+    assert len(tried) == 8
+    assert {row["planned"] for row in rows.values()} == {1, 2}
+    for name, row in rows.items():
+        means = {
+            lr: np.mean([one["held_out"] for one in tried if one["lr"] == lr and one["variant"].startswith(name[:7])])
+            for lr in (1e-3, 1e-2)
+        }
+        assert row["lr"] == max(means, key=lambda lr: means[lr])
+        assert len(row["seeds"]) == row["planned"]
+    held = {name: found["trials"]["chosen"][name]["held_out"] for name in rows if name.startswith("static")}
+    assert rows[max(held, key=lambda name: held[name])]["planned"] == 2
+    config = json.loads((tmp_path / "out" / "trials" / "softmax-narrow-lr=0.001-s100" / "config.json").read_text())
+    assert (config["settings"]["held_out"], config["settings"]["recipe"]["lr"]) == (300, 1e-3)
+    main_effects = [effect for effect in found["effects"] if not effect["within"]]
+    assert [effect["level"] for effect in main_effects] == ["static", "wide"]
+    assert cli.main([*line[:-1], "--only-table"]) == 0
+
+
+def test_stages_say_in_which_order_runs_come(tmp_path: Path) -> None:
+    document = parse_document(tomllib.loads(STUDY))
+    plan = make_plan(document, common_settings(document.settings), tmp_path)
+    names = [variant.name for variant in plan.variants]
+    assert names == ["softmax, narrow", "softmax, wide", "static, narrow", "static, wide"]
+    assert document.trials is not None
+    assert len(trial_plan(plan, document.trials).jobs()) == len(trials_of(plan, document.trials)) == 8
+    assert choose(plan, document.trials) is None
+    settled = settle(plan, {name: {"lr": 1e-3, "held_out": place} for place, name in enumerate(names)})
+    order = [(job.variant, job.seed) for job in settled.jobs()]
+    assert order == [*((name, 0) for name in names), ("static, wide", 1)]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stages": [{"seeds": 2, "variants": ["nothing*"]}]}, "there is no variant 'nothing\\*'"),
+        ({"stages": [{"seeds": 0}]}, "seeds=0"),
+        ({"stages": [{"seeds": 2, "best": ["softmax*"]}]}, "add \\[trials\\]"),
+        ({"stages": [{"seeds": 2}], "seeds": 2}, "leave seeds out"),
+        ({"trials": {"lr": [1e-3]}}, "trials has no held_out"),
+        ({"trials": {"lr": 1e-3, "held_out": 5}}, "give a list of rates"),
+        ({"trials": {"lr": [1e-3], "held_out": 5, "together": ["depth"]}}, "there is no factor 'depth'"),
+        ({"factors": {"a": {"x": {"attention": "softmax"}}, "b": {"y": {"attention": "g3b"}}}}, "another factor too"),
+    ],
+)
+def test_what_a_design_cannot_be(change: dict[str, Any], said: str) -> None:
+    study = {"variants": [{"attention": "softmax"}]} | change
+    with pytest.raises(ValueError, match=said):
+        parse_document(study)
+
+
+def cell(levels: dict[str, str], values: dict[int, float]) -> VariantRow:
+    curves = tuple((value,) for value in values.values())
+    return VariantRow(
+        ", ".join(levels.values()), "softmax", 1, tuple(values), len(values), "float32", Mean.of([*values.values()]),
+        curves=curves, levels=levels,
+    )  # fmt: skip
+
+
+def test_effects_against_paired_differences() -> None:
+    """Where every cell has the same seeds an effect is a mean of paired differences; with two cells, its t interval."""
+    from scipy import stats
+
+    ours, theirs = np.array([61.0, 64.0, 63.5]), np.array([60.0, 62.0, 61.0])
+    rows = [
+        cell({"attention": "softmax"}, dict(enumerate(theirs))),
+        cell({"attention": "operator"}, dict(enumerate(ours))),
+    ]
+    (effect,) = effects(rows)
+    expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert (effect.difference, effect.low, effect.high) == pytest.approx((np.mean(ours - theirs), *expected))
+    assert effect.least_seen is not None
+    assert effect.high is not None
+    assert effect.least_seen > effect.high - effect.difference
+
+
+def test_an_effect_is_the_mean_over_the_cells_of_the_other_factors() -> None:
+    gains = {("usual", "faint"): 4.0, ("usual", "strong"): 2.0, ("mimetic", "faint"): 1.0, ("mimetic", "strong"): 1.0}
+    rows = []
+    for attention in ("softmax", "static"):
+        for start, positions in gains:
+            gain = gains[start, positions] if attention == "static" else 0.0
+            values = {seed: 60 + gain + seed + 0.01 * (-1) ** (seed + len(rows)) for seed in range(2)}
+            rows.append(cell({"attention": attention, "start": start, "positions": positions}, values))
+    found = effects(rows)
+    by_name = {(one.factor, *one.within.values()): one.difference for one in found}
+    assert by_name["attention",] == pytest.approx(2.0, abs=0.05)
+    assert by_name["start",] == pytest.approx(-1.0, abs=0.05)
+    for within, gain in gains.items():
+        assert by_name["attention", *within] == pytest.approx(gain, abs=0.05)
+    assert Fit.of(rows).freedom == 16 - 8 - 1
+
+
+def test_held_out_images_are_none_that_is_trained_on() -> None:
+    source = ArraySource(np.arange(20, dtype=np.uint8).reshape(20, 1, 1), np.arange(20), "digits")
+    train, held = set_aside(source, 5)
+    assert (len(train), len(held)) == (15, 5)
+    assert {*train.labels} | {*held.labels} == set(range(20))
+    with pytest.raises(ValueError, match="held_out=20 of 20 training images: give 1 to 19"):
+        set_aside(source, 20)
+
+
+def test_the_frozen_study_has_thirty_cells_and_its_stages() -> None:
+    document = parse_document(tomllib.loads((ROOT / "docs" / "studies" / "starts.toml").read_text()))
+    assert len({tuple(entry.levels.values()) for entry in document.entries}) == len(document.entries) == 30
+    assert [stage.seeds for stage in document.stages] == [2, 8, 4]
+    assert document.trials is not None
+    assert (len(document.trials.lr), document.trials.held_out) == (2, 5000)
