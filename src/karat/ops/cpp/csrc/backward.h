@@ -181,9 +181,10 @@ inline void add_tile(const Call& c, const Task& t, const Work& x, int64_t thread
   const bool first = i0 == t.first_query;
   const int64_t vectors = vectors_of(n);
   fill_tile(c, t, x, i0, m, j0, n);
-  for (int64_t f = 0; c.du && f < c.F; ++f)  // dU += dPhi^T psi
-    multiply(c.E, vectors, m, x.grad, 1, x.ld_e, x.psi + f * x.ld, c.F * x.ld, x.group + f * x.ld_keys + j0,
-             c.F * x.ld_keys, !first_of_group || !first);
+  const bool whole = n == c.N;  // then rows of all features follow each other: one product
+  for (int64_t f = 0; c.du && f < (whole ? 1 : c.F); ++f)  // dU += dPhi^T psi
+    multiply(c.E, whole ? c.F * x.ld / LANES : vectors, m, x.grad, 1, x.ld_e, x.psi + f * x.ld, c.F * x.ld,
+             x.group + f * x.ld_keys + j0, c.F * x.ld_keys, !first_of_group || !first);
   const float* logsumexp = c.logsumexp + (t.b * c.H + t.h) * c.M + i0;
   for (int64_t i = 0; c.softmax && i < m; ++i)
     restore_weights(x.scores + i * x.ld, x.keeps_of(c, i), x.weights + i * x.ld, n, logsumexp[i]);
