@@ -93,3 +93,45 @@ def test_a_replica_computes_with_its_own_weights() -> None:
     replica.to_all = nn.Linear(16, 48)  # as nn.parallel.replicate puts another device's there
     assert not torch.equal(replica(x), expected)
     assert torch.equal(model(x), expected)
+
+
+class Mixer(nn.Module):
+    """One head, softmax written out, in a class that isn't called attention; a mask may be added. x (B,N,8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor, added: Tensor | None = None, inplace: bool = False) -> Tensor:
+        q, k, v = self.to_qkv(x).chunk(3, -1)
+        scores = q @ k.transpose(-2, -1)
+        if inplace and added is not None:
+            scores.add_(added)
+        elif added is not None:
+            scores = scores + added
+        return torch.softmax(scores, -1) @ v
+
+
+def test_projections_of_queries_tell_attention_by_another_name() -> None:
+    model, x = Mixer(), torch.randn(2, 5, 8)
+    karat.karatize(model, "g3b", example=x)
+    with karat.record(model) as seen:
+        out = model(x)
+    torch.testing.assert_close(out, (seen[""].attention @ model.to_qkv(x).chunk(3, -1)[2].unsqueeze(1)).squeeze(1))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("shape", [(5, 5), (1, 5, 5), (1, 5), (2, 1, 5)])
+def test_an_added_mask_is_one_however_high_the_scores(shape: tuple[int, ...], inplace: bool) -> None:
+    model, x = Mixer(), 30 * torch.randn(2, 5, 8)
+    karat.karatize(model, "g3b", example=x)
+    added = torch.zeros(shape)
+    added[..., 3:] = -100
+    with karat.record(model) as seen:
+        model(x, added, inplace)
+    sigma = seen[""].attention
+    assert not sigma[..., 3:].any()
+    assert sigma[..., :3].any()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, added, inplace), model(x, added, inplace))
+    torch._dynamo.reset()
