@@ -1,11 +1,16 @@
-"""Attached models in two processes: gradients are those of one process with the whole batch."""
+"""Converted models on several devices: two processes sum to one, a replica computes with its own weights alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import karat
+from support.attached import KINDS
+from support.small_models import images, small_model
 from support.training import python
 
 TWO = """
@@ -44,3 +49,32 @@ os._exit(0)
 def test_two_processes_sum_to_one(tmp_path: Path) -> None:
     done = python(TWO, str(tmp_path / "store"), timeout=300)
     assert done.stdout.strip() == "[0, 0]", done.stderr
+
+
+def replicated(model: nn.Module) -> nn.Module:
+    """As `torch.nn.parallel.replicate` copies a model to another device, here to the same."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, copied in copies.items():
+        for name, child in module._modules.items():
+            setattr(copied, name, None if child is None else copies[child])
+        for name, value in [*module._parameters.items(), *module._buffers.items()]:
+            setattr(copied, name, None if value is None else value.clone())
+    return copies[model]
+
+
+@pytest.mark.parametrize("attention", ["g3b", "g3u", "g3u,residual=softmax"])
+@pytest.mark.parametrize("kind", ["rotary", "windows, written out", "multi-head", "vit"])
+def test_a_replica_computes_with_its_own_weights_alone(kind: str, attention: str) -> None:
+    if kind == "vit":
+        model, x = small_model("vit", attention).eval(), images("vit")
+    else:
+        model, x = KINDS[kind].model_and_input()
+        karat.karatize(model, attention, example=x)
+    for value in model.parameters():  # torchvision's head starts at zero
+        value.data += 0.1 * torch.randn_like(value)
+    expected = model(x)
+    replica = replicated(model)
+    for value in model.parameters():
+        value.data.zero_()
+    torch.testing.assert_close(replica(x), expected)
+    assert not torch.equal(model(x), expected)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from karat.models.attach.example import Example
+from karat.models.attach.mode import attached
 from karat.models.attach.place import Sites, attach
 from karat.models.attention import BiasedAttention
 from karat.models.backbones import (
@@ -88,6 +89,8 @@ def karatize(model: nn.Module, config: KArAtConfig | str, example: Example | Sit
 
 def finish(model: nn.Module, backbone: Backbone | None) -> None:
     """What a model does beside its forward pass, for its operators too."""
+    if SHARED_NAME in model._modules:
+        model.register_forward_pre_hook(share_in_replica)
     model.no_weight_decay = NoWeightDecay(model)  # type: ignore[assignment]  # a method before
     if hasattr(type(model), "set_input_size"):
         model.set_input_size = SetInputSize(model)  # type: ignore[assignment]  # a method before
@@ -165,6 +168,17 @@ def _watch_grids(model: Any) -> None:
     for site in attention_sites(model):
         if type(site.module) in OWN:
             site.module.watch = watch
+
+
+def share_in_replica(model: Any, _: Any) -> None:
+    """A hook: the blocks of a copy that `nn.DataParallel` made share the copy's operator, not the original's."""
+    if getattr(model, "_is_replica", False):
+        for module in model.modules():
+            place = attached(module)
+            if place is not None and place.shared is not None:
+                place.shared = model._modules[SHARED_NAME]
+            elif type(module) in OWN and "operator" in module.__dict__:
+                module.operator = model._modules[SHARED_NAME]
 
 
 class NoWeightDecay:
