@@ -143,6 +143,12 @@ def stability() -> str:
     return subprocess.run(command, cwd=DOCS.parent, check=True, capture_output=True, text=True).stdout.strip()
 
 
+def score_tasks() -> str:
+    """What attentions learn of tasks whose answers are functions of the scores, by the benchmark that trains them."""
+    command = [sys.executable, str(DOCS.parent / "benchmarks" / "score_tasks.py"), "--table"]
+    return subprocess.run(command, cwd=DOCS.parent, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def served() -> str:
     """Each model with attention: how it was converted, what it does then, and why not."""
     rows = {name: row for name, row in read("served.json")["rows"].items() if row["attention"] is not False}
@@ -212,6 +218,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rates": rates,
     "layer-rates": layer_rates,
     "stability": stability,
+    "score-tasks": score_tasks,
     "served": served,
     "fixed": fixed,
 }
