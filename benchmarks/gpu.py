@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py                  # JSON, tables and figures in docs/results/performance/gpu
     python benchmarks/gpu.py --sweep          # tile sizes of the Triton kernels as well
+    python benchmarks/gpu.py --study ../shared/data/cifar10    # then ViTs at 224² on CIFAR-10, by the paper's recipe
     python benchmarks/gpu.py --dry            # no GPU: the same steps at toy sizes on the CPU, to try the script itself
 
 A machine that is lent for a while often has torch and no network. What it lacks then (tyro, faster-coco-eval, entmax,
@@ -13,7 +14,9 @@ datasets and the like) is collected on one that has it, for the lender's Python,
     make wheel && cp dist/*x86_64.whl wheels
     pip install --no-index --find-links wheels karat entmax pytest    # there; torch stays what it is
 
-It's restartable: a step that is complete in gpu.json, on the same chip with the same versions, isn't run again.
+It's restartable: a step that is complete in gpu.json, on the same chip with the same versions, isn't run again. After
+nine minutes (--minutes) a call ends, a training run saved where it is, with status 2: call it again until that changes.
+Keep the output folder between calls: the study's runs lie in it.
 Every check is a line of gpu.json: what was measured, its target, whether it's met. Without a CUDA GPU nothing is
 measured, which it says, ending with status 1. A failing check doesn't stop the others; the status is then 1 too.
 """
@@ -23,6 +26,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -69,6 +73,7 @@ ATTENTION = {"g1b": 1.0, "g3b": 1.3, "g3b,residual=softmax": 1.6}
 STEP = {"base": 1.0, "tiny": 1.1, "tiny-residual": 1.15}
 MEMORY = {"softmax SDPA": 1.0, "paper's way": 0.4}
 ERRORS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+MEGABYTES = 16  # of JSON
 SWEPT = {"queries": (32, 64, 128), "keys": (16, 32, 64), "warps": (4, 8), "stages": (2, 3)}
 
 
@@ -88,6 +93,13 @@ class Gpu:
     """time tile sizes of the Triton kernels as well (minutes of compilation)"""
     rounds: int = 31
     """counted rounds; the median is quoted"""
+    study: str | None = None
+    """train on these data too, as karat train's --data has it"""
+    epochs: int = 5
+    """of each run of the study, the same for all"""
+    minutes: float = 9.0
+    """after which a call ends, to be called again"""
+    began: tyro.conf.Suppress[float] = field(default_factory=time.monotonic)
     output: Path = field(default=ROOT / "docs" / "results" / "performance" / "gpu")
     """folder of the results"""
 
@@ -102,16 +114,21 @@ class Gpu:
     def run(self) -> int:
         """Do every step, print and keep the report; the exit status."""
         steps: list[Callable[[], Iterator[dict[str, Any]]]] = [
-            self.tests, self.accuracy, self.attention, self.steps, self.memory, self.long, self.tables,
+            self.tests, self.accuracy, self.attention, self.graphs, self.steps, self.memory, self.long, self.tables,
         ]  # fmt: skip
         if self.sweep:
             steps.append(self.tiles)
+        if self.study is not None:
+            steps.append(self.training)
         done = self.done()
         for one in steps:
             name = one.__name__
             if name in done:
                 print(f"== {name}: kept", flush=True)
                 continue
+            if self.left <= 0:
+                print(f"{self.minutes:g} minutes are over: call again for {name} and what follows", flush=True)
+                return 2
             print(f"== {name}", flush=True)
             lines: list[dict[str, Any]] = []
             try:
@@ -124,8 +141,18 @@ class Gpu:
             done[name] = lines
             self.write(done)
         checks = [line for lines in done.values() for line in lines]
+        size = sum(path.stat().st_size for path in self.output.glob("*.json")) / 1e6
+        checks.append(check("JSON of all results, MB", size, MEGABYTES))
         Measurement("GPU checks" + " (dry run on the CPU: figures mean nothing)" * self.dry, checks).show()
+        if any(line.get("unfinished") for line in checks):
+            print("Runs of the study wait: call again.", flush=True)
+            return 2
         return int(any(line["met"] is False for line in checks) and not self.dry)
+
+    @property
+    def left(self) -> float:
+        """Seconds of this call."""
+        return self.began + 60 * self.minutes - time.monotonic()
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -137,7 +164,8 @@ class Gpu:
         path = self.output / "gpu.json"
         report = json.loads(path.read_text()) if path.is_file() else {}
         steps = report.get("steps", {}) if report.get("environment") == self.environment else {}
-        return {name: lines for name, lines in steps.items() if not any(line.get("failed") for line in lines)}
+        again = {"failed", "unfinished"}
+        return {name: lines for name, lines in steps.items() if not any(again & line.keys() for line in lines)}
 
     def write(self, steps: dict[str, list[dict[str, Any]]]) -> None:
         """Keep what there is so far."""
@@ -189,6 +217,37 @@ class Gpu:
             ours = timings["karat tiled" if self.dry else "karat triton"].median
             note = f"{1e3 * ours:.3f} ms against {1e3 * softmax:.3f} ms"
             yield check(f"attention forward+backward, bfloat16, {name}, {shape}: × flash", ours / softmax, target, note)
+
+    def graphs(self) -> Iterator[dict[str, Any]]:
+        """The same replayed as CUDA graphs: without Python and dispatch, whose share is in the figures above."""
+        shape = (self.sizes.batch, self.sizes.heads, self.sizes.tokens, self.sizes.head)
+        q, k, v, grad = torch.randn(4, *shape, device=self.device, dtype=torch.bfloat16).unbind()
+        for x in (q, k, v):
+            x.requires_grad_()
+        for name, target in ATTENTION.items():
+            op = KArAtOperator(shape[1], shape[2], f"{name},impl={self.impl}").to(self.device, torch.bfloat16)
+            flash = torch.nn.functional.scaled_dot_product_attention if self.dry else attention.flash_softmax
+            ways = {"flash": flash, "ours": op.attend}
+            runs = {way: self.captured(partial(_gradients, attend, q, k, v, grad)) for way, attend in ways.items()}
+            timings = alternate(runs, self.rounds)
+            ours, softmax = timings["ours"].median, timings["flash"].median
+            note = f"{1e3 * ours:.3f} ms against {1e3 * softmax:.3f} ms"
+            yield check(f"the same as CUDA graphs, {name}: × flash", ours / softmax, target, note)
+
+    def captured(self, run: Callable[[], object]) -> Callable[[], object]:
+        """A call that replays `run` as a CUDA graph; on the CPU, which has none, `run` itself."""
+        if self.dry:
+            return run
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
 
     def steps(self) -> Iterator[dict[str, Any]]:
         """Training steps under bfloat16 autocast against SDPA."""
@@ -251,6 +310,16 @@ class Gpu:
             Throughput(**common, bf16=True, batch=self.sizes.step_batch).run()
         yield check("tables written", 0, 0, str(self.output.name))
 
+    def training(self) -> Iterator[dict[str, Any]]:
+        """Top-1 of ViTs with each attention, trained as long: gpu_study.py, as far as this call's time goes."""
+        command = [sys.executable, str(Path(__file__).with_name("gpu_study.py")), "--data", str(self.study)]
+        command += ["--minutes", f"{self.left / 60:.2f}", "--epochs", str(self.epochs), "--output", str(self.output)]
+        child = subprocess.run(command + ["--dry"] * self.dry, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        for run in json.loads(child.stdout):
+            note = f"{run['seconds']:.0f} s an epoch" if run["finished"] else "waits"
+            line = check(f"top-1, {run['model']}, {run['attention']}, {self.epochs} epochs", run["top1"], None, note)
+            yield line if run["finished"] else line | {"unfinished": True}
+
     def tiles(self) -> Iterator[dict[str, Any]]:
         """Forward+backward over tile sizes, one kernel changed at a time; a tile that can't be launched says so."""
         if self.dry:
@@ -277,6 +346,11 @@ class Gpu:
                         yield check(title, None, None, f"can't be launched: {str(error).splitlines()[0]}")
             finally:
                 table[kernel] = usual
+
+
+def _gradients(attend: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    *leaves, grad = tensors
+    return torch.autograd.grad(attend(*leaves), leaves, grad)
 
 
 def _out_and_gradients(inputs: list[torch.Tensor], spec: str, impl: str, dtype: torch.dtype) -> list[torch.Tensor]:
