@@ -122,13 +122,14 @@ class Arguments:
             tiles = tiles._replace(**half)
         values = 0 if self.softmax is None else self.softmax.v.shape[-1]
         if max(self.call.q.shape[-1], values, min(self.u.shape[-1], WIDEST[self.kind])) > 64:
-            tiles = tiles._replace(warps=2 * tiles.warps, stages=max(1, tiles.stages - 1))
+            tiles = tiles._replace(warps=min(8, 2 * tiles.warps), stages=max(1, tiles.stages - 1))
             if self.kind in ("half", "joint", "few"):
                 rows = "keys" if kernel == "dkdu" else "queries"
                 tiles = tiles._replace(**{rows: max(getattr(tiles, rows), 16 * tiles.warps)})
             if self.kind == "float":
+                least = 16 if kernel == "dkdu" else 32
                 small = shared_memory(self.call.q.device) < LARGE_SHARED_BYTES
-                tiles = tiles._replace(keys=16, queries=min(tiles.queries, 32 if small else 64))
+                tiles = tiles._replace(keys=16, queries=min(tiles.queries, least if small else 64))
         return tiles
 
     def slices(self) -> Iterator[tuple[slice, Arguments]]:
