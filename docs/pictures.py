@@ -5,17 +5,16 @@ python docs/pictures.py  # writes docs/images/{idea,house,science}.svg
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from statistics import fmean, stdev
 
+import science_answer
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from karat import KArAtOperator
-from karat.plots import COLOURS, DIVERGING, GRID, INK, SEQUENTIAL, finish, looks, new_figure, save
+from karat.plots import COLOURS, DIVERGING, GRID, INK, SEQUENTIAL, looks, new_figure, save
 
 DOCS = Path(__file__).parent
 KEYS, ROWS = 6, 3  # of the picture: N and R
@@ -117,38 +116,7 @@ def house() -> Figure:
     return figure
 
 
-def science() -> Figure:
-    """Top-1 of the study at dim 96, row by row: the mean, every run, and the deviation where there are several."""
-    shown = {
-        "instead of softmax: G3B": "operator instead of softmax",
-        "softmax": "softmax",
-        "beside softmax: pointwise, G6": "function of the scores alone, beside softmax",
-        "one head of three: G3B": "operator in one head of three",
-        "beside softmax: static, rank 12": "static mixing beside softmax",
-        "beside softmax: static, rank 36": "static mixing, as many numbers as the operator",
-        "beside softmax: G1B, rank 24": "operator beside softmax",
-        "beside softmax: G1B, rank 24, and the query's place": "operator and static mixing beside softmax",
-    }
-    found: dict[str, list[float]] = {name: [] for name in shown}
-    for part in ("study.json", "study-float32.json"):
-        for row in json.loads((DOCS / "results" / "science" / part).read_text(encoding="utf-8"))["rows"]:
-            if row["name"] in found:
-                found[row["name"]] += [curve[-1] for curve in row["curves"]]
-    with looks():
-        figure = new_figure(6.6, 2.8)
-        axes = figure.subplots()
-        for place, (name, runs) in enumerate(found.items()):
-            colour = COLOURS[7 if "beside" not in name and "head" not in name else 0 if "G" in name else 1]
-            spread = stdev(runs) if len(runs) > 1 else None
-            axes.errorbar(fmean(runs), place, xerr=spread, color=colour, marker="o", markersize=5, capsize=3)
-            axes.plot(runs, [place] * len(runs), "|", color=colour, markersize=9, alpha=0.6)
-        axes.set_yticks(range(len(shown)), shown.values())
-        axes.invert_yaxis()
-        finish(axes, "", "top-1 (%) on CIFAR-10 after four epochs, each run a stroke")
-    return figure
-
-
-PICTURES = {"idea": idea, "house": house, "science": science}
+PICTURES = {"idea": idea, "house": house, "science": science_answer.figure}
 
 if __name__ == "__main__":
     for name, draw in PICTURES.items():

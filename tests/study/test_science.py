@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from itertools import takewhile
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from types import ModuleType
 from typing import Any
 
@@ -174,6 +175,47 @@ def test_the_highest_operator_against_static_mixing(merge_studies: ModuleType) -
     for row in (operator, static):
         later = fmean(curve[-1] for seed, curve in zip(row.seeds, row.curves, strict=True) if seed)
         assert states(f"{later:.1f}")
+
+
+def test_the_first_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers above the first section; its table is generated."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    answer = importlib.import_module("science_answer")
+    screen = " ".join(line.strip() for line in takewhile(lambda line: not line.startswith("## "), PAGE))
+    rows, wide = answer.runs_of(96), answer.runs_of(192)
+    apart = answer.gain(rows, G1B, answer.STATIC_36)
+    assert f"within {max(abs(apart.gain - apart.half), abs(apart.gain + apart.half)):.1f} points" in screen
+    assert f"differences of {answer.smallest(rows, 3):.1f} points" in screen
+    gains = [answer.gain(wide, name, "softmax").gain for name in ("sine-cosine positions: softmax", STATIC)]
+    assert "softmax alone gains {:.1f} of static mixing's {:.1f} points".format(*gains) in screen
+    runs = json.loads((RESULTS / "score_tasks.json").read_text(encoding="utf-8"))["runs"]
+    band = {
+        row: [
+            100 * run["explained"]
+            for run in runs
+            if (run["row"], run["task"], run["size"]) == (row, "band", [16, 16]) and run["seed"] < 5
+        ]
+        for row in ("softmax", "operator G3, rank 12")
+    }
+    softmax, operator = band.values()
+    said = (
+        f"softmax explains {fmean(softmax):.0f} % and the operator {fmean(operator):.0f} ± {stdev(operator):.0f}, over"
+    )
+    assert said in screen
+
+
+def test_gains_and_their_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    answer = importlib.import_module("science_answer")
+    rows = {"softmax": {0: 1.0, 1: 3.0}, "ours": {0: 2.0, 1: 6.0}}
+    deviation, freedom = answer.scatter(rows)
+    assert (deviation**2, freedom) == (pytest.approx((2 + 8) / 2), 2)  # squares about the means, one degree each
+    found = answer.gain(rows, "ours", "softmax")
+    assert (found.gain, found.runs) == (2.0, 2)
+    assert found.half == pytest.approx(4.3027 * 5**0.5, rel=1e-4)  # Student's quantile for two degrees
+    assert answer.smallest(rows, 2) == pytest.approx(2.8016 * 5**0.5, rel=1e-4)
+    rows["softmax"][5] = 50.0  # a seed that only one row has
+    assert answer.gain(rows, "ours", "softmax").gain == 2.0
 
 
 def test_the_table_of_positions(merge_studies: ModuleType) -> None:
