@@ -171,3 +171,84 @@ def test_the_frozen_study_has_thirty_cells_and_its_stages() -> None:
     assert [stage.seeds for stage in document.stages] == [2, 8, 4]
     assert document.trials is not None
     assert (len(document.trials.lr), document.trials.held_out) == (2, 5000)
+
+
+UNUSABLE = {
+    "[factors.attention]\n": "factors.attention is empty",
+    '[factors.attention]\na = {attention = "softmax", name = "b"}\n': "leave name out",
+    '[factors.attention]\na = {attention = "softmax", held_out = 9}\n': "common to all rows",
+    "[trials]\nlr = [1e-3, 0.00100000001]\nheld_out = 9\n": "names one rate twice",
+    "[trials]\nlr = [1e-3]\nheld_out = 9\ntogether = [3]\n": "give a list of texts",
+    '[trials]\nlr = [1e-3]\nheld_out = 9\ntogether = ["a"]\n': "there is no factor 'a'",
+    '[trials]\nlr = [1e-3]\nheld_out = 9\n[[variants]]\nattention = "g1b"\nlr = 1e-2\n': "trials choose the rate",
+    "[trials]\nlr = [1e-3]\nheld_out = 9\n[settings]\ncoefficient_lr = 1e-3\n": "give operator_lr_scale instead",
+    '[[stages]]\nseeds = 1\n[[variants]]\nattention = "g1b"\nseeds = [3]\n': "stages say how many there are",
+    "[stages]\nseeds = 1\n": "stages must be tables",
+    "[[stages]]\nvariants = ['*']\n": "stage 1 has no seeds",
+    **{f"[[stages]]\nseeds = 1\nvariants = {it}\n": "give a list of texts" for it in ("3", '"*"', "[]", "[3]", "[[]]")},
+    **{f"stages = {it}\n": "stages must be tables" for it in ("3", '""', "[]", "true")},
+}
+
+
+@pytest.mark.parametrize("text", UNUSABLE)
+def test_what_a_study_cannot_mean_is_refused_in_one_line(text: str) -> None:
+    usual = "" if "[factors" in text else '[[variants]]\nattention = "softmax"\n'
+    with pytest.raises(ValueError, match=UNUSABLE[text]):
+        parse_document(tomllib.loads(text + usual))
+
+
+def test_an_empty_table_of_factors_is_refused() -> None:
+    with pytest.raises(ValueError, match="factors is empty"):
+        parse_document({"factors": {}})
+
+
+def made(name: str, seeds: tuple[int, ...], values: list[float]) -> VariantRow:
+    curves = tuple((value,) for value in values)
+    return VariantRow(
+        name, name, 1, seeds, len(seeds), "float32", Mean.of(values), curves=curves, levels={"kind": name}
+    )
+
+
+def test_cells_that_no_seed_ties_together_have_no_effect() -> None:
+    rows = [made("a", (0, 1), [10.0, 11.0]), made("b", (2, 3), [20.0, 21.5]), made("c", (2, 3), [30.0, 31.0])]
+    assert effects(rows) == []
+    rows.append(made("d", (1, 2), [40.0, 41.0]))  # it ties them
+    assert [effect.level for effect in effects(rows)] == ["b", "c", "d"]
+
+
+def test_the_least_that_is_seen_has_the_power_that_is_said() -> None:
+    random = np.random.default_rng(0)
+    rows = [made("a", (0, 1, 2), [10.0, 11.0, 10.5]), made("b", (0, 1, 2), [10.4, 12.0, 10.2])]
+    fit, (effect,) = Fit.of(rows), effects(rows)
+    assert effect.high is not None
+    assert effect.least_seen is not None
+    assert fit.deviation is not None
+    sure, shift = (number / fit.deviation for number in (effect.high - effect.difference, effect.least_seen))
+    errors = random.normal(0, (2 / 3) ** 0.5, 100_000)
+    scale = np.sqrt(random.chisquare(fit.freedom, 100_000) / fit.freedom)
+    assert np.mean(shift + errors > sure * scale) == pytest.approx(0.8, abs=0.005)
+
+
+def test_trials_follow_what_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study, out = tmp_path / "study.toml", tmp_path / "out"
+    line = ["compare", "--study", str(study), "--output", str(out), "--no-measure"]
+    text = STUDY[: STUDY.index("[factors.width]")].replace('together = ["width"]\n', "")
+    study.write_text(text)
+    assert cli.main([*line, "no such"]) == 2
+    assert cli.main([*line, "--held-out", "9"]) == 2
+    assert not out.exists()
+    assert cli.main([*line, "--seeds", "1", "softmax"]) == 0
+    told = json.loads((out / "trials.json").read_text())
+    study.write_text(text.replace("1e-2]", "1e-4]"))
+    cli.main([*line, "softmax"])
+    assert {row["lr"] for row in json.loads((out / "trials.json").read_text())["trials"]} == {1e-3, 1e-4}
+    study.write_text(text)
+    capsys.readouterr()
+    assert cli.main([*line, "--epochs", "2"]) == 2
+    assert "epochs was 1 and is now 2" in capsys.readouterr().err
+    for broken in ({}, [], told | {"trials": 3}, told | {"chosen": {"softmax": {"lr": "x", "held_out": 1}}}):
+        (out / "trials.json").write_text(json.dumps(broken))
+        assert cli.main([*line[:-1], "--only-table"]) == 2
+        error = capsys.readouterr().err
+        assert "remove it" in error
+        assert error.count("\n") == 1

@@ -29,7 +29,7 @@ SHARPNESS = torch.logspace(0, 4, 121, dtype=torch.float64)
 
 def check_start(name: str) -> None:
     """Raise ValueError for a name that isn't in STARTS."""
-    if name not in STARTS:
+    if name not in list(STARTS):  # a list of a configuration has no hash
         raise ValueError(f"unknown attn_init {name!r}; choose one of {', '.join(STARTS)}")
 
 

@@ -103,7 +103,10 @@ def _study(parsed: CompareSettings, document: Document, common: Settings, opened
         seeds = tuple(range(common.seed, common.seed + parsed.seeds))
     folder = common.output or Path("runs") / f"study-{slug(parsed.study.stem if parsed.study else document.title)}"
     plan = make_plan(document, common, folder, seeds)
+    plan.only(parsed.attentions)  # an unknown name is refused before any trial
     if document.trials is not None:
+        if common.held_out:
+            raise ValueError(f"trials hold images out, and runs that count none: leave held_out={common.held_out} out")
         settled = _tried(plan, document.trials, parsed, opened)
         if settled is None:
             print(f"the rates are not chosen yet: {folder / TRIALS} comes with the last of their trials")

@@ -19,7 +19,7 @@ from karat.values import Count, convert, hints
 # What the study itself decides, run by run.
 _OWN = frozenset({"attention", "seed", "resume", "overwrite", "preset", "recipe"})
 # What must be the same in all rows of one table, or has no meaning in a row.
-_COMMON_ONLY = frozenset({"recipe", "output", "data", "data_dir", "device"})
+_COMMON_ONLY = frozenset({"recipe", "output", "data", "data_dir", "held_out", "device"})
 _TOP = ("title", "seeds", "baseline", "settings", "variants", "factors", "trials", "stages")
 _ROW = ("name", "attention", "seeds", "equal_time_to")
 Value = Any
@@ -106,11 +106,12 @@ def parse_document(found: Mapping[str, Value], *, default_title: str = "study") 
     single = found.get("variants", [])
     if not isinstance(single, list) or not (single or "factors" in found):
         raise ValueError('there are no variants: add [[variants]] with an attention, e.g. attention = "softmax"')
-    listed: list[tuple[Value, dict[str, str]]] = [(row, {}) for row in single] + list(
-        _crossed(_table(found.get("factors", {}), "factors"))
-    )
+    crossed = _crossed(_table(found["factors"], "factors")) if "factors" in found else ()
+    listed: list[tuple[Value, dict[str, str]]] = [*((row, {}) for row in single), *crossed]
     entries = tuple(_entry(_table(row, "a variant"), names, levels) for row, levels in listed)
     trials, stages = _trials(found), _stages(found, [entry.name for entry in entries])
+    for entry in entries:
+        _refuse_undone(entry, trials, stages)
     title = _text(found.get("title", default_title), "title")
     baseline = _text(found.get("baseline", entries[0].name), "baseline")
     titles = [entry.name for entry in entries]
@@ -118,6 +119,8 @@ def parse_document(found: Mapping[str, Value], *, default_title: str = "study") 
         if titles.count(name) > 1:
             raise ValueError(f"variant {name!r} is named twice: give each a name of its own")
     _among(baseline, titles, "baseline")
+    if trials is not None and renamed.OLD in settings:
+        raise ValueError(f"settings: trials would change what {renamed.OLD} means: give {renamed.NEW} instead")
     for entry in entries:
         if renamed.OLD in settings and "lr" in entry.values and not {renamed.OLD, renamed.NEW} & set(entry.values):
             raise ValueError(
@@ -133,12 +136,17 @@ def parse_document(found: Mapping[str, Value], *, default_title: str = "study") 
 def _crossed(factors: Mapping[str, Value]) -> Iterator[tuple[dict[str, Value], dict[str, str]]]:
     """A variant for every combination of the factors' levels, named after them, with what each level sets."""
     tables = {name: _table(levels, f"factors.{name}") for name, levels in factors.items()}
-    for combination in product(*tables.values()) if tables else ():
+    for name, levels in [("", tables), *tables.items()]:
+        if not levels:
+            raise ValueError(f"factors{name and '.'}{name} is empty: give it what is crossed, or leave it out")
+    for combination in product(*tables.values()):
         levels = dict(zip(tables, combination, strict=True))
         row: dict[str, Value] = {"name": ", ".join(combination)}
         for factor, level in levels.items():
             added = _table(tables[factor][level], f"factors.{factor}.{level}")
             for name in added:
+                if name == "name":
+                    raise ValueError(f"factors.{factor}.{level}: variants are named after their levels: leave name out")
                 if name in row:
                     raise ValueError(f"factors.{factor}.{level}: {name!r} is set by another factor too")
             row |= added
@@ -153,35 +161,55 @@ def _trials(found: Mapping[str, Value]) -> Trials | None:
     for name in ("lr", "held_out"):
         if name not in table:
             raise ValueError(f"trials has no {name}: give lr, the rates, and held_out, the number of images")
-    rates, factors = table["lr"], table.get("together", [])
+    kinds, rates = setting_names(), table["lr"]
     if not isinstance(rates, list) or not rates:
         raise ValueError(f"trials: lr={rates!r}: give a list of rates, [1e-3, 4e-3]")
-    if not isinstance(factors, list):
-        raise ValueError(f"trials: together={factors!r}: give a list of factors")
-    _known(factors, list(found.get("factors", {})), "trials", "there is no factor ")
-    kinds = setting_names()
     lr = tuple(checked("lr", rate, kinds["lr"], "trials") for rate in rates)
+    if len({f"{rate:g}" for rate in lr}) < len(lr):
+        raise ValueError(f"trials: lr={rates} names one rate twice, by the six digits that its runs are named after")
+    factors = _texts(table["together"], "trials: together") if "together" in table else ()
+    if factors and "factors" not in found:
+        raise ValueError(f"trials: there is no factor {factors[0]!r}: the study has no factors")
+    _known(factors, list(found.get("factors", {})), "trials", "there is no factor ")
     held_out = checked("held_out", table["held_out"], Count, "trials")
-    return Trials(lr, held_out, checked("seed", table.get("seed", 100), kinds["seed"], "trials"), tuple(factors))
+    return Trials(lr, held_out, checked("seed", table.get("seed", 100), kinds["seed"], "trials"), factors)
 
 
 def _stages(found: Mapping[str, Value], names: Sequence[str]) -> tuple[Stage, ...]:
+    if "stages" not in found:
+        return ()
+    if not isinstance(found["stages"], list) or not found["stages"]:
+        raise ValueError("stages must be tables, each begun by [[stages]], with seeds = NUMBER")
+    if "seeds" in found:
+        raise ValueError("stages say how many seeds there are: leave seeds out")
     stages = []
-    for number, row in enumerate(found.get("stages", []), start=1):
+    for number, row in enumerate(found["stages"], start=1):
         where = f"stage {number}"
         table = _table(row, where)
         _known(table, ("seeds", "variants", "best"), where)
-        seeds = checked("seeds", table.get("seeds"), Count, where)
-        for name in ("variants", "best"):
-            for pattern in table.get(name, []):
+        if "seeds" not in table:
+            raise ValueError(f"{where} has no seeds: give their number")
+        seeds = checked("seeds", table["seeds"], Count, where)
+        named = {name: _texts(table[name], f"{where}: {name}") for name in ("variants", "best") if name in table}
+        for name, patterns in named.items():
+            for pattern in patterns:
                 if not any(fnmatchcase(known, pattern) for known in names):
                     raise ValueError(f"{where}: {name}: there is no variant {pattern!r}")
         if "best" in table and "trials" not in found:
             raise ValueError(f"{where}: best is told by trials, and there are none: add [trials]")
-        stages.append(Stage(seeds, tuple(table.get("variants", [])), tuple(table.get("best", []))))
-    if stages and "seeds" in found:
-        raise ValueError("stages say how many seeds there are: leave seeds out")
+        stages.append(Stage(seeds, **named))
     return tuple(stages)
+
+
+def _refuse_undone(entry: VariantEntry, trials: Trials | None, stages: Sequence[Stage]) -> None:
+    """ValueError for what a variant sets and trials or stages would set again."""
+    undone = {
+        name: "trials choose the rate" for name in ("lr", renamed.OLD) if trials is not None and name in entry.values
+    }
+    if stages and entry.seeds is not None:
+        undone["seeds"] = "stages say how many there are"
+    for name, why in undone.items():
+        raise ValueError(f"variant {entry.name!r}: {name}: {why}: leave it out")
 
 
 def _entry(row: Mapping[str, Value], names: Mapping[str, Any], levels: Mapping[str, str]) -> VariantEntry:
@@ -244,6 +272,14 @@ def _text(value: Value, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name}={value!r} is not a text")
     return value
+
+
+def _texts(value: Value, name: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
+        raise ValueError(f"{name}={value!r}: give a list of texts, or leave it out")
+    if len(set(value)) < len(value):
+        raise ValueError(f"{name}={value!r} names one twice")
+    return tuple(value)
 
 
 def _table(value: Value, name: str) -> Mapping[str, Value]:

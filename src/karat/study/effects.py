@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 from karat.study.rows import VariantRow
 
@@ -38,7 +38,8 @@ class Effect:
 class Fit:
     """top-1 = cell + seed + noise by least squares: runs of one seed are paired, whatever seeds a cell has.
 
-    A cell is a row; cells[i] its place among the parameters. covariance: of the parameters, in units of the variance.
+    A cell is a row; places: of each among the parameters. covariance: of the parameters, in units of the variance.
+    told: the projection on what the runs tell of the parameters.
     """
 
     means: np.ndarray
@@ -46,6 +47,7 @@ class Fit:
     deviation: float | None
     freedom: int
     places: Mapping[str, int]
+    told: np.ndarray
 
     @classmethod
     def of(cls, rows: Sequence[VariantRow]) -> Fit:
@@ -59,11 +61,12 @@ class Fit:
             if seeds.index(seed):
                 design[line, len(places) + seeds.index(seed) - 1] = 1
         values = np.array([value for _, _, value in runs])
-        inverse = np.linalg.pinv(design.T @ design)
+        inverse = np.linalg.pinv(design.T @ design, hermitian=True)
         parameters = inverse @ design.T @ values
         freedom = len(runs) - int(np.linalg.matrix_rank(design))
+        told = np.linalg.pinv(design) @ design
         squares = float(np.square(values - design @ parameters).sum())
-        return cls(parameters, inverse, (squares / freedom) ** 0.5 if freedom else None, freedom, places)
+        return cls(parameters, inverse, (squares / freedom) ** 0.5 if freedom else None, freedom, places, told)
 
     def difference(self, pairs: Sequence[tuple[str, str]]) -> tuple[float, float | None, float | None]:
         """The mean of one cell minus another over pairs of cells, half its interval, and the least that is seen."""
@@ -76,14 +79,26 @@ class Fit:
             return found, None, None
         error = self.deviation * float(weights @ self.covariance @ weights) ** 0.5
         sure = float(stats.t.ppf((1 + LEVEL) / 2, self.freedom))
-        return found, sure * error, (sure + float(stats.t.ppf(POWER, self.freedom))) * error
+        return found, sure * error, _shift(sure, self.freedom) * error
+
+    def tells(self, ours: str, theirs: str) -> bool:
+        """Whether runs with seeds in common, or of cells between, tell two cells apart."""
+        weights = np.zeros(len(self.means))
+        weights[self.places[ours]], weights[self.places[theirs]] = 1, -1
+        return bool(np.allclose(self.told @ weights, weights, atol=1e-6))
+
+
+def _shift(sure: float, freedom: int) -> float:
+    """The true difference, in standard errors, whose t passes `sure` in either direction with a power of POWER."""
+    most = 2 * (sure + float(stats.t.ppf(POWER, freedom)))  # a noncentral t needs at most a little over half of it
+    return float(optimize.brentq(lambda m: stats.nct.sf(sure, freedom, m) - POWER, 0, most))
 
 
 def effects(rows: Sequence[VariantRow]) -> list[Effect]:
     """Main effects of every factor, and of the first within each cell of the others; none for a study without factors.
 
     Every level is held against the factor's first, in the mean over the cells of the other factors where both have
-    runs.
+    runs that tell them apart: with seeds in common, or by way of other cells.
     """
     done = [row for row in rows if row.levels and row.top1 is not None]
     if not done:
@@ -121,7 +136,7 @@ def _effect(
     for row in rows:
         if row.levels[factor] == level and all(row.levels[name] == value for name, value in within.items()):
             other = cells.get(tuple((dict(row.levels) | {factor: against}).items()))
-            if other is not None:
+            if other is not None and fit.tells(row.name, other):
                 pairs.append((row.name, other))
     if not pairs:
         return None

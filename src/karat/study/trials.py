@@ -7,14 +7,39 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TypedDict
 
 from karat.runs import files
 from karat.study.document import Trials
-from karat.study.plan import Plan, Variant, summary_of
+from karat.study.plan import Plan, Variant, refuse_other_runs, summary_of
+from karat.values import Positive, convert
 
 TRIALS, FOLDER = "trials.json", "trials"
-Chosen = Mapping[str, Mapping[str, Any]]  # by variant: its "lr" and "held_out", top-1 on the held-out images
+
+
+class Choice(TypedDict):
+    """A variant's rate, and its top-1 on the held-out images."""
+
+    lr: Positive
+    held_out: float
+
+
+class Row(Choice):
+    """One trial."""
+
+    variant: str
+
+
+class Kept(TypedDict):
+    """What trials.json holds: what was asked for, what was found and what was chosen."""
+
+    images: int
+    seed: int
+    trials: list[Row]
+    chosen: dict[str, Choice]
+
+
+Chosen = Mapping[str, Choice]
 
 
 @dataclass(frozen=True)
@@ -54,22 +79,23 @@ def trial_plan(plan: Plan, asked: Trials) -> Plan:
 def choose(plan: Plan, asked: Trials, failed: Collection[str] = ()) -> Chosen | None:
     """The rate of each variant that does better, in the mean over its group; None while trials are missing.
 
-    What was chosen stays, in trials.json. failed: folders of runs that diverged, which count as 0.
+    What was found stays, in trials.json, while the same trials are asked for. failed: folders of runs that diverged,
+    which count as 0.
+
+    Raises ValueError for trials that were trained under other settings.
     """
-    path = plan.folder / TRIALS
-    if path.is_file():
-        kept: Chosen = files.read_json(path)["chosen"]
-        if set(kept) == {variant.name for variant in plan.variants}:
-            return kept
     trials, runs = trials_of(plan, asked), trial_plan(plan, asked)
-    found: dict[str, float] = {}
-    for trial in trials:
+    refuse_other_runs(runs)
+    kept, found = kept_in(plan.folder), dict[str, float]()
+    if kept is not None and (kept["images"], kept["seed"]) == (asked.held_out, asked.seed):
+        found = {Trial(row["variant"], row["lr"], ()).name: row["held_out"] for row in kept["trials"]}
+    for trial in [] if found.keys() == {trial.name for trial in trials} else trials:
         job = runs.job(runs.variant(trial.name), asked.seed)
         summary = {"top1": 0.0} if str(job.folder) in failed else summary_of(job)
         if summary is None:
             return None
         found[trial.name] = float(summary["top1"])
-    chosen: dict[str, dict[str, Any]] = {}
+    chosen: dict[str, Choice] = {}
     for trial in trials:
         means = {
             lr: fmean(found[one.name] for one in trials if one.group == trial.group and one.lr == lr) for lr in asked.lr
@@ -78,7 +104,9 @@ def choose(plan: Plan, asked: Trials, failed: Collection[str] = ()) -> Chosen | 
         chosen[trial.variant] = {"lr": lr, "held_out": found[replace(trial, lr=lr).name]}
     plan.folder.mkdir(parents=True, exist_ok=True)
     rows = [{"variant": trial.variant, "lr": trial.lr, "held_out": found[trial.name]} for trial in trials]
-    files.write_json(path, {"images": asked.held_out, "seed": asked.seed, "trials": rows, "chosen": chosen})
+    told = {"images": asked.held_out, "seed": asked.seed, "trials": rows, "chosen": chosen}
+    if told != kept:
+        files.write_json(plan.folder / TRIALS, told)
     return chosen
 
 
@@ -96,6 +124,13 @@ def best_of(pattern: str, chosen: Chosen) -> str:
     return max((name for name in chosen if fnmatchcase(name, pattern)), key=lambda name: chosen[name]["held_out"])
 
 
-def kept_in(folder: Path) -> dict[str, Any] | None:
-    """What trials.json says, where there is one."""
-    return files.read_json(folder / TRIALS) if (folder / TRIALS).is_file() else None
+def kept_in(folder: Path) -> Kept | None:
+    """What trials.json says, where there is one. Raises ValueError for what can't be."""
+    path = folder / TRIALS
+    if not path.is_file():
+        return None
+    try:
+        found: Kept = convert(TRIALS, files.read_json(path), Kept)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; remove it: it is written anew from the trials' runs") from None
+    return found
