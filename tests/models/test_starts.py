@@ -148,6 +148,8 @@ def test_other_models_are_refused(name: str) -> None:
 def test_what_cant_be_started_is_told_so() -> None:
     with pytest.raises(ValueError, match="unknown attn_init 'impulses'; choose one of mimetic, impulse, matched"):
         small_model("vit", attn_init="impulses")
+    with pytest.raises(ValueError, match=r"unknown attn_init \['mimetic'\]; choose one of"):
+        small_model("vit", attn_init=["mimetic"])
     with pytest.raises(ValueError, match="heads of width 8 over 256 patches can't be shifts"):
         started("impulse", img_size=64, num_heads=8, pos_embed="sincos")
     with pytest.raises(ValueError, match="norms of queries and keys undo"):

@@ -31,6 +31,16 @@ def test_a_run_is_trained_resumed_measured_and_saved(name: str, tmp_path: Path) 
         torch.testing.assert_close(from_pretrained(tmp_path / "saved")(x), model(x))
 
 
+def test_neither_a_run_of_one_nor_one_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(["train", *options(run, attention="relu", epochs=1)]) == 0
+    capsys.readouterr()
+    assert main(["convert", str(run), "--attention", "g1b,rank=2", "--output", str(tmp_path / "made")]) == 2
+    assert "has no softmax attention (relu)" in capsys.readouterr().err
+    assert main(["convert", str(run), "--attention", "relu", "--output", str(tmp_path / "made")]) == 2
+    assert "residual" not in capsys.readouterr().err  # it takes none
+
+
 def test_they_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = {name: value for name, value in TINY.items() if name != "epochs"}
     line = options(tmp_path / "out", **few, epochs=1)

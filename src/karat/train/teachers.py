@@ -27,8 +27,10 @@ def softmax_run(folder: Path, weights: str) -> tuple[nn.Module, Settings, dict[s
     settings, facts = runs.read_config(folder)
     if settings.teacher is not None:
         raise ValueError(f"{folder} runs on another's attention: nothing to convert; give {settings.teacher} instead")
-    if not KArAtConfig.parse(settings.attention).leaves_attention:
-        raise ValueError(f"{folder} has learnable attention already ({settings.attention}); give one of plain softmax")
+    attention = KArAtConfig.parse(settings.attention)
+    if not attention.leaves_attention:
+        what = "no softmax attention" if attention.is_fixed else "learnable attention already"
+        raise ValueError(f"{folder} has {what} ({settings.attention}); give one of plain softmax")
     return load_run(folder, weights), settings, facts
 
 

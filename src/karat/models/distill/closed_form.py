@@ -50,10 +50,8 @@ def check_fits(config: KArAtConfig) -> None:
     if not config.has_edges or config.order == "Pointwise":
         fixed = "static mixing" if config.is_static else str(config)
         unserved = "order=Pointwise" if config.has_edges else fixed
-        raise ValueError(
-            f"{unserved} can't be fitted to softmax in closed form; use another attention, or residual=softmax, "
-            "which starts as the softmax model"
-        )
+        beside = "" if config.is_fixed else ", or residual=softmax, which starts as the softmax model"
+        raise ValueError(f"{unserved} can't be fitted to softmax in closed form; use another attention{beside}")
 
 
 @torch.no_grad()
