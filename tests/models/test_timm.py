@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -279,9 +280,18 @@ def test_a_layers_model_takes_images_of_any_size_and_has_features() -> None:
     assert not torch.nn.modules.module._global_module_registration_hooks
 
 
+def test_layers_in_threads_finish_each_its_own_model() -> None:
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda _: with_layer(depth=3), range(8)))
+    for model in models:
+        assert isinstance(model.no_weight_decay, NoWeightDecay)
+        assert model.no_weight_decay.model is model
+
+
 def test_a_layer_alone_is_built_as_timms() -> None:
     layer = karat.attn_layer("g3b,residual=softmax", num_tokens=7)(24, num_heads=3, qkv_bias=True)
     assert layer(torch.randn(2, 7, 24)).shape == (2, 7, 24)
+    assert not torch.nn.modules.module._global_module_registration_hooks  # of no other module's concern
     model = karat.create_model("vit_tiny_patch16_224", "g3b", **VIT)  # what is built next is its own
     assert isinstance(model.no_weight_decay, NoWeightDecay)
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copyreg
+from traceback import walk_stack
 from typing import Any
 
 from timm.layers import Attention
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
-from torch.utils.hooks import RemovableHandle
 
 from karat.models.attention import KArAtAttention
 from karat.models.backbones import BACKBONES, backbone_of
 from karat.models.karatize import NoWeightDecay, finish, like_attention
 from karat.operator.config import KArAtConfig
+from karat.operator.grids import GridWatch
 from karat.operator.operator import KArAtOperator
 
 _OF_MODELS = ("blocks", "position_bias")  # settings that a layer alone can't have
@@ -29,8 +29,9 @@ class AttentionLayer(type):
         """The attention of one block; settings are those of timm's `Attention`."""
         attn = Attention(dim, num_heads=num_heads, **settings)
         operator = like_attention(KArAtOperator(num_heads, cls.num_tokens, cls.config), attn)
-        _finish_model_around()
-        return KArAtAttention(attn, operator)
+        made = KArAtAttention(attn, operator)
+        _finish_model_around(made)
+        return made
 
 
 def attn_layer(config: KArAtConfig | str, num_tokens: int) -> AttentionLayer:
@@ -72,25 +73,21 @@ def attn_layer(config: KArAtConfig | str, num_tokens: int) -> AttentionLayer:
 
 copyreg.pickle(AttentionLayer, lambda layer: (attn_layer, (layer.config, layer.num_tokens)))  # timm keeps it in models
 
-_waiting: list[RemovableHandle] = []
 
+def _finish_model_around(attn: KArAtAttention) -> None:
+    """Finish the model in whose constructor this is, where karat has a record of it, as far as it is built.
 
-def _finish_model_around() -> None:
-    """Finish the model that the attention is built for, when it has its blocks: at the next part that it gets."""
-    if not _waiting:
-        _waiting.append(register_module_module_registration_hook(_finish))
-
-
-def _finish(model: Any, *_: Any) -> None:
-    """A hook of every registration of a module. Raises ValueError for another number of tokens, or one that varies."""
+    timm tells its layers nothing of their model: it is found among the callers. Raises ValueError for another number
+    of tokens, or one that varies.
+    """
+    model: Any = next((m for frame, _ in walk_stack(None) if backbone_of(m := frame.f_locals.get("self"))), None)
+    if model is None or "patch_embed" not in model.__dict__.get("_modules", {}):
+        return
     backbone = backbone_of(model)
-    if backbone is None or isinstance(model.__dict__.get("no_weight_decay"), NoWeightDecay):
-        return
-    made = [module for module in model.modules() if type(module) is KArAtAttention]
-    if not made:
-        return
-    _waiting.pop().remove()
-    own, tokens = made[0].operator.num_tokens, backbone.tokens(model, made[0])
+    assert backbone is not None
+    own, tokens = attn.operator.num_tokens, backbone.tokens(model, attn)
     if own != tokens and type(model) in BACKBONES:  # a subclass may add tokens yet, as DeiT does
         raise ValueError(f"attn_layer has num_tokens={own}, and the model {tokens} tokens; give num_tokens={tokens}")
-    finish(model, backbone)
+    if not isinstance(model.__dict__.get("no_weight_decay"), NoWeightDecay):
+        finish(model, backbone)
+    attn.watch = next((h for h in model.patch_embed._forward_hooks.values() if isinstance(h, GridWatch)), None)

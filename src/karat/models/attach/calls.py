@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -21,8 +21,9 @@ from karat.ops.masks import as_mask
 class Layout:
     """Where the H heads are among the leading axes of queries or scores (…,M,N).
 
-    axis: the head axis; None: there is none, and H is one. folded: the heads are the inner part of the first axis,
-    (B·H,…), as in `F.multi_head_attention_forward`. leading: how many leading axes there are.
+    axis: the head axis; None: there is none, and H is one. folded: the heads are part of the first axis, the inner one,
+    (B·H,…), as in `F.multi_head_attention_forward`, or where axis is 0 the outer one, (H·B,…). leading: how many
+    leading axes there are.
     """
 
     heads: int
@@ -41,7 +42,7 @@ class Layout:
     def fold(self, x: Tensor) -> Tensor:
         """(…,M,D) -> (B,H,M,D), all other leading axes in B."""
         if self.folded:
-            x = x.unflatten(0, (-1, self.heads))
+            x = x.unflatten(0, (-1, self.heads) if self.axis else (self.heads, -1))
         if self.axis is None:
             return x.flatten(0, -3).unsqueeze(1)
         return x if x.dim() == 4 and self.axis == 1 else x.movedim(self.axis, -3).flatten(0, -4)
@@ -50,7 +51,10 @@ class Layout:
         """The inverse of `fold`, for these leading axes: (B,H,M,D) -> (…,M,D)."""
         if self.axis is None:
             return x.squeeze(1).unflatten(0, leading)
-        axes = ([leading[0] // self.heads, self.heads, *leading[1:]]) if self.folded else list(leading)
+        axes = list(leading)
+        if self.folded:
+            axes = [leading[0] // self.heads, *leading[1:]]
+            axes.insert(self.axis, self.heads)
         if len(axes) != 2 or self.axis != 1:
             x = x.unflatten(0, axes[: self.axis] + axes[self.axis + 1 :]).movedim(-3, self.axis)
         return x.flatten(0, 1) if self.folded else x
@@ -93,6 +97,14 @@ class Fused(NamedTuple):
         return AttentionInputs(q, k, v, scale, bias, mask)
 
 
+def _fused(*args: Any, **kwargs: Any) -> Fused:
+    """The call, its queries as many as its keys are."""
+    call = Fused(*args, **kwargs)
+    query, own = call.query, -3 if call.enable_gqa else -2  # heads in groups don't broadcast
+    leading = torch.broadcast_shapes(*(x.shape[:own] for x in call[:3])) + query.shape[own:]
+    return call if leading == query.shape else call._replace(query=query.expand(leading))
+
+
 def _like(x: Tensor, query: Tensor, grouped: bool) -> Tensor:
     """Keys or values with as many heads as the queries."""
     if x.shape[:-2] == query.shape[:-2]:
@@ -126,7 +138,7 @@ def _softmax(input: Tensor, dim: Any = None, *rest: Any, dtype: torch.dtype | No
 
 
 CALLS: dict[Any, Callable[..., Call | None]] = {
-    F.scaled_dot_product_attention: Fused,
+    F.scaled_dot_product_attention: _fused,
     F.softmax: _softmax,
     torch.softmax: _softmax,
     torch.special.softmax: _softmax,
@@ -220,6 +232,8 @@ def layout_of(call: Call, heads: int | None, batch: int) -> Layout | str:
     leading = list(call.shape[:-2])
     count = len(leading)
     where = f"queries or scores of shape {tuple(call.shape)}"
+    if not count:
+        return f"{where} are of one input and one head; call for attention of all at once"
     if count == 2 and (leading[1] == heads or heads is None):
         return Layout(leading[1])
     if count == 1:
@@ -241,6 +255,27 @@ def layout_of(call: Call, heads: int | None, batch: int) -> Layout | str:
         return Layout(leading[1])  # as PyTorch documents it
     told = f"num_heads={heads} fits {len(found)} of them" if heads else "the module has no num_heads"
     return f"{where} don't tell which axis is the heads': {told}; try an example of another size"
+
+
+def settled(layout: Layout, call: Call, batch: int) -> Layout | str:
+    """A layout whose first axis is images, or images and heads, by a call for images that are alike, in which each
+    head has the same for all of them; or why it is neither."""
+    x = call.query if isinstance(call, Fused) else call.scores
+    if layout.leading != 1 or x.is_meta or x.shape[0] % batch:
+        return layout
+    images = x.unflatten(0, (batch, -1))
+    windows = x.unflatten(0, (-1, batch, layout.heads)).transpose(0, 1) if layout.folded else images
+    if _alike(images) or _alike(windows):
+        return layout
+    if layout.folded and _alike(x.unflatten(0, (layout.heads, batch, -1)).transpose(0, 1)):
+        return replace(layout, axis=0)
+    return f"the first axis of queries or scores of shape {tuple(call.shape)} isn't the example's inputs, nor its heads"
+
+
+def _alike(x: Tensor) -> bool:
+    """Whether the entries of the first axis are the same, up to rounding."""
+    x = x.float()
+    return torch.allclose(x, x[:1].expand_as(x), rtol=1e-2, atol=1e-3 * float(x.abs().median()))
 
 
 def _beside(call: Call, axis: int) -> bool:

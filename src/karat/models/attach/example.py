@@ -90,6 +90,21 @@ def images_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return 1 if first is None else len(first)
 
 
+def alike(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with all inputs as the first; where it says nothing, being constant, of random numbers."""
+    batch = images_of(args, kwargs)
+
+    def first(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.dim() or len(x) != batch:
+            return x
+        one = x[:1]
+        if x.dim() > 2 and x.is_floating_point() and not x.is_meta and bool((one == one.flatten()[0]).all()):
+            one = torch.randn_like(one)
+        return one.expand_as(x).clone()
+
+    return tuple(map(first, args)), {name: first(x) for name, x in kwargs.items()}
+
+
 def described(example: Example) -> Any:
     """An example's names, shapes and kinds as plain values; None where it isn't of tensors alone."""
     if isinstance(example, Mapping):

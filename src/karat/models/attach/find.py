@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from timm.layers import PatchDropout
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from karat.errors import first_line
-from karat.models.attach.calls import Call, Fused, Layout, heads_of, layout_of
-from karat.models.attach.example import Example, fitted, images_of
+from karat.models.attach.calls import Call, Fused, Layout, heads_of, layout_of, settled
+from karat.models.attach.example import Example, alike, fitted, images_of
 from karat.models.attach.mode import Taking
 from karat.models.evaluating import evaluating
 from karat.operator.config import KArAtConfig
@@ -29,7 +30,7 @@ class Found:
     """A module that calls for attention, in forward order.
 
     calls: for each call of one pass of it the layout of its heads, or why it can't be told; sizes: (H, M, N) of each.
-    windows: whether one call has more than a score matrix for each head and image.
+    windows: whether one call has more than a score matrix for each head and image. heads: the number that is named.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Found:
     written: bool = False
     reason: str | None = None
     windows: bool = False
+    heads: int | None = None
 
     @property
     def layouts(self) -> tuple[Layout | None, ...]:
@@ -77,6 +79,35 @@ class _Pass:
 
     modules: list[nn.Module]  # innermost first
     calls: list[Call] = field(default_factory=list)
+    idle: list[Call] = field(default_factory=list)  # of its calls those that have weighed nothing, yet
+
+
+class _Looking(Taking):
+    """Notes, beside calls of attention, which results of softmax go into a product of matrices: scores' do, a
+    classifier's or a router's don't."""
+
+    def __init__(self, take: Any) -> None:
+        super().__init__(take)
+        self.weights: Any = WeakTensorKeyDictionary()  # what became of a result -> its call and the pass
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs)
+        if torch.compiler.is_compiling():  # a part that a model compiles itself
+            return out
+        given = [*args, *(kwargs or {}).values()]
+        for x in [*given, *(x for many in given if isinstance(many, list | tuple) for x in many)]:
+            known = self.weights.get(x) if isinstance(x, Tensor) else None
+            if known is None:
+                continue
+            call, owner = known
+            if getattr(func, "__name__", "") in PRODUCTS:
+                owner.idle[:] = [other for other in owner.idle if other is not call]
+            elif isinstance(out, Tensor) and out.numel() <= 2 * math.prod(call.shape):
+                self.weights[out] = known
+        return out
+
+
+PRODUCTS = ("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "mm", "einsum", "tensordot", "mv")
 
 
 def find(model: nn.Module, example: Example) -> list[Found]:
@@ -86,6 +117,7 @@ def find(model: nn.Module, example: Example) -> list[Found]:
     attention, by its class's name, a number of heads or its projections. A call belongs to the innermost module.
 
     Runs once, under no_grad and in evaluation mode; buffers, random states and modes are afterwards what they were.
+    Where images and heads are in one axis it runs again, for images that are alike.
 
     Raises ValueError for an example that the model can't take.
     """
@@ -100,8 +132,31 @@ def find(model: nn.Module, example: Example) -> list[Found]:
             "karatize an input of the kind that it takes, example=..."
         ) from error
     batch = images_of(args, kwargs)
+    found = {module: _found(own, batch) for module, own in passes.items()}
+    _settle(model, found, alike(args, kwargs), batch)
     names = {module: name for name, module in model.named_modules()}
-    return [_found(names[module], own, batch) for module, own in passes.items()]
+    for module, site in found.items():
+        site.name = names[module]
+    return list(found.values())
+
+
+def _settle(model: nn.Module, found: dict[nn.Module, Found], example: Any, batch: int) -> None:
+    """What a first axis is, for those layouts that rest on it."""
+    unsure = {
+        module: site
+        for module, site in found.items()
+        if not isinstance(module, nn.MultiheadAttention)
+        and any(isinstance(x, Layout) and x.leading == 1 and (x.folded or site.heads != 1) for x in site.calls)
+    }
+    if batch < 2 or not unsure:
+        return
+    with left_as_it_was(model), evaluating(model), torch.no_grad():
+        passes = _run(model, *example)
+    for module, site in unsure.items():
+        calls = _kept(passes[module])[0]
+        site.calls = [
+            settled(x, call, batch) if isinstance(x, Layout) else x for x, call in zip(site.calls, calls, strict=True)
+        ]
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[nn.Module, list[_Pass]]:
@@ -116,7 +171,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     def leave(*_: Any) -> None:
         stack.pop()
 
-    def note(_: int, call: Call, otherwise: Any) -> Tensor:
+    def note(_: int, call: Call, otherwise: Callable[[], Tensor]) -> Tensor:
         depth = len(stack) - 1
         while depth > 0 and isinstance(stack[depth].modules[0], nn.Softmax):
             depth -= 1
@@ -124,18 +179,23 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
             owner = stack[depth]
             if isinstance(call, Fused) or any(map(_looks_like_attention, owner.modules[:2])):
                 owner.calls.append(call)
+                result = otherwise()
+                if not isinstance(call, Fused):
+                    owner.idle.append(call)
+                    looking.weights[result] = call, owner
                 own = passes.setdefault(owner.modules[0], [])
                 if not own or own[-1] is not owner:
                     own.append(owner)
-        result: Tensor = otherwise()
-        return result
+                return result
+        return otherwise()
 
+    looking = _Looking(note)
     handles: list[Any] = []
     try:
         for module in model.modules():
             handles.append(module.register_forward_pre_hook(enter, prepend=True))
             handles.append(module.register_forward_hook(leave, always_call=True))
-        with Taking(note):
+        with looking:
             model(*args, **kwargs)
     finally:
         for handle in handles:
@@ -153,13 +213,18 @@ def _looks_like_attention(module: nn.Module) -> bool:
     return named is not None or projects or heads_of([module]) is not None
 
 
-def _found(name: str, passes: list[_Pass], batch: int) -> Found:
-    """What the passes of one module say."""
-    modules = passes[0].modules
+def _kept(passes: list[_Pass]) -> list[list[Call]]:
+    """The calls of each pass of one module: the fused ones alone, where there are any."""
     written = not any(isinstance(call, Fused) for call in passes[0].calls)
-    kept = [[call for call in own.calls if written or isinstance(call, Fused)] for own in passes]
+    return [[call for call in own.calls if written or isinstance(call, Fused)] for own in passes]
+
+
+def _found(passes: list[_Pass], batch: int) -> Found:
+    """What the passes of one module say."""
+    modules, kept = passes[0].modules, _kept(passes)
+    written = not any(isinstance(call, Fused) for call in passes[0].calls)
     either = isinstance(modules[0], nn.MultiheadAttention)  # one call a pass: which, need_weights says
-    found = Found(name, modules[0], written=written or either)
+    found = Found("", modules[0], written=written or either)
     counts = sorted({len(calls) for calls in kept})
     if len(counts) > 1:
         found.reason = f"it calls for attention {' or '.join(map(str, counts))} times, from pass to pass"
@@ -167,8 +232,11 @@ def _found(name: str, passes: list[_Pass], batch: int) -> Found:
     heads = heads_of(modules)
     if counts[0] > 1 and counts[0] == heads and all(len(call.shape) == 3 for call in kept[0]):
         heads = 1  # a call for each head
+    found.heads = heads
     for number, call in enumerate(kept[0]):
         layout = Layout(heads) if either and heads is not None else layout_of(call, heads, batch)
+        if any(call is idle for idle in passes[0].idle):
+            layout = "no product of matrices weighs values by its softmax"
         found.calls.append(layout)
         own = 0 if isinstance(layout, str) else layout.heads
         found.windows = found.windows or math.prod(call.shape[:-2]) > batch * (own or math.inf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 from karat.models.attach.calls import (
     CALLS,
@@ -35,12 +37,14 @@ Take = Callable[[int, Call, Callable[[], Tensor]], Tensor]
 class Taking(TorchFunctionMode):
     """While active, hands every call of attention to `take` with its number.
 
-    Of the rest it touches masks alone, where they are added to scores over so many `keys`.
+    Of the rest it touches masks alone, where they are added to scores over so many `keys`. again: whether a call will
+    run once more for its gradients, when this is no longer active.
     """
 
     def __init__(self, take: Take, written: bool = True, keys: Collection[int] = frozenset()) -> None:
         super().__init__()
         self.take, self.written, self.keys, self.number = take, written, keys, 0
+        self.graph, self.again = torch.is_grad_enabled(), False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
@@ -51,10 +55,16 @@ class Taking(TorchFunctionMode):
             call = CALLS[func](*args, **kwargs)
             if call is not None and (self.written or isinstance(call, Fused)):
                 self.number += 1
+                self.again = self.again or (self.graph and not torch.is_grad_enabled() and _will_run_again())
                 return self.take(self.number - 1, call, lambda: func(*args, **kwargs))
         if self.keys and func in SUMS:
             return masked_sum(func, args, kwargs, self.keys)
         return func(*args, **kwargs)
+
+
+def _will_run_again() -> bool:
+    """Whether this runs in a checkpoint with use_reentrant=True; the other kind complains itself."""
+    return any(frame.f_code is CheckpointFunction.forward.__code__ for frame, _ in traceback.walk_stack(None))
 
 
 class Attached:
@@ -106,6 +116,11 @@ class Attached:
                 out = module_forward(self.module)(self.module, *args, **kwargs)
         if self.learned and taking.number != len(self.layouts):
             raise ValueError(self._changed(taking.number))
+        if self.learned and taking.again:
+            raise ValueError(
+                f"{type(self.module).__name__} checkpoints its own call for attention, which would run again without "
+                "its operator: checkpoint the whole module, or the block around it"
+            )
         return out
 
     def replica(self) -> Any:

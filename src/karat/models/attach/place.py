@@ -82,6 +82,7 @@ def attach(model: nn.Module, config: KArAtConfig, example: Example | Sites | Non
         )
         if not able:
             raise ValueError(f"no attention of {kind} can be converted: {stays}")
+        stays = "; ".join(filter(None, (stays, _missed(model, found))))
         chosen = choose(able, len(found))
         unable = [i for i in chosen if i not in able]
         if unable:
@@ -104,6 +105,16 @@ def attach(model: nn.Module, config: KArAtConfig, example: Example | Sites | Non
         settings.karat_attention, settings.karat_example = str(config), described(given)
     if stays and config.blocks is None:
         warnings.warn(f"stays softmax: {stays}", stacklevel=3)
+
+
+def _missed(model: nn.Module, found: list[Found]) -> str:
+    """Modules of the kinds that were found to call for attention, which the example didn't reach."""
+    kinds, known = {type(site.module) for site in found}, {site.module for site in found}
+    return "; ".join(
+        f"{name} ({type(module).__name__}): the example doesn't call it"
+        for name, module in model.named_modules()
+        if type(module) in kinds and module not in known
+    )
 
 
 def _is_within(name: str, other: str) -> bool:
