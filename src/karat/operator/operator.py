@@ -60,7 +60,8 @@ class KArAtOperator(OperatorParameters):
                 f"attention={config} has two maps of half the width, no operator: it serves timm's ViT and DeiT alone"
             )
         order = FIXED[config.basis] if config.is_fixed else ORDERS[config.order_key]
-        edges = (config.edge_basis, config.edge_scales) if config.has_edges else None
+        blind = config.is_fixed or config.is_static
+        edges = None if blind else (config.edge_basis, config.edge_scales)  # softmax has none, which is an error
         gated = config.residual is not None and config.gate == "head"
         super().__init__(num_heads - len(softmax_heads), num_tokens, order.layout_for(config), config, edges, gated)
         self.num_heads, self.order = num_heads, order

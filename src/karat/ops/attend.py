@@ -30,6 +30,7 @@ def attend(call: Call, u: Tensor, basis: str | Basis, projector: Projector, impl
     Raises:
         ValueError: as `karat.basis_attention`; a mask of pairs; u or w of other sizes.
 
+    >>> import torch
     >>> q, k, v = torch.randn(3, 2, 3, 7, 8).unbind()
     >>> u, w = torch.randn(3, 6, 7, 4), torch.randn(3, 7, 4)
     >>> attend(Call(q, k, 0.3), u, "fourier(grid=3)", Projector(v, w, None, False)).shape
