@@ -224,3 +224,43 @@ def test_second_derivatives_are_refused_with_the_remedy() -> None:
     (first,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="impl='reference'"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("impl", ["reference", *KERNELS])
+@pytest.mark.parametrize("name", ["w", "gate", "bias", "mask"])
+def test_what_lies_elsewhere_or_is_complex_is_refused(name: str, impl: str) -> None:
+    q, k, v, u, w, gate, bias = in_precision(draw((2, 2, 5, 5, 4, 3, 4), SPECS[0]), torch.float32)
+    of = {"w": w, "gate": gate, "bias": bias, "mask": torch.ones(2, 1, 1, 5, dtype=torch.bool)}
+    here = of[name]
+    assert here is not None
+    changes = [(here.to("meta"), f"{name} must be on q's device, cpu, got meta")]
+    if name != "mask":
+        changes.append((here.to(torch.complex64), f"{name} must be real, got torch.complex64"))
+    for x, words in changes:
+        given = {**of, name: x}
+        with pytest.raises(ValueError, match=words):
+            attend(
+                Call(q, k, SCALE, given["bias"], given["mask"]),
+                u,
+                SPECS[0],
+                Projector(v, given["w"], gate if name != "gate" else x, True),
+                impl,
+            )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("place", range(5))
+def test_numbers_that_are_not_in_memory_yet_are_read_right(place: int, impl: str) -> None:
+    inputs = in_precision(draw((2, 2, 5, 5, 4, 3, 4), SPECS[0], gate=False, bias=False), torch.float32)
+    x = inputs[place]
+    assert x is not None
+    negated = torch.complex(torch.zeros_like(x), -x).conj().imag
+    zeros = torch._efficientzerotensor(x.shape)
+    assert negated.is_neg()
+    for lazy, whole in ((negated, x), (zeros, torch.zeros_like(x))):
+        for softmax in (False, True):
+            ours, same = ([*inputs[:place], y, *inputs[place + 1 :]] for y in (lazy, whole))
+            for found, wanted in zip(
+                run(ours, SPECS[0], impl, softmax=softmax), run(same, SPECS[0], impl, softmax=softmax), strict=True
+            ):
+                assert torch.equal(found, wanted)

@@ -7,7 +7,7 @@ from torch import Tensor
 from karat.basis import Basis
 from karat.ops import attend_operator, reference
 from karat.ops.call import Call
-from karat.ops.checks import checked
+from karat.ops.checks import check_beside, checked
 from karat.ops.products import low_rank_product
 from karat.ops.projector import Projector, unmasked
 
@@ -28,7 +28,7 @@ def attend(call: Call, u: Tensor, basis: str | Basis, projector: Projector, impl
         kept for the backward pass, as fused softmax attention keeps its own.
 
     Raises:
-        ValueError: as `karat.basis_attention`; a mask of pairs; u or w of other sizes.
+        ValueError: as `karat.basis_attention`; a mask of pairs; u or w of other sizes; w or gate elsewhere.
 
     >>> import torch
     >>> q, k, v = torch.randn(3, 2, 3, 7, 8).unbind()
@@ -53,6 +53,9 @@ def _check(call: Call, u: Tensor, w: Tensor, gate: Tensor | None) -> None:
         raise ValueError(f"u must be (H,F,N,R) and w (H,N,R), got {tuple(u.shape)} and {tuple(w.shape)}")
     if gate is not None and gate.shape != u.shape[:1]:
         raise ValueError(f"gate must have a number for each of {len(u)} heads, got {tuple(gate.shape)}")
+    for name, x in (("w", w), ("gate", gate)):
+        if x is not None:
+            check_beside(call.q, x, name)
     if call.mask is not None and call.mask.shape[2] != 1:
         raise ValueError(
             f"attend takes a mask of keys, (B,H,1,N), got {tuple(call.mask.shape)}: under a mask of pairs σ isn't "

@@ -92,7 +92,16 @@ def _broadcastable(x: Tensor | None, name: str, call: Call) -> Tensor | None:
         return None
     if whole.dim() != 4 or any(size not in (1, most) for size, most in zip(whole.shape, full, strict=True)):
         raise ValueError(f"{name} must be broadcastable to (B,H,M,N) = {full}, got {tuple(x.shape)}")
+    check_beside(call.q, whole, name)
     return whole
+
+
+def check_beside(q: Tensor, x: Tensor, name: str) -> None:
+    """Raise ValueError where x is on another device than q, whose memory a kernel can't read, or complex."""
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on q's device, {q.device}, got {x.device}; move it with .to()")
+    if x.is_complex():
+        raise ValueError(f"{name} must be real, got {x.dtype}; take its .real")
 
 
 def check_values(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -63,5 +63,10 @@ def observed(*tensors: Tensor | None) -> bool:
 
 
 def _is_special(x: Tensor) -> bool:
-    """Whether a tensor is more, or less, than numbers in memory; batched gradients are of an old kind of torch's."""
-    return type(x) not in _PLAIN or x.is_meta or torch._C._functorch.is_legacy_batchedtensor(x)
+    """Whether a tensor is more, or less, than its memory says; batched gradients are of an old kind of torch's.
+
+    A view that is yet to be negated (`z.conj().imag`) and zeros without memory are made whole by the dispatcher alone.
+    """
+    if type(x) not in _PLAIN or x.is_meta or x.is_neg() or torch._C._functorch.is_legacy_batchedtensor(x):
+        return True
+    return torch._is_zerotensor(x)
