@@ -19,19 +19,13 @@ def forward(
 ) -> None:
     """Write what `into` has memory for."""
     with full_precision(call.q):
-        _forward(implementation, call, u, basis, projector, into)
-
-
-def _forward(
-    implementation: Implementation, call: Call, u: Tensor, basis: Basis, projector: Projector, into: Attended
-) -> None:
-    v = unmasked(call, projector.v)
-    part = SoftmaxPart(v, into.out, into.logsumexp) if projector.softmax else None
-    sums = implementation.forward(call, u, basis, part)
-    into.sums.copy_(sums)
-    projected = _gated(shared_forward(projector.w.to(v.dtype).transpose(1, 2), v), projector.gate)
-    product = tokens_forward(sums, projected)
-    into.out.add_(product) if projector.softmax else into.out.copy_(product)
+        v = unmasked(call, projector.v)
+        part = SoftmaxPart(v, into.out, into.logsumexp) if projector.softmax else None
+        sums = implementation.forward(call, u, basis, part)
+        into.sums.copy_(sums)
+        projected = _gated(shared_forward(projector.w.to(v.dtype).transpose(1, 2), v), projector.gate)
+        product = tokens_forward(sums, projected)
+        into.out.add_(product) if projector.softmax else into.out.copy_(product)
 
 
 def backward(
@@ -46,41 +40,28 @@ def backward(
 ) -> ProjectedGradients:
     """Gradients, given that of O."""
     with full_precision(call.q):
-        return _backward(implementation, grad, call, u, basis, projector, attended, needs)
-
-
-def _backward(
-    implementation: Implementation,
-    grad: Tensor,
-    call: Call,
-    u: Tensor,
-    basis: Basis,
-    projector: Projector,
-    attended: Attended,
-    needs: ProjectedNeeds,
-) -> ProjectedGradients:
-    _, w, gate, softmax = projector
-    v = unmasked(call, projector.v)
-    w_t = w.to(v.dtype).transpose(1, 2)
-    projected = shared_forward(w_t, v)
-    gated = _gated(projected, gate)
-    dsums, dgated = tokens_backward(grad, attended.sums.contiguous(), gated, True, needs[2] or needs[4] or needs[5])
-    assert dsums is not None
-    dv = dw = dgate = None
-    if dgated is not None:
-        if gate is not None and needs[5]:
-            dgate = (dgated * projected).sum((0, 2, 3)).to(gate.dtype)
-        dw, dv = shared_backward(_gated(dgated, gate), w_t, v, needs[4], needs[2])
-    part = None
-    if softmax:
-        beside = attended.out - tokens_forward(attended.sums, gated)
-        part = SoftmaxPart(v, beside, attended.logsumexp, grad, torch.empty_like(v) if needs[2] else None)
-    wanted = (needs[0], needs[1], needs[3], needs[6])
-    dq, dk, du, dbias = implementation.backward(dsums, call, u, basis, wanted, part)
-    if dv is not None:
-        dv = unmasked(call, dv if part is None or part.dv is None else dv + part.dv)
-    dw = None if dw is None else dw.transpose(1, 2).to(w.dtype)
-    return ProjectedGradients(dq, dk, dv, du, dw, dgate, dbias)
+        _, w, gate, softmax = projector
+        v = unmasked(call, projector.v)
+        w_t = w.to(v.dtype).transpose(1, 2)
+        projected = shared_forward(w_t, v)
+        gated = _gated(projected, gate)
+        dsums, dgated = tokens_backward(grad, attended.sums.contiguous(), gated, True, needs[2] or needs[4] or needs[5])
+        assert dsums is not None
+        dv = dw = dgate = None
+        if dgated is not None:
+            if gate is not None and needs[5]:
+                dgate = (dgated * projected).sum((0, 2, 3)).to(gate.dtype)
+            dw, dv = shared_backward(_gated(dgated, gate), w_t, v, needs[4], needs[2])
+        part = None
+        if softmax:
+            beside = attended.out - tokens_forward(attended.sums, gated)
+            part = SoftmaxPart(v, beside, attended.logsumexp, grad, torch.empty_like(v) if needs[2] else None)
+        wanted = (needs[0], needs[1], needs[3], needs[6])
+        dq, dk, du, dbias = implementation.backward(dsums, call, u, basis, wanted, part)
+        if dv is not None:
+            dv = unmasked(call, dv if part is None or part.dv is None else dv + part.dv)
+        dw = None if dw is None else dw.transpose(1, 2).to(w.dtype)
+        return ProjectedGradients(dq, dk, dv, du, dw, dgate, dbias)
 
 
 def _gated(x: Tensor, gate: Tensor | None) -> Tensor:

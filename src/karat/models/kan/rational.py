@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -177,7 +178,7 @@ def _rows_of(gradient: Tensor, like: Tensor) -> Tensor:
     return (gradient.sum(0, keepdim=True) if len(like) < len(gradient) else gradient).to(like.dtype)
 
 
-class Rational(nn.Module):
+class Rational(nn.Module, ABC):
     """What both kinds of group-rational functions share; a kind gives its parameters and says if it is of `terms`."""
 
     terms: ClassVar[bool] = False
@@ -188,9 +189,9 @@ class Rational(nn.Module):
             check_count("GroupRational", name, value, 1)
         self.groups, self.m, self.n, self.init = groups, m, n, init
 
+    @abstractmethod
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """Numerator (g or 1, m+1) and denominator (g or 1, n), the parameters or views of them."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -74,16 +74,10 @@ class Values(NamedTuple):
     grad: Tensor | None = None  # of attended
 
 
-class Results(NamedTuple):
-    """Memory for gradients, contiguous; None where they aren't wanted."""
+class Results(ProjectedGradients):
+    """Memory for gradients, contiguous."""
 
-    q: Tensor | None
-    k: Tensor | None
-    v: Tensor | None
-    u: Tensor | None
-    w: Tensor | None
-    gate: Tensor | None
-    bias: Tensor | None
+    __slots__ = ()
 
     @classmethod
     def of(
