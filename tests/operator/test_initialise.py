@@ -70,6 +70,15 @@ def test_paper_draws() -> None:
     assert rational.denominator.std().item() == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.parametrize(("m", "n"), [(5, 4), (3, 2), (2, 1)])
+def test_no_rational_function_starts_with_a_pole_far_out(m: int, n: int) -> None:
+    layer = KArAtOperator(8, 197, f"rational(m={m},n={n})-b").layers[0]
+    b = layer.packed().flatten(2).transpose(0, 1)[m + 1 :]
+    assert (b > 0).all()  # the highest one bounds φ
+    assert b.mean().item() == pytest.approx(0.05, rel=0.05)
+    assert layer.denominator.mean().item() == pytest.approx(1, rel=0.05)  # learns in proportion to its size
+
+
 def test_same_seed_same_operator() -> None:
     states = []
     for _ in range(2):

@@ -17,7 +17,8 @@ class EdgeParameter(NamedTuple):
     they alone are rescaled when an operator is carried to another token grid (SPEC §9).
 
     `std` and `mean` give the paper's initialisation, N(mean, std²); `default_std` is the standard deviation,
-    up to a common factor, of the initialisation that `karat` uses by default (one value for each number).
+    up to a common factor, of the initialisation that `karat` uses by default (one value for each number). A shape
+    that must keep its sign has a `default_mean` there, and learns in proportion to it.
     """
 
     name: str
@@ -26,6 +27,7 @@ class EdgeParameter(NamedTuple):
     mean: float = 0.0
     std: float = 1.0
     default_std: tuple[float, ...] | None = None
+    default_mean: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)  # families that are dataclasses generate their own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,14 +12,10 @@ from torch import Tensor
 from karat.basis.base import Basis, EdgeParameter, check_count
 
 
-def _tame(degrees: range, power: float, scale: float = 1.0) -> tuple[float, ...]:
-    """`scale` / E[x^2i]^`power` for x ~ N(0,1), E[x^2i] = (2i-1)!!: ½ gives every monomial the same power, 1 makes
-    it fall with the degree, so that the few large scores don't dominate."""
-    stds, moment = [], 1.0
-    for i in range(degrees.stop):
-        moment *= max(2 * i - 1, 1)
-        stds.append(scale / moment**power)
-    return tuple(stds[degrees.start :])
+def _tame(count: int) -> tuple[float, ...]:
+    """1 / E[x^2i] for x ~ N(0,1), E[x^2i] = (2i-1)!!: the power of a monomial falls with its degree, so that the few
+    large scores don't dominate."""
+    return tuple(1 / math.prod(range(1, 2 * i, 2)) for i in range(count))
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,9 @@ class Rational(Basis):
     @property
     def parameters(self) -> tuple[EdgeParameter, ...]:
         return (
-            EdgeParameter("numerator", self.m + 1, amplitude=True, default_std=_tame(range(self.m + 1), 1)),
-            EdgeParameter("denominator", self.n, amplitude=False, default_std=_tame(range(1, self.n + 1), 0.5, 0.5)),
+            EdgeParameter("numerator", self.m + 1, amplitude=True, default_std=_tame(self.m + 1)),
+            # Above zero: where the highest one vanishes, φ grows as x^m and its gradient explodes.
+            EdgeParameter("denominator", self.n, amplitude=False, default_std=(0.01,) * self.n, default_mean=0.05),
         )
 
     def _powers(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,7 @@ def _draw(layer: EdgeLayer, init: str) -> None:
         parameter = getattr(layer, group.name)
         nn.init.normal_(parameter, group.mean, group.std)
         if init == "default" and group.default_std is not None:
-            parameter.mul_(parameter.new_tensor(group.default_std)[:, None, None])
+            parameter.mul_(parameter.new_tensor(group.default_std)[:, None, None]).add_(group.default_mean)
     if layer.basis_scale is not None:
         nn.init.ones_(layer.basis_scale)
     if layer.base_scale is not None:

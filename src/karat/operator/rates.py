@@ -99,8 +99,7 @@ def _moments(basis: Basis) -> Moments:
                 amplitudes.append((len(drawn), size))
                 drawn.append(noise * size)
             else:
-                own = size if group.default_std else group.std
-                drawn.append(group.mean + own * noise)
+                drawn.append(group.default_mean + size * noise if group.default_std else group.mean + group.std * noise)
     u = torch.stack(drawn).unsqueeze(1)  # (F,1,DRAWS)
     x = z.unsqueeze(-1)
     slope, parts = basis.edge_gradients(x, u, torch.ones(NODES, DRAWS, dtype=torch.float64))
@@ -124,8 +123,8 @@ class Gains(NamedTuple):
 def set_factors(parameters: OperatorParameters, gains: Gains) -> None:
     """Give every learned tensor of an operator its factor; the operator stays what it is.
 
-    Shapes (τ, s, denominators) and edge scales, whose steps change the output less than a linear layer's do, keep
-    factors of one.
+    Shapes (τ, s) and edge scales, whose steps change the output less than a linear layer's do, keep factors of one.
+    Those that must keep their sign (denominators) have their size at the start.
     """
     for layer, gain in zip(parameters.edge_layers, gains.layers, strict=True):
         layer.set_factor(_factors(layer, gain))
@@ -139,7 +138,8 @@ def _factors(layer: EdgeLayer, gain: float) -> Tensor:
     found: list[float] = []
     for group in layer.basis.parameters:
         learned = group.amplitude and not (group.name == "base" and layer.has_fixed_base)
-        found += [rounded(RATE * size / gain) if learned else 1.0 for size in weights_of(group)]
+        kept = group.default_mean or 1.0
+        found += [rounded(RATE * size / gain if learned else kept) for size in weights_of(group)]
     return torch.tensor(found)[:, None, None]
 
 
