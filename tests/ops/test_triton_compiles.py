@@ -10,7 +10,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -23,31 +25,55 @@ SHARED = {"80": 163, "86": 99, "89": 99, "90": 227, "120": 99, "gfx942": 64}
 KERNELS = {"fwd", "bwd_dq", "bwd_dkdu"}
 
 
-def run(*command: str) -> str:
+LOAD = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("compiled", "benchmarks/compiled.py")
+sys.modules["compiled"] = compiled = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(compiled)
+"""
+SERVE = """
+for line in sys.stdin:
+    compiled.Compiled(**json.loads(line)).run()  # prints its rows
+    print("null", flush=True)
+"""
+Rows = list[dict[str, Any]]
+
+
+def command(code: str) -> tuple[list[str], dict[str, str]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    child = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert child.returncode == 0, child.stderr[-3000:]
-    return child.stdout
+    return [sys.executable, "-c", LOAD + code], environment
 
 
-def compiled(*options: str) -> list[dict[str, Any]]:
-    """A row for each kernel; whatever is compiled fits into the chip's shared memory."""
-    rows = [json.loads(line) for line in run("benchmarks/compiled.py", *options).splitlines()]
-    for row in rows:
-        assert row["shared"] <= SHARED[row["chip"]] * 1024, row
-    return rows
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[Callable[..., Rows]]:
+    """A row for each kernel; whatever is compiled fits into the chip's shared memory. One process compiles for all."""
+    line, environment = command(SERVE)
+    with subprocess.Popen(line, cwd=ROOT, text=True, env=environment, stdin=PIPE, stdout=PIPE) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+
+        def compiled(**options: Any) -> Rows:
+            child.stdin.write(json.dumps(options) + "\n")
+            child.stdin.flush()
+            rows = list(iter(lambda: json.loads(child.stdout.readline()), None))  # of a child that died: no JSON
+            for row in rows:
+                assert row["shared"] <= SHARED[row["chip"]] * 1024, row
+            return rows
+
+        yield compiled
+        child.stdin.close()
 
 
-def test_the_largest_kernels_spill_nothing_where_memory_is_least() -> None:
-    rows = compiled("--chips", "120", "--cases", "fourier(grid=3) beside softmax")
+def test_the_largest_kernels_spill_nothing_where_memory_is_least(compiled: Callable[..., Rows]) -> None:
+    rows = compiled(chips=["120"], cases=["fourier(grid=3) beside softmax"])
     assert {row["kernel"] for row in rows} == KERNELS
     assert not [row for row in rows if row["spilled"]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("chips", "tokens"), [(tuple(SHARED), "197"), (("86",), "65")])
-def test_nothing_spills(chips: tuple[str, ...], tokens: str) -> None:
-    rows = compiled("--chips", *chips, "--tokens", tokens)
+@pytest.mark.parametrize(("chips", "tokens"), [(tuple(SHARED), 197), (("86",), 65)])
+def test_nothing_spills(compiled: Callable[..., Rows], chips: tuple[str, ...], tokens: int) -> None:
+    rows = compiled(chips=chips, tokens=tokens)
     found = {(row["chip"], row["case"], row["kernel"]) for row in rows}
     assert found >= {(chip, "fourier(grid=1)", kernel) for chip in chips for kernel in KERNELS}
     assert not [row for row in rows if row["spilled"]]
@@ -64,19 +90,14 @@ CASES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["86"])  # the least shared memory
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case)))
-def test_compiles(case: tuple[object, ...], chip: str) -> None:
-    spec, dtype, head, width = map(str, case)
-    rows = compiled("--chips", chip, "--cases", spec, "--dtype", dtype, "--head", head, "--width", width)
+def test_compiles(compiled: Callable[..., Rows], case: tuple[Any, ...]) -> None:
+    spec, dtype, head, width = case
+    rows = compiled(chips=["86"], cases=[spec], dtype=dtype, head=head, width=width)  # the least shared memory
     assert {row["kernel"] for row in rows} == (KERNELS | {"bwd_dbias"} if "masked" in spec else KERNELS)
 
 
 BATCHES = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("compiled", "benchmarks/compiled.py")
-sys.modules["compiled"] = compiled = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(compiled)
 from karat.ops.triton import kernels, kernels_sums
 
 kernels = [kernels.basis_attention_fwd_kernel, kernels.basis_attention_bwd_dq_kernel,
@@ -91,4 +112,6 @@ assert counts[0] == [1, 1, 1] and counts == [counts[0]] * 4, counts
 
 @pytest.mark.slow
 def test_a_smaller_batch_compiles_nothing_anew() -> None:
-    run("-c", BATCHES)
+    line, environment = command(BATCHES)
+    child = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert child.returncode == 0, child.stderr[-3000:]
