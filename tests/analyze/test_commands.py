@@ -33,6 +33,7 @@ FIGURES = {
     "functions": {"functions-RUN", "coefficients-RUN"},
     "parts": {"parts-RUN"},
     "ablation": {"ablation"},
+    "averaging": {"averaging"},
     "landscape": {"surface", "contours"},
     "hessian": {"curvature"},
 }
@@ -120,6 +121,8 @@ def test_maps_are_measured_against_a_mask_and_a_box(karat_run: Path, picture: Pa
 
 BAD = {
     "analyze landscape SOFTMAX": "has no trajectory checkpoints",
+    "analyze averaging SOFTMAX": "train it with --checkpoints trajectory",
+    "analyze averaging RUN --samples 1": "a mean over images wants two or more",
     "analyze weights SOFTMAX": "train it with --checkpoints trajectory",
     "analyze attention RUN --image TORN": "can't be read as an image",
     "analyze attention RUN --image TEXT": "is not an image of a known format",

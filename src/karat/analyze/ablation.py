@@ -46,11 +46,7 @@ def ablate(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Ablati
     Raises ValueError for a model without learned attention of its own, or with attention in windows, whose means over
     images mix the windows, and for fewer than two images or images without a label each.
     """
-    if len(images) < 2 or len(images) != len(labels):
-        raise ValueError(
-            f"{len(images)} images with {len(labels)} labels: a mean over images wants two or more, with a label each; "
-            "give e.g. --samples 128"
-        )
+    check_labelled(images, labels)
     sites = [site for site in attention_sites(model) if site.kind.learned]
     if not sites:
         raise ValueError(
@@ -70,6 +66,15 @@ def ablate(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Ablati
     modules = [site.module for site in sites]
     means = _means(model, modules, images, labels)
     return {name: _evaluate(model, modules, means, kept, images, labels) for name, kept in KEPT.items()}
+
+
+def check_labelled(images: Tensor, labels: Tensor) -> None:
+    """Raise ValueError for images that have no mean worth the name, or not a label each."""
+    if len(images) < 2 or len(images) != len(labels):
+        raise ValueError(
+            f"{len(images)} images with {len(labels)} labels: a mean over images wants two or more, with a label each; "
+            "give e.g. --samples 128"
+        )
 
 
 def _learned(module: Any, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:

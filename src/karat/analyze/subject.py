@@ -47,7 +47,7 @@ class Options:
     reach: Positive = 1.0
     """With random directions: how far the landscape reaches, in lengths of the filters."""
     samples: Count = 128
-    """Images that a landscape and an ablation are computed on."""
+    """Images that a landscape, an ablation and averaging are computed on."""
     split: Literal["train", "eval"] = "train"
     """Which part of the data they come from; without augmentation in either case."""
     eigenvalues: Count = 3

@@ -15,6 +15,7 @@ ANALYSES = {
     "functions": "learned",
     "parts": "learned",
     "ablation": "learned",
+    "averaging": "training",
     "weights": "training",
     "landscape": "loss",
     "hessian": "loss",

@@ -6,10 +6,16 @@ from collections.abc import Sequence
 
 from karat.analyze import figures
 from karat.analyze.analysis import Analysis
+from karat.analyze.averaging import averaged
+from karat.analyze.landscape import evaluate
 from karat.analyze.loading import moments, trajectory
 from karat.analyze.subject import Subject
 from karat.analyze.sweep import sweep
 from karat.analyze.weights import histograms
+from karat.runs.checkpoint import load_weights
+from karat.runs.files import read_tensors
+
+EVERY = 4  # epochs from one point of the curve of averaging to the next; the last epoch is one too
 
 
 def analyse_curves(subjects: Sequence[Subject]) -> Analysis:
@@ -32,6 +38,32 @@ def analyse_weights(subjects: Sequence[Subject]) -> Analysis:
         analysis.numbers[s.label] = {kind.kind: [float(value) for value in kind.from_start] for kind in found}
         analysis.arrays |= {f"{s.key}/{kind.kind}": kind.counts for kind in found}
     return analysis
+
+
+def analyse_averaging(subjects: Sequence[Subject]) -> Analysis:
+    """Top-1 lost by averaging attention over images, along training: at every fourth epoch's weights and the last."""
+    analysis = Analysis("attention averaged over images")
+    curves: dict[str, list[list[dict[str, float]]]] = {}
+    for s, found in analysis.each(subjects, _averaging):
+        curves.setdefault(s.run.settings.label, []).append(found)
+        analysis.numbers[s.label] = {"images": len(s.loss_samples.labels), "split": s.options.split, "epochs": found}
+    analysis.figures["averaging"] = figures.draw_averaging(curves)
+    return analysis
+
+
+def _averaging(s: Subject) -> list[dict[str, float]]:
+    """A line an epoch, as in metrics.jsonl."""
+    checkpoints, lines, model = trajectory(s.run.folder), [], s.run.model()
+    images, labels = s.loss_samples.images, s.loss_samples.labels
+    for epoch, path in checkpoints:
+        if epoch % EVERY and epoch != checkpoints[-1][0]:
+            continue
+        load_weights(model, read_tensors(path), str(path))
+        loss, top1 = evaluate(model, images, labels)
+        mean = averaged(model, images, labels)
+        lines.append({"epoch": epoch, "top1": top1, "averaged": mean.top1, "lost": top1 - mean.top1})
+        lines[-1] |= {"loss": loss, "averaged_loss": mean.loss}
+    return lines
 
 
 def analyse_sweep(subjects: Sequence[Subject]) -> Analysis:

@@ -14,11 +14,17 @@ from karat.analyze.weights import Histograms
 from karat.plots import COLOURS, draw_epochs, drawing, few_ticks, finish, line_style, whole_epochs
 
 PANELS = {"train_loss": "training loss", "eval_loss": "evaluation loss", "top1": "top-1 (%)"}
+AVERAGING = {"top1": "top-1 (%)", "averaged": "attention averaged: top-1 (%)", "lost": "points lost by averaging"}
 
 
 def draw_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Training loss, evaluation loss and top-1 per epoch, one line a run (lines of metrics.jsonl by run)."""
     return draw_epochs({name: [history] for name, history in histories.items()}, PANELS)
+
+
+def draw_averaging(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> Figure:
+    """Top-1 with attention as it is and averaged over images, and their difference, over epochs: a line a run."""
+    return draw_epochs(curves, AVERAGING)
 
 
 def draw_histograms(found: Sequence[Histograms], moments: Sequence[str], epochs: Sequence[int]) -> Figure:
