@@ -177,8 +177,8 @@ def against_softmax(cells: Cells) -> str:
 def draw(results: Mapping[str, Any], path: Path) -> None:
     """A panel a task: quality over the peak rate, a line an attention, softmax thick and black."""
     shown = {task: cells for task in results["tasks"] if (cells := Cells.of(results, task)).runs}
-    names = list(dict.fromkeys(name for cells in shown.values() for name in cells.runs))
-    colours = [colour for colour in COLOURS if colour != "#000000"]
+    names = [name for name in results["attentions"] if name != BASELINE]
+    colours = [*(colour for colour in COLOURS if colour != "#000000"), "#7F3C8D"]
     across = min(3, len(shown) + 1)
     with looks():
         figure = new_figure(2.6 * across, 2.5 * -(-(len(shown) + 1) // across))
@@ -204,11 +204,13 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
                     **style,
                 )
             panel.set_xscale("log")
-            panel.set_xticks(cells.rates(), [number(rate) for rate in cells.rates()])
+            many = len(cells.rates()) > 4
+            panel.set_xticks(cells.rates(), [number(rate) for rate in cells.rates()], fontsize=6 if many else None)
             panel.set_xticks([], minor=True)
             panel.set_ylim(bottom=0)
             finish(panel, task, "peak learning rate", METRICS[results["tasks"][task]["metric"]])
         for panel in panels[len(shown) :]:
             panel.set_axis_off()
-        panels[len(shown)].legend(handles.values(), handles.keys(), loc="center", fontsize=7)
+        legend = {name: handles[name] for name in sorted(handles, key=[BASELINE, *names, *handles].index)}
+        panels[len(shown)].legend(legend.values(), legend.keys(), loc="center", fontsize=7)
     save(figure, path)
