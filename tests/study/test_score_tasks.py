@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable, Sequence
+from statistics import fmean, stdev
 from types import ModuleType
 
 import pytest
 import torch
 
 from support.paths import ROOT
+
+SOFTMAX, POINTWISE, OPERATOR = "softmax", "φ(score), G3", "operator G3, rank 12"
+BESIDE = f"{OPERATOR}, beside softmax"
+BAND = ((SOFTMAX,), (POINTWISE, OPERATOR))  # of all sizes
 
 
 @pytest.fixture
@@ -68,6 +74,86 @@ def test_the_page_has_the_table_of_the_results(tasks: ModuleType) -> None:
     assert f"<!-- table: score-tasks -->\n{shown.tables(results)}\n<!-- end of table -->" in page
     for row in results["rows"]:
         assert [run["seed"] for run in shown.runs_of(results, row, "band", tasks.BASE)] == list(tasks.SEEDS)
+
+
+@pytest.fixture
+def explained(tasks: ModuleType) -> Callable[..., list[float]]:
+    """What a row explains of a task, or how often it is exact, in percent, seed by seed."""
+    import score_tasks_shown as shown
+
+    results = json.loads((ROOT / "docs" / "results" / "science" / "score_tasks.json").read_text(encoding="utf-8"))
+
+    def of(row: str, task: str, size: Sequence[int] = tasks.BASE, what: str = "explained") -> list[float]:
+        return [100 * run[what] for run in shown.runs_of(results, row, task, size)]
+
+    return of
+
+
+def rounded(found: list[float]) -> str:
+    """Mean ± deviation as the pages' prose has them, a deviation below a half left out."""
+    return f"{fmean(found):.0f}" + (f" ± {stdev(found):.0f}" if stdev(found) >= 0.5 else "")
+
+
+def test_the_minutes_that_the_runs_took() -> None:
+    runs = json.loads((ROOT / "docs" / "results" / "science" / "score_tasks.json").read_text(encoding="utf-8"))["runs"]
+    minutes = sum(run["cpu_seconds"] for run in runs) / 60
+    assert f"the runs took {minutes:.0f} minutes of one core" in prose("docs/science.md")
+
+
+def prose(page: str) -> str:
+    return " ".join((ROOT / page).read_text(encoding="utf-8").split())
+
+
+def test_the_readmes_row(explained: Callable[..., list[float]]) -> None:
+    softmax, operator, beside = (rounded(explained(row, "band")) for row in (SOFTMAX, OPERATOR, BESIDE))
+    row = f"%, five seeds | {softmax} | {operator}, g3b | {beside}, g3b |"
+    assert f"explained of an answer that is a band of scores, {row}" in prose("README.md")
+    assert len(explained(SOFTMAX, "band")) == 5
+
+
+def test_the_prose_of_the_page(tasks: ModuleType, explained: Callable[..., list[float]]) -> None:
+    """Each sentence about the tasks that isn't the table, and what makes it true."""
+    page, sizes = prose("docs/science.md"), tasks.SIZES
+    mean = {
+        (row, task, size): fmean(explained(row, task, size))
+        for row in (SOFTMAX, "sigmoid", POINTWISE, OPERATOR)
+        for task in tasks.TASKS
+        for size in sizes
+    }
+    softmax, learned = ([mean[row, "band", size] for row in rows for size in sizes] for rows in BAND)
+    assert {f"{value:.0f}" for value in softmax} == {"28"}
+    assert f"softmax explains 28 %, functions of the scores {min(learned):.0f} to {max(learned):.0f} %." in page
+
+    wins = [mean[OPERATOR, "odd one out", size] > mean[SOFTMAX, "odd one out", size] for size in sizes]
+    assert wins == [True, False, False]
+    assert "In the odd one out it wins at one size of three." in page
+    assert "the operator of rank 12 falls below softmax** with more tokens or a wider block" in page
+
+    found = [sum(seed > 90 for seed in explained(POINTWISE, "odd one out", size)) for size in sizes[1:]]
+    assert min(found) > len(tasks.SEEDS) / 2
+    assert "φ(score) finds the odd one there with most seeds" in page
+
+    better = [
+        (task, seed > mean[SOFTMAX, task, size] + 3)
+        for task in tasks.TASKS
+        for size in sizes
+        for seed in explained("sigmoid", task, size)
+    ]
+    assert [task for task, yes in better if yes] == ["band", "band"]
+    assert "Sigmoid is no better than softmax, but for two seeds in the band." in page
+
+    blocks = {task: explained("softmax, two blocks", task) for task in tasks.TASKS}
+    assert min(blocks["count"]) > 99 > max(explained(SOFTMAX, "count"))
+    assert 0 < sum(seed > 90 for seed in blocks["odd one out"]) < 5
+    assert max(blocks["band"]) < 33
+    assert "A second block gives softmax the count, and with some seeds the odd one, but not the band." in page
+
+    assert min(explained(OPERATOR, "odd one out")) < 90 < min(explained(BESIDE, "odd one out"))
+    assert "Some seeds of the operator stay behind in the odd one out; beside softmax none did." in page
+
+    exact = {row: fmean(explained(row, "count", what="exact")) for row in tasks.ROWS}
+    assert min(value for row, value in exact.items() if row.startswith("operator G3")) > exact[SOFTMAX]
+    assert "Operators with three frequencies are exact more often." in page
 
 
 def test_every_attention_trains(tasks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
