@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 
 import pytest
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import nn
 
 import karat
-from karat.models.backbones import attention_sites
 from karat.models.create import rebuild_model
-from karat.models.starts import STARTS, position_maps, shifted
+from karat.models.starts import STARTS, shifted
+from karat.models.transfer import look
 from support.small_models import images, small_model
+from support.starts import check_published, diagonal, nearest_shift, products, shifts
 
 SIZES = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4}
 NAME = "vit_tiny_patch16_224"
@@ -22,24 +25,6 @@ def started(name: str | None, attention: str = "softmax", **kwargs: object) -> n
     torch.manual_seed(0)
     start = {} if name is None else {"attn_init": name}
     return karat.create_model(NAME, attention, **{**SIZES, **start, **kwargs})
-
-
-def products(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """W_q W_kᵀ (L,H,C,C) and W_v W_o (L,C,C)."""
-    pairs, out = [], []
-    for block in model.blocks:
-        q, k, v = block.attn.qkv.weight.detach().double().unflatten(0, (3, -1))
-        heads = [x.unflatten(0, (block.attn.num_heads, -1)) for x in (q, k)]
-        pairs.append(heads[0].transpose(-2, -1) @ heads[1])
-        out.append(v.T @ block.attn.proj.weight.detach().double().T)
-    return torch.stack(pairs), torch.stack(out)
-
-
-def diagonal(product: Tensor) -> Tensor:
-    """The mean of the diagonal, over the root mean square of all else."""
-    C = product.shape[-1]
-    others = product * (1 - torch.eye(C))
-    return product.diagonal(dim1=-2, dim2=-1).mean(-1) / others.square().sum((-2, -1)).div(C * (C - 1)).sqrt()
 
 
 def test_mimetic_is_noise_and_the_identity() -> None:
@@ -76,19 +61,36 @@ def test_matched_has_mimetics_sizes_and_no_direction() -> None:
 )
 def test_impulse_makes_every_head_a_shift(kwargs: dict[str, object]) -> None:
     model = started("impulse", **kwargs)
-    steps = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-    seen = set()
-    for site in attention_sites(model):
-        for found in position_maps(model, site).detach().double():
-            near = []
-            for step in steps:
-                shift = shifted(model.patch_embed.grid_size, *step)
-                inside = shift.sum(1) > 0  # the others look nowhere in particular
-                pair = torch.stack([found[inside].flatten(), shift[inside].flatten()])
-                near.append(torch.corrcoef(pair)[0, 1].item())
-            assert max(near) > 0.95
-            seen.add(steps[near.index(max(near))])
-    assert len(seen) > 1
+    found = shifts(model)
+    assert min(near for near, _ in found) > 0.95
+    assert len({step for _, step in found}) > 1
+
+
+POOLS = {"class token": {}, "average": {"global_pool": "avg", "class_token": False}}
+POSITIONS = {"faint": {}, "strong": {"pos_embed": "sincos"}}
+
+
+@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_the_published_property_on_the_built_model(name: str, pool: str, positions: str) -> None:
+    check_published(name, started(name, weight_init="reset", **POOLS[pool], **POSITIONS[positions]))
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_images_show_shifts_as_far_as_positions_stand_out(pool: str) -> None:
+    """Mean maps of blurred noise: shifts at four times the usual strength of positions, hardly any at timm's."""
+    pixels = F.interpolate(torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1)), size=32)
+    very, strong, faint = [], [], []
+    settings = (({"pos_embed": "sincos", "pos_strength": 4.0}, very), ({"pos_embed": "sincos"}, strong), ({}, faint))
+    for positions, found in settings:
+        model = started("impulse", weight_init="reset", **POOLS[pool], **positions).eval()
+        N, grid = model.patch_embed.num_patches, model.patch_embed.grid_size
+        maps = [seen.attention.mean(0)[:, -N:, -N:] for seen in look(model, pixels).values()]
+        found += [nearest_shift(one, grid)[0] for one in torch.cat(maps)]
+    assert min(very) > 0.9
+    assert 0.5 < min(strong) < fmean(strong) < 0.7
+    assert fmean(faint) < 0.35
 
 
 def test_a_shift_looks_at_the_neighbour() -> None:
@@ -143,6 +145,20 @@ def test_other_models_are_refused(name: str) -> None:
         karat.create_model("resnet10t", attn_init=name)
     with pytest.raises(ValueError, match=f"attn_init={name} would undo weights that are loaded"):
         karat.create_model(NAME, attn_init=name, pretrained=True)
+
+
+def test_a_name_and_arguments_that_differ_are_refused() -> None:
+    """Whichever setting it is: the name gave way in silence."""
+    for key, named, given in (("attn_init", "mimetic", "impulse"), ("depth", 2, 3), ("pos_strength", 0.5, 1.0)):
+        name = f"{NAME}({'pos_embed=sincos,' if key == 'pos_strength' else ''}{key}={named})"
+        with pytest.raises(ValueError, match=f"{key}={named} in the model's name and {key}={given} beside it differ"):
+            karat.create_model(name, **{**SIZES, key: given})
+        saved = rebuild_model(name, **{**SIZES, key: given})  # it was built so
+        assert len(saved.blocks) == (3 if key == "depth" else 2)
+    with pytest.raises(ValueError, match="attention=g1b in the model's name and attention=softmax beside it differ"):
+        karat.create_model(f"karat_{NAME}(attention=g1b)", "softmax", **SIZES)
+    model = karat.create_model(f"karat_{NAME}(attention=g1b,depth=2)", "g1b", **SIZES)
+    assert str(model.blocks[1].attn.operator.config) == "g1b"
 
 
 def test_what_cant_be_started_is_told_so() -> None:

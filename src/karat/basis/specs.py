@@ -80,3 +80,18 @@ def parse_call(spec: str) -> tuple[str, dict[str, Any]]:
     if not name.isidentifier():
         raise ValueError(f"can't read {spec!r}; write a name with settings, like kan(grid=5,order=3)")
     return name, settings
+
+
+def without(spec: str, key: str) -> tuple[str, str | None]:
+    """A spec with the setting `key` taken out, and its value as text; None where it has none, or isn't a spec.
+
+    >>> without("vit(pos_embed=sincos, attn_init=mimetic)", "attn_init"), without("vit(depth=2)", "attn_init")
+    (('vit(pos_embed=sincos)', 'mimetic'), ('vit(depth=2)', None))
+    """
+    name, options = split_spec(spec) or ("", [])
+    pairs = [(option, [piece.strip() for piece in option.split("=", 1)]) for option in options]
+    found = [pair[1] for _, pair in pairs if pair[0] == key and len(pair) == 2]
+    if len(found) != 1:
+        return spec, None
+    rest = [option for option, pair in pairs if pair[0] != key]
+    return f"{name}({','.join(rest)})" if rest else name, found[0]

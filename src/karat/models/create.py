@@ -97,6 +97,8 @@ def _build(
     config = None if attention is None else KArAtConfig.parse(attention)
     if "(" in name:
         name, settings = parse_call(name)
+        if fresh:  # a model that was saved so was built with the arguments
+            check_said_once(settings, timm_kwargs if attention is None else {"attention": attention} | timm_kwargs)
         timm_kwargs = settings | timm_kwargs
     start = _take_start(timm_kwargs)
     bare = name.split(".")[0]
@@ -141,6 +143,16 @@ def _build(
     # It takes images of any size: that isn't the model's, but an example's.
     rest = {key: value for key, value in timm_kwargs.items() if key != "img_size"}
     return _from_timm(name, finish, rest)
+
+
+def check_said_once(named: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raise ValueError where the model's name sets what its arguments set otherwise."""
+    for key in named.keys() & given.keys():
+        one, other = (KArAtConfig.parse(x[key]) if key == "attention" else x[key] for x in (named, given))
+        if one != other:
+            raise ValueError(
+                f"{key}={named[key]} in the model's name and {key}={given[key]} beside it differ: give one of them"
+            )
 
 
 class _Start(NamedTuple):

@@ -8,9 +8,11 @@ from typing import Annotated, Any, ClassVar
 
 import tyro
 
+from karat.basis.specs import without
 from karat.data.folder import local_path
 from karat.data.images import read_image
 from karat.data.splits import Opener, is_path
+from karat.models.create import check_said_once
 from karat.models.kan.peers import DEEP_KAN
 from karat.models.starts import STARTS
 from karat.runs.recipes import RECIPES, Recipe, get_recipe
@@ -72,6 +74,12 @@ class Settings(RunSettings):
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=lambda: RECIPES["digits"])
 
     def __post_init__(self) -> None:
+        if isinstance(self.model, str):  # a start is said in one place, wherever it was given
+            model, start = without(self.model, "attn_init")
+            if start is not None:
+                check_said_once({"attn_init": start}, {"attn_init": self.attn_init} if self.attn_init else {})
+                object.__setattr__(self, "model", model)
+                object.__setattr__(self, "attn_init", start)
         super().__post_init__()
         if self.img_size is not None and self.patch_size is not None and self.patch_size > self.img_size:
             raise ValueError(f"patch_size={self.patch_size} is larger than the images, img_size={self.img_size}")
