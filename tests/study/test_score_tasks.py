@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from types import ModuleType
 
 import pytest
@@ -89,31 +89,19 @@ def explained(tasks: ModuleType) -> Callable[..., list[float]]:
     return of
 
 
-def rounded(found: list[float]) -> str:
-    """Mean ± deviation as the pages' prose has them, a deviation below a half left out."""
-    return f"{fmean(found):.0f}" + (f" ± {stdev(found):.0f}" if stdev(found) >= 0.5 else "")
+def prose() -> str:
+    return " ".join((ROOT / "docs" / "science.md").read_text(encoding="utf-8").split())
 
 
 def test_the_minutes_that_the_runs_took() -> None:
     runs = json.loads((ROOT / "docs" / "results" / "science" / "score_tasks.json").read_text(encoding="utf-8"))["runs"]
     minutes = sum(run["cpu_seconds"] for run in runs) / 60
-    assert f"the runs took {minutes:.0f} minutes of one core" in prose("docs/science.md")
-
-
-def prose(page: str) -> str:
-    return " ".join((ROOT / page).read_text(encoding="utf-8").split())
-
-
-def test_the_readmes_row(explained: Callable[..., list[float]]) -> None:
-    softmax, operator, beside = (rounded(explained(row, "band")) for row in (SOFTMAX, OPERATOR, BESIDE))
-    row = f"%, five seeds | {softmax} | {operator}, g3b | {beside}, g3b |"
-    assert f"explained of an answer that is a band of scores, {row}" in prose("README.md")
-    assert len(explained(SOFTMAX, "band")) == 5
+    assert f"the runs took {minutes:.0f} minutes of one core" in prose()
 
 
 def test_the_prose_of_the_page(tasks: ModuleType, explained: Callable[..., list[float]]) -> None:
     """Each sentence about the tasks that isn't the table, and what makes it true."""
-    page, sizes = prose("docs/science.md"), tasks.SIZES
+    page, sizes = prose(), tasks.SIZES
     mean = {
         (row, task, size): fmean(explained(row, task, size))
         for row in (SOFTMAX, "sigmoid", POINTWISE, OPERATOR)
