@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from karat.basis.specs import parse_call, read_option, split_list, split_spec
@@ -28,3 +30,9 @@ def test_options_have_known_keys_and_values_of_python() -> None:
 def test_what_is_no_call_says_how_to_write_one(spec: str) -> None:
     with pytest.raises(ValueError, match=r"can.t read .* write a name with settings"):
         parse_call(spec)
+
+
+@pytest.mark.parametrize("read", [split_spec, parse_call])
+def test_a_setting_given_twice_is_refused(read: Callable[[str], object]) -> None:
+    with pytest.raises(ValueError, match="gives grid twice; give it once"):
+        read("kan(grid=5,order=3, grid = 6)")

@@ -304,6 +304,7 @@ def test_a_layer_alone_is_built_as_timms() -> None:
         ("g3b,position_bias=relative", 17, "position_bias='relative': a layer doesn't know"),
         ("softmax", 17, "'softmax' has no operator"),
         ("g3b", 0, "num_tokens must be a whole number >= 1, got 0"),
+        ("g3b", True, "num_tokens must be a whole number >= 1, got True"),
         ("g3b", 16, "num_tokens=16, and the model 17 tokens; give num_tokens=17"),
         ("g3b,softmax_heads=3", 17, "softmax_heads=3 leaves no head"),
         ("g3x", 17, "can't read the attention"),

@@ -173,6 +173,7 @@ def test_unknown_values_are_named(setting: str) -> None:
         ("g3", "can't read the attention 'g3'"),
         ("g0b", "grid must be a whole number >= 1, got 0"),
         ("sofmax", "can't read the attention"),
+        (None, "None is no name; write text"),
         ("nope-b", "unknown basis 'nope'"),
         ("g3b,rank=0", "rank must be a whole number >= 1"),
         ("g3b,rank=2.5", "rank must be"),

@@ -19,7 +19,7 @@ from karat.basis.base import Basis, EdgeParameter, LinearBasis
 from karat.basis.bspline import BSpline
 from karat.basis.fourier import Fourier
 from karat.basis.rational import Rational
-from karat.basis.specs import read_option, split_spec
+from karat.basis.specs import as_text, read_option, split_spec
 from karat.basis.wavelets import DerivativeOfGaussian, MexicanHat, Meyer, Morlet, Shannon
 
 BASES: dict[str, type[Basis]] = {
@@ -35,7 +35,7 @@ def parse_basis(spec: str | Basis) -> Basis:
 
     Raises ValueError for a malformed spec, an unknown family or option, or a value out of range.
     """
-    return spec if isinstance(spec, Basis) else _parse(spec, tuple(BASES.items()))
+    return spec if isinstance(spec, Basis) else _parse(as_text(spec), tuple(BASES.items()))
 
 
 @lru_cache(maxsize=256)

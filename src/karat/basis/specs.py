@@ -15,6 +15,13 @@ TRUTH = {"true": True, "false": False}  # a text would count as true
 _SPEC = re.compile(r"\s*((?:\w+\s*\+\s*)*\w+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
 
+def as_text(spec: object) -> str:
+    """A spec that can be read. Raises ValueError for what isn't text, such as None."""
+    if not isinstance(spec, str):
+        raise ValueError(f"{spec!r} is no name; write text such as 'g3b' or 'fourier(grid=3)'")
+    return spec
+
+
 def split_list(text: str) -> list[str]:
     """The parts between the commas outside of brackets, without spaces around them.
 
@@ -22,7 +29,7 @@ def split_list(text: str) -> list[str]:
     ['dog-b', 'softmax_heads=(0,2)', 'rank=4']
     """
     parts, depth = [""], 0
-    for letter in text:
+    for letter in as_text(text):
         depth += (letter in "([") - (letter in ")]")
         if letter == "," and depth == 0:
             parts.append("")
@@ -34,11 +41,19 @@ def split_list(text: str) -> list[str]:
 def split_spec(spec: str) -> tuple[str, list[str]] | None:
     """The name and the options of a spec, as text; None if it isn't one.
 
+    Raises ValueError for an option that is given twice.
+
     >>> split_spec("silu+bspline(grid=5, order=2)")
     ('silu+bspline', ['grid=5', 'order=2'])
     """
-    match = _SPEC.fullmatch(spec)
-    return None if match is None else (match[1], [part for part in split_list(match[2] or "") if part])
+    match = _SPEC.fullmatch(as_text(spec))
+    if match is None:
+        return None
+    options = [part for part in split_list(match[2] or "") if part]
+    keys = [option.partition("=")[0].strip() for option in options]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"{spec!r} gives {twice[0]} twice; give it once")
+    return match[1], options
 
 
 def read_option(option: str, known: Container[str]) -> tuple[str, Any] | None:

@@ -57,7 +57,7 @@ def attn_layer(config: KArAtConfig | str, num_tokens: int) -> AttentionLayer:
     5
     """
     config = KArAtConfig.parse(config)
-    if not isinstance(num_tokens, int) or num_tokens < 1:
+    if type(num_tokens) is not int or num_tokens < 1:
         raise ValueError(f"num_tokens must be a whole number >= 1, got {num_tokens!r}")
     if config.is_softmax:
         raise ValueError(f"attention={str(config)!r} has no operator: leave attn_layer out")
