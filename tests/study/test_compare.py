@@ -44,6 +44,11 @@ def test_unreadable_names_are_refused(name: str, named: str) -> None:
         contender(name, SMALL)
 
 
+def test_a_studys_file_in_place_of_an_attention_says_where_it_goes() -> None:
+    with pytest.raises(ValueError, match="a study's file goes behind --study"):
+        contender("studies/digits.toml", SMALL)
+
+
 def test_operations_of_a_deep_kan_are_its_products() -> None:
     chosen = contender("deep_kan(order=3,grid=10,layers=(10,20))", Settings(img_size=8))
     # every edge: G + k splines and the base activation

@@ -111,6 +111,8 @@ def contender(name: str, settings: Settings) -> Settings:
     >>> contender("deep_kan(order=5,layers=(10,10))", Settings(patch_size=4)).patch_size is None
     True
     """
+    if name.endswith(".toml"):
+        raise ValueError(f"{name} is no attention; a study's file goes behind --study")
     first, *rest = pieces = name.split("/")
     model = first.partition("(")[0].partition(".")[0]
     if timm.is_model(model):
