@@ -101,6 +101,7 @@ while killed < 20:
     status = os.waitpid(pid, 0)[1]
     killed += status == signal.SIGKILL
     finished += status == 0
+    length *= 1 if status else 0.8  # the first one was slower than those that come after
 assert os.waitpid(child(root / f"run{finished}"), 0)[1] == 0
 """
 
