@@ -23,6 +23,7 @@ from karat.study.statistics import Mean
 RESULTS = Path(__file__).parent / "results" / "science"
 SOFTMAX, STATIC, STATIC_36 = "softmax", "beside softmax: static, rank 12", "beside softmax: static, rank 36"
 G1B, G3B = "beside softmax: G1B, rank 24", "beside softmax: G3B"
+TODAY = "instead of softmax: G3B, version 0.2"
 STRONG = "sine-cosine positions: "
 Runs = Mapping[str, Mapping[int, float]]  # of each row the last top-1, by seed
 
@@ -30,6 +31,7 @@ Runs = Mapping[str, Mapping[int, float]]  # of each row the last top-1, by seed
 ROWS = {
     "softmax": (SOFTMAX, None),
     "operator instead of softmax (G3B)": ("instead of softmax: G3B", SOFTMAX),
+    "**the same with the rates and the start of version 0.2**": (TODAY, SOFTMAX),
     "a function of the scores alone, beside softmax": ("beside softmax: pointwise, G6", SOFTMAX),
     "operator in one head of three (G3B)": ("one head of three: G3B", SOFTMAX),
     "static mixing beside softmax, rank 12: `recommended`": (STATIC, SOFTMAX),
@@ -50,6 +52,7 @@ SETTINGS = {
 }
 DRAWN = {
     "operator instead of softmax (G3B)": ("instead of softmax: G3B", COLOURS[7], "s"),
+    "the same, version 0.2": (TODAY, COLOURS[2], "o"),
     "operator beside softmax (G3B)": (G3B, COLOURS[0], "o"),
     "operator beside softmax (G1B, rank 24)": (G1B, COLOURS[0], "D"),
     "static mixing beside softmax (rank 12)": (STATIC, COLOURS[1], "^"),
@@ -72,7 +75,7 @@ class Gain:
 def runs_of(dim: int) -> Runs:
     """All runs of a size."""
     found: dict[str, dict[int, float]] = {}
-    for name in {96: ("study.json", "study-float32.json")}.get(dim, (f"study-{dim}.json",)):
+    for name in {96: ("study.json", "study-float32.json", "study-rates.json")}.get(dim, (f"study-{dim}.json",)):
         for row in json.loads((RESULTS / name).read_text(encoding="utf-8"))["rows"]:
             last = (curve[-1] for curve in row["curves"])
             found.setdefault(row["name"], {}).update(zip(row["seeds"], last, strict=True))

@@ -21,7 +21,11 @@ def runs_of(name: str) -> Any:
 
 def of_the_study(*names: str) -> list[list[float]]:
     """The last top-1 of each seed of these rows."""
-    rows = [row for name in ("study.json", "study-float32.json") for row in runs_of(f"science/{name}")["rows"]]
+    rows = [
+        row
+        for name in ("study.json", "study-float32.json", "study-rates.json")
+        for row in runs_of(f"science/{name}")["rows"]
+    ]
     return [[curve[-1] for row in rows if row["name"] == name for curve in row["curves"]] for name in names]
 
 
@@ -42,7 +46,7 @@ def of_the_cells(*names: str) -> list[list[float]]:
 
 ROWS = {
     "top-1 %, small ViT, CIFAR-10, four epochs †": (
-        of_the_study("softmax", "instead of softmax: G3B", f"beside softmax: {STATIC}"),
+        of_the_study("softmax", "instead of softmax: G3B, version 0.2", f"beside softmax: {STATIC}"),
         ("", "", ", `recommended`"),
     ),
     "the same with strong position embeddings, one run †": (
