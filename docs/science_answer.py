@@ -124,7 +124,7 @@ def figure() -> Figure:
                 rows = runs_of(dim)
                 row = start + (name.replace(":", ",") if start else name)
                 if row in rows:
-                    found.append((place + 0.14 * (index - 1.5), gain(rows, row, f"{start}softmax")))
+                    found.append((place + 0.14 * (index - 2), gain(rows, row, f"{start}softmax")))
             places, gains = [place for place, _ in found], [one.gain for _, one in found]
             style = {"linestyle": "", "color": colour, "marker": marker, "markersize": 4.5, "capsize": 2.5}
             axes.errorbar(gains, places, xerr=[one.half for _, one in found], label=label, **style)
