@@ -21,7 +21,7 @@ from karat.train.build import assemble, create_accelerator
 from karat.train.classify import Classification
 from karat.train.step import update
 
-ATTENTIONS = ("softmax", "g3b", "g3u")
+ATTENTIONS = ("softmax", "g1b", "g3b", "recommended")
 ROUNDS = 150
 
 

@@ -125,7 +125,7 @@ class ModelBenchmark(TimedBenchmark):
     """Options of those that time whole models."""
 
     models: tuple[str, ...] = ("tiny", "small", "base")
-    """which of tiny, small, base, tiny-residual, small-residual"""
+    """which of tiny, small, base, tiny-residual, small-residual, tiny-recommended"""
     batch: Count = 16
     """images a batch"""
     bf16: bool = False

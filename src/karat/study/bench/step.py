@@ -22,6 +22,7 @@ PAIRS = {
     "base": ("vit_base_patch16_224", "g1b"),
     "tiny-residual": ("vit_tiny_patch16_224", "g3b,residual=softmax"),
     "small-residual": ("vit_small_patch16_224", "g3b,residual=softmax"),
+    "tiny-recommended": ("vit_tiny_patch16_224", "recommended"),
 }
 SOFTMAX_WAYS = ("softmax eager", "softmax SDPA")
 
