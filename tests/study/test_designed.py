@@ -31,8 +31,8 @@ depth = 1
 num_heads = 2
 data_fraction = 0.1
 batch_size = 16
-epochs = 1
-warmup_epochs = 0
+epochs = 2
+warmup_epochs = 1
 track = []
 device = "cpu"
 
@@ -40,6 +40,7 @@ device = "cpu"
 lr = [1e-3, 1e-2]
 held_out = 300
 together = ["width"]
+epochs = 1
 
 [factors.attention]
 softmax = { attention = "softmax" }
@@ -77,6 +78,7 @@ def test_a_study_of_factors_from_its_trials_to_its_table(tmp_path: Path) -> None
     assert rows[max(held, key=lambda name: held[name])]["planned"] == 2
     config = json.loads((tmp_path / "out" / "trials" / "softmax-narrow-lr=0.001-s100" / "config.json").read_text())
     assert (config["settings"]["held_out"], config["settings"]["recipe"]["lr"]) == (300, 1e-3)
+    assert config["settings"]["recipe"]["epochs"] == found["trials"]["epochs"] == 1
     main_effects = [effect for effect in found["effects"] if not effect["within"]]
     assert [effect["level"] for effect in main_effects] == ["static", "wide"]
     assert cli.main([*line[:-1], "--only-table"]) == 0
@@ -89,6 +91,8 @@ def test_stages_say_in_which_order_runs_come(tmp_path: Path) -> None:
     assert names == ["softmax, narrow", "softmax, wide", "static, narrow", "static, wide"]
     assert document.trials is not None
     assert len(trial_plan(plan, document.trials).jobs()) == len(trials_of(plan, document.trials)) == 8
+    first = trial_plan(plan, document.trials).jobs()[0].settings.recipe
+    assert (first.epochs, first.warmup_epochs) == (1, 0.5)  # the warm-up in proportion
     assert choose(plan, document.trials) is None
     settled = settle(plan, {name: {"lr": 1e-3, "held_out": place} for place, name in enumerate(names)})
     order = [(job.variant, job.seed) for job in settled.jobs()]
@@ -178,6 +182,7 @@ UNUSABLE = {
     '[factors.attention]\na = {attention = "softmax", name = "b"}\n': "leave name out",
     '[factors.attention]\na = {attention = "softmax", held_out = 9}\n': "common to all rows",
     "[trials]\nlr = [1e-3, 0.00100000001]\nheld_out = 9\n": "names one rate twice",
+    "[trials]\nlr = [1e-3]\nheld_out = 9\nepochs = 0\n": "epochs",
     "[trials]\nlr = [1e-3]\nheld_out = 9\ntogether = [3]\n": "give a list of texts",
     '[trials]\nlr = [1e-3]\nheld_out = 9\ntogether = ["a"]\n': "there is no factor 'a'",
     '[trials]\nlr = [1e-3]\nheld_out = 9\n[[variants]]\nattention = "g1b"\nlr = 1e-2\n': "trials choose the rate",
@@ -232,7 +237,7 @@ def test_the_least_that_is_seen_has_the_power_that_is_said() -> None:
 def test_trials_follow_what_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study, out = tmp_path / "study.toml", tmp_path / "out"
     line = ["compare", "--study", str(study), "--output", str(out), "--no-measure"]
-    text = STUDY[: STUDY.index("[factors.width]")].replace('together = ["width"]\n', "")
+    text = STUDY[: STUDY.index("[factors.width]")].replace('together = ["width"]\nepochs = 1\n', "")
     study.write_text(text)
     assert cli.main([*line, "no such"]) == 2
     assert cli.main([*line, "--held-out", "9"]) == 2
@@ -244,8 +249,8 @@ def test_trials_follow_what_is_asked_for(tmp_path: Path, capsys: pytest.CaptureF
     assert {row["lr"] for row in json.loads((out / "trials.json").read_text())["trials"]} == {1e-3, 1e-4}
     study.write_text(text)
     capsys.readouterr()
-    assert cli.main([*line, "--epochs", "2"]) == 2
-    assert "epochs was 1 and is now 2" in capsys.readouterr().err
+    assert cli.main([*line, "--epochs", "3"]) == 2
+    assert "epochs was 2 and is now 3" in capsys.readouterr().err
     for broken in ({}, [], told | {"trials": 3}, told | {"chosen": {"softmax": {"lr": "x", "held_out": 1}}}):
         (out / "trials.json").write_text(json.dumps(broken))
         assert cli.main([*line[:-1], "--only-table"]) == 2

@@ -41,13 +41,15 @@ class VariantEntry:
 class Trials:
     """How each variant's rate is chosen: of these, on so many held-out training images, with a seed of its own.
 
-    together: factors whose levels share a rate, the better one in their mean.
+    together: factors whose levels share a rate, the better one in their mean. epochs: of each trial, its warm-up in
+    proportion; None: as the runs that count.
     """
 
     lr: tuple[float, ...]
     held_out: int
     seed: int = 100
     together: tuple[str, ...] = ()
+    epochs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def _trials(found: Mapping[str, Value]) -> Trials | None:
     if "trials" not in found:
         return None
     table = _table(found["trials"], "trials")
-    _known(table, ("lr", "held_out", "seed", "together"), "trials")
+    _known(table, ("lr", "held_out", "seed", "together", "epochs"), "trials")
     for name in ("lr", "held_out"):
         if name not in table:
             raise ValueError(f"trials has no {name}: give lr, the rates, and held_out, the number of images")
@@ -172,7 +174,8 @@ def _trials(found: Mapping[str, Value]) -> Trials | None:
         raise ValueError(f"trials: there is no factor {factors[0]!r}: the study has no factors")
     _known(factors, list(found.get("factors", {})), "trials", "there is no factor ")
     held_out = checked("held_out", table["held_out"], Count, "trials")
-    return Trials(lr, held_out, checked("seed", table.get("seed", 100), kinds["seed"], "trials"), factors)
+    epochs = checked("epochs", table["epochs"], kinds["epochs"], "trials") if "epochs" in table else None
+    return Trials(lr, held_out, checked("seed", table.get("seed", 100), kinds["seed"], "trials"), factors, epochs)
 
 
 def _stages(found: Mapping[str, Value], names: Sequence[str]) -> tuple[Stage, ...]:

@@ -11,8 +11,8 @@ from typing import TypedDict
 
 from karat.runs import files
 from karat.study.document import Trials
-from karat.study.plan import Plan, Variant, refuse_other_runs, summary_of
-from karat.values import Positive, convert
+from karat.study.plan import Plan, Variant, refuse_other_runs, summary_of, with_epochs
+from karat.values import Count, Positive, convert
 
 TRIALS, FOLDER = "trials.json", "trials"
 
@@ -30,7 +30,13 @@ class Row(Choice):
     variant: str
 
 
-class Kept(TypedDict):
+class Shorter(TypedDict, total=False):
+    """How long a trial is, where that isn't as long as a run that counts."""
+
+    epochs: Count
+
+
+class Kept(Shorter):
     """What trials.json holds: what was asked for, what was found and what was chosen."""
 
     images: int
@@ -70,7 +76,8 @@ def trial_plan(plan: Plan, asked: Trials) -> Plan:
     """The trials' runs as a study of their own, in a folder of this one's."""
     variants = []
     for trial in trials_of(plan, asked):
-        settings = plan.variant(trial.variant).settings
+        variant = plan.variant(trial.variant)
+        settings = (variant if asked.epochs is None else with_epochs(variant, asked.epochs)).settings
         settings = replace(settings, held_out=asked.held_out, recipe=settings.recipe.override(lr=trial.lr))
         variants.append(Variant(trial.name, settings, (asked.seed,)))
     return Plan(f"{plan.title}: trials", plan.folder / FOLDER, variants[0].name, tuple(variants))
@@ -87,7 +94,8 @@ def choose(plan: Plan, asked: Trials, failed: Collection[str] = ()) -> Chosen | 
     trials, runs = trials_of(plan, asked), trial_plan(plan, asked)
     refuse_other_runs(runs)
     kept, found = kept_in(plan.folder), dict[str, float]()
-    if kept is not None and (kept["images"], kept["seed"]) == (asked.held_out, asked.seed):
+    how = {"images": asked.held_out, "seed": asked.seed} | ({} if asked.epochs is None else {"epochs": asked.epochs})
+    if kept is not None and how == {name: kept[name] for name in ("images", "seed", "epochs") if name in kept}:
         found = {Trial(row["variant"], row["lr"], ()).name: row["held_out"] for row in kept["trials"]}
     for trial in [] if found.keys() == {trial.name for trial in trials} else trials:
         job = runs.job(runs.variant(trial.name), asked.seed)
@@ -104,7 +112,7 @@ def choose(plan: Plan, asked: Trials, failed: Collection[str] = ()) -> Chosen | 
         chosen[trial.variant] = {"lr": lr, "held_out": found[replace(trial, lr=lr).name]}
     plan.folder.mkdir(parents=True, exist_ok=True)
     rows = [{"variant": trial.variant, "lr": trial.lr, "held_out": found[trial.name]} for trial in trials]
-    told = {"images": asked.held_out, "seed": asked.seed, "trials": rows, "chosen": chosen}
+    told = {**how, "trials": rows, "chosen": chosen}
     if told != kept:
         files.write_json(plan.folder / TRIALS, told)
     return chosen
