@@ -217,6 +217,46 @@ def test_what_does_not_fit_is_refused(change: object, words: str) -> None:
         attend(call, u, "fourier(grid=1)", Projector(asked["v"], asked["w"], asked["gate"], False))
 
 
+@pytest.mark.parametrize("impl", ["reference", *KERNELS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("spec", SPECS)
+def test_factors_give_the_bits_of_the_products(spec: str, softmax: bool, dtype: torch.dtype, impl: str) -> None:
+    q, k, v, u, w, gate, _ = in_precision(draw((3, 3, 9, 17, 8, 5, 8), spec), dtype)
+    factors = torch.linspace(0.3, 1.7, u.shape[1]).view(-1, 1, 1).to(dtype), torch.tensor(0.7, dtype=dtype)
+    mask = torch.arange(17).view(1, 1, 1, -1) != 4
+
+    def both(inside: bool, threads: int, look: bool) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in (q, k, v, u, w, gate)]
+        of = Projector(leaves[2], leaves[4], leaves[5], softmax, factors)
+        of_u, of = (leaves[3], of) if inside else of.whole(leaves[3])
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with FlopCounterMode(display=False) if look else nullcontext():
+                out = attend(Call(leaves[0], leaves[1], SCALE, None, mask), of_u, spec, of, impl)
+                return [out, *torch.autograd.grad(out.sum(), leaves)]
+        finally:
+            torch.set_num_threads(before)
+
+    for threads, look in ((1, False), (2, False), (1, True)):
+        for ours, wanted in zip(both(True, threads, look), both(False, threads, look), strict=True):
+            assert torch.equal(ours, wanted)
+
+
+def test_factors_have_their_shapes_and_no_second_derivatives() -> None:
+    q, k, v, u, w, _, _ = [None if x is None else x.float() for x in draw(SIZES[0], SPECS[1])]
+    good = torch.ones(6, 1, 1), torch.tensor(1.0)
+    for factors in ((torch.ones(5, 1, 1), good[1]), (torch.ones(6), good[1]), (good[0], torch.ones(1))):
+        with pytest.raises(ValueError, match="factors must be"):
+            attend(Call(q, k, SCALE), u, SPECS[1], Projector(v, w, None, False, factors))
+    leaf = u.requires_grad_()
+    out = attend(Call(q, k, SCALE), leaf, SPECS[1], Projector(v, w, None, False, good))
+    (first,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="impl='reference'"):
+        first.sum().backward()
+
+
 def test_second_derivatives_are_refused_with_the_remedy() -> None:
     inputs = [None if x is None else x.float().requires_grad_() for x in draw(SIZES[0], "fourier(grid=1)")]
     q, k, v, u, w, gate, bias = inputs

@@ -176,12 +176,14 @@ class KArAtOperator(OperatorParameters):
 
     def _in_one(self, call: Call, v: Tensor) -> Tensor:
         """`_attend` where it's one operation: the sums, the projector and softmax beside them."""
-        w, layer, config = self.projector, self.edge_layers[0], self.config
+        w, config = self.W, self.config
+        layer: EdgeLayer = self.layers[0]  # type: ignore[assignment]
         assert w is not None
+        projector = Projector(v, w, self.gate, config.residual is not None, (layer.factor, self.W_factor))
         if config.residual and self.gate is None:
-            w = w * float(config.gate)
-        projector = Projector(v, w, self.gate, config.residual is not None)
-        return attend(call, layer.packed(), layer.basis, projector, config.impl)
+            projector = projector._replace(w=w * self.W_factor * float(config.gate), factors=None)
+        u = layer.packed() if projector.factors is None else layer.stacked()
+        return attend(call, u, layer.basis, projector, config.impl)
 
     def _sums(self, call: Call, summed: tuple[Tensor, Basis] | None) -> Tensor:
         """What `order.finish` takes: the sums, or what the order forms in their place."""

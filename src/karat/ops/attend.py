@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from karat.basis import Basis
@@ -38,22 +39,31 @@ def attend(call: Call, u: Tensor, basis: str | Basis, projector: Projector, impl
     """
     call, v, basis, impl = checked(call, projector.v, u, basis, impl)
     assert v is not None
-    _, w, gate, softmax = projector
-    _check(call, u, w, gate)
+    _, w, gate, softmax, factors = projector
+    _check(call, u, w, gate, factors)
+    if factors is not None and (impl == "reference" or {x.dtype for x in (u, w, *factors)} != {torch.float32}):
+        u, projector = projector.whole(u)
+        w, factors = projector.w, None
     if impl == "reference":
         with reference.full_precision(call.q):
             return _by_definition(call, u, basis, projector._replace(v=v))
     q, k, scale, bias, mask = call
-    out: Tensor = attend_operator.attend(q, k, v, u, w, gate, bias, mask, basis, scale, impl, softmax)[0]
+    out: Tensor = attend_operator.attend(q, k, v, u, w, gate, bias, mask, basis, scale, impl, softmax, factors=factors)
     return out
 
 
-def _check(call: Call, u: Tensor, w: Tensor, gate: Tensor | None) -> None:
+def _check(call: Call, u: Tensor, w: Tensor, gate: Tensor | None, factors: tuple[Tensor, Tensor] | None) -> None:
     if u.dim() != 4 or w.shape != (*u.shape[:1], *u.shape[2:]):
         raise ValueError(f"u must be (H,F,N,R) and w (H,N,R), got {tuple(u.shape)} and {tuple(w.shape)}")
     if gate is not None and gate.shape != u.shape[:1]:
         raise ValueError(f"gate must have a number for each of {len(u)} heads, got {tuple(gate.shape)}")
-    for name, x in (("w", w), ("gate", gate)):
+    of_u, of_w = factors or (None, None)
+    if of_u is not None and of_w is not None and (of_u.shape != (u.shape[1], 1, 1) or of_w.dim()):
+        raise ValueError(
+            f"factors must be (F,1,1) of u with F={u.shape[1]} and () of w, got {tuple(of_u.shape)} and "
+            f"{tuple(of_w.shape)}"
+        )
+    for name, x in (("w", w), ("gate", gate), ("the factor of u", of_u), ("the factor of w", of_w)):
         if x is not None:
             check_beside(call.q, x, name)
     if call.mask is not None and call.mask.shape[2] != 1:
@@ -64,7 +74,7 @@ def _check(call: Call, u: Tensor, w: Tensor, gate: Tensor | None) -> None:
 
 
 def _by_definition(call: Call, u: Tensor, basis: Basis, projector: Projector) -> Tensor:
-    v, w, gate, softmax = projector
+    v, w, gate, softmax, _ = projector
     v = unmasked(call, v)
     attended, sums = None, None
     if softmax:

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import register_flop_formula
 from karat.basis import Basis, parse_basis
 from karat.ops import by_parts, implementations
 from karat.ops.call import Call
-from karat.ops.library import Shape, differentiable, flops, memory_of_gradients, operator
-from karat.ops.projector import Attended, Projector
+from karat.ops.library import Factors, Shape, differentiable, flops, memory_of_gradients, operator
+from karat.ops.projector import Attended, ProjectedGradients, Projector
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor u, Tensor w, Tensor? gate, Tensor? bias, Tensor? mask"
 _SETTINGS = "str basis, float scale, str impl, bool softmax"
@@ -37,10 +37,10 @@ def _serving(direction: str, impl: str, call: Call, u: Tensor, basis: Basis, pro
 
 
 @operator("attend", f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)", _memory)
-def _attend(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """O, sums, logsumexp; see `karat.ops.attend` and `Attended`."""
+def _attend(*inputs: Any, factors: Factors = None) -> tuple[Tensor, Tensor, Tensor]:
+    """O, sums, logsumexp; see `karat.ops.attend` and `Attended`. Factors are there where no operator is asked."""
     q, k, v, u, w, gate, bias, mask, basis, scale, impl, softmax = inputs
-    call, basis, projector = Call(q, k, scale, bias, mask), parse_basis(basis), Projector(v, w, gate, softmax)
+    call, basis, projector = Call(q, k, scale, bias, mask), parse_basis(basis), Projector(v, w, gate, softmax, factors)
     into = _memory(*inputs)
     _serving("forward", impl, call, u, basis, projector)(call, u, basis, projector, into)
     return into.out, into.sums, into.logsumexp
@@ -52,21 +52,20 @@ def _attend(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     memory_of_gradients,
 )
-def _attend_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, u, w, gate, bias; an empty tensor where `needs` says that none is wanted."""
+def _attend_backward(grad: Tensor, *inputs: Any, factors: Factors = None) -> ProjectedGradients:
+    """Gradients of q, k, v, u, w, gate, bias; None where `needs` says that none is wanted."""
     q, k, v, u, w, gate, bias, mask, *attended, basis, scale, impl, softmax, needs = inputs
-    call, basis, projector = Call(q, k, scale, bias, mask), parse_basis(basis), Projector(v, w, gate, softmax)
-    gradients = _serving("backward", impl, call, u, basis, projector)(
-        grad, call, u, basis, projector, Attended(*attended), needs
-    )
-    return tuple([grad.new_empty(0) if gradient is None else gradient for gradient in gradients])
+    call, basis, projector = Call(q, k, scale, bias, mask), parse_basis(basis), Projector(v, w, gate, softmax, factors)
+    serving = _serving("backward", impl, call, u, basis, projector)
+    gradients: ProjectedGradients = serving(grad, call, u, basis, projector, Attended(*attended), needs)
+    return gradients
 
 
 def _kept(softmax: bool, out: Tensor, sums: Tensor, logsumexp: Tensor) -> list[Tensor]:
     return [out if softmax else logsumexp, sums, logsumexp]
 
 
-attend = differentiable(_attend, _attend_backward, keeping=_kept)
+attend = differentiable(_attend, _attend_backward, keeping=_kept, factored=(3, 4))
 
 
 def _products(q: Shape, k: Shape, v: Shape, u: Shape) -> int:

@@ -18,6 +18,7 @@ def forward(
     implementation: Implementation, call: Call, u: Tensor, basis: Basis, projector: Projector, into: Attended
 ) -> None:
     """Write what `into` has memory for."""
+    u, projector = projector.whole(u)
     with full_precision(call.q):
         v = unmasked(call, projector.v)
         part = SoftmaxPart(v, into.out, into.logsumexp) if projector.softmax else None
@@ -39,8 +40,10 @@ def backward(
     needs: ProjectedNeeds,
 ) -> ProjectedGradients:
     """Gradients, given that of O."""
+    factors = projector.factors
+    u, projector = projector.whole(u)
     with full_precision(call.q):
-        _, w, gate, softmax = projector
+        _, w, gate, softmax, _ = projector
         v = unmasked(call, projector.v)
         w_t = w.to(v.dtype).transpose(1, 2)
         projected = shared_forward(w_t, v)
@@ -61,6 +64,8 @@ def backward(
         if dv is not None:
             dv = unmasked(call, dv if part is None or part.dv is None else dv + part.dv)
         dw = None if dw is None else dw.transpose(1, 2).to(w.dtype)
+        if factors is not None:
+            du, dw = (x if x is None else x * factor for x, factor in zip((du, dw), factors, strict=True))
         return ProjectedGradients(dq, dk, dv, du, dw, dgate, dbias)
 
 

@@ -42,11 +42,12 @@ def checked(call: Call, v: Tensor | None, u: Tensor, basis: str | Basis, impl: s
     if v is not None:
         check_values(call.q, call.k, v)
         _check_widths(call, v, u)
-    bias, mask = (_broadcastable(getattr(call, name), name, call) for name in ("bias", "mask"))
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"mask must be boolean (True = takes part), got {mask.dtype}; write mask > threshold")
-    call = call._replace(bias=bias, mask=mask)
-    return Checked(call, v, basis, serving(impl, call.q, call.k, v, u, bias))
+    if call.bias is not None or call.mask is not None:
+        bias, mask = (_broadcastable(getattr(call, name), name, call) for name in ("bias", "mask"))
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"mask must be boolean (True = takes part), got {mask.dtype}; write mask > threshold")
+        call = call._replace(bias=bias, mask=mask)
+    return Checked(call, v, basis, serving(impl, call.q, call.k, v, u, call.bias))
 
 
 def _autocast(call: Call, v: Tensor | None) -> tuple[Call, Tensor | None]:

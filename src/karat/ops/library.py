@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from karat.basis import Basis, parse_basis
 from karat.ops import implementations, reference
-from karat.ops.call import Call
+from karat.ops.call import Call, Gradients
 from karat.ops.softmax_part import SoftmaxPart
 from karat.ops.transforms import observed, refuse_tangents
 
@@ -37,10 +37,19 @@ class Operation(NamedTuple):
 
 
 def operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Operation]:
-    """Make a function an operator; `fake` gives memory in the shapes of its results."""
+    """Make a function an operator; `fake` gives memory in the shapes of its results.
+
+    Where one of several results isn't there, the function gives None and the operator an empty tensor.
+    """
 
     def register(function: Callable[..., Any]) -> Operation:
-        operator = torch.library.custom_op(f"karat::{name}", function, mutates_args=(), schema=schema)
+        def filled(*inputs: Any) -> Any:
+            found = function(*inputs)
+            if isinstance(found, Tensor):
+                return found
+            return tuple([inputs[0].new_empty(0) if x is None else x for x in found])
+
+        operator = torch.library.custom_op(f"karat::{name}", filled, mutates_args=(), schema=schema)
         operator.register_fake(fake)
         return Operation(function, operator, sum("Tensor" not in x for x in schema.split(" -> ")[0].split(",")))
 
@@ -98,12 +107,11 @@ class _Opened(NamedTuple):
         with reference.full_precision(self.call.q):
             return self.implementation().forward(self.call, self.u, self.basis, softmax)
 
-    def backward(self, grad: Tensor, needs: Sequence[bool], softmax: SoftmaxPart | None = None) -> list[Tensor]:
-        """Gradients of q, k, u, bias; an empty tensor where none is wanted."""
+    def backward(self, grad: Tensor, needs: Sequence[bool], softmax: SoftmaxPart | None = None) -> Gradients:
+        """Gradients of q, k, u, bias."""
         wanted = (needs[0], needs[1], needs[-2], needs[-1])
         with reference.full_precision(self.call.q):
-            gradients = self.implementation().backward(grad, self.call, self.u, self.basis, wanted, softmax)
-        return [self.call.q.new_empty(0) if gradient is None else gradient for gradient in gradients]
+            return self.implementation().backward(grad, self.call, self.u, self.basis, wanted, softmax)
 
 
 @operator("basis_attention", f"({_ALONE}, {_SETTINGS}) -> Tensor", _memory_of_sums)
@@ -118,10 +126,10 @@ def _basis_attention(q: Tensor, k: Tensor, u: Tensor, *rest: Any) -> Tensor:
     f"(Tensor grad, {_ALONE}, {_SETTINGS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     memory_of_gradients,
 )
-def _basis_attention_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    """Gradients of q, k, u, bias; an empty tensor where `needs` says that none is wanted."""
+def _basis_attention_backward(grad: Tensor, *inputs: Any) -> Gradients:
+    """Gradients of q, k, u, bias; None where `needs` says that none is wanted."""
     *tensors, basis, scale, impl, needs = inputs
-    return tuple(_Opened.of(tensors, basis, scale, impl).backward(grad, needs))
+    return _Opened.of(tensors, basis, scale, impl).backward(grad, needs)
 
 
 @operator("joint_attention", f"({_JOINT}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)", _memory_of_both)
@@ -139,46 +147,70 @@ def _joint_attention(q: Tensor, k: Tensor, v: Tensor, u: Tensor, *rest: Any) -> 
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _memory_of_joint_gradients,
 )
-def _joint_attention_backward(grad_attended: Tensor, grad_sums: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, u, bias; an empty tensor where `needs` says that none is wanted."""
+def _joint_attention_backward(grad_attended: Tensor, grad_sums: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, u, bias; None where `needs` says that none is wanted."""
     *tensors, attended, logsumexp, basis, scale, impl, needs = inputs
     v = tensors[2]
     dv = torch.empty_like(v, memory_format=torch.contiguous_format) if needs[2] else None
     part = SoftmaxPart(v, attended, logsumexp, grad_attended, dv)
     dq, dk, du, dbias = _Opened.of(tensors, basis, scale, impl).backward(grad_sums, needs, part)
-    return dq, dk, v.new_empty(0) if dv is None else dv, du, dbias
+    return dq, dk, dv, du, dbias
+
+
+Factors = tuple[Tensor, Tensor] | None
 
 
 def differentiable(
-    forward: Operation, backward: Operation, outputs: int = 1, keeping: Callable[..., list[Tensor]] | None = None
+    forward: Operation,
+    backward: Operation,
+    outputs: int = 1,
+    keeping: Callable[..., list[Tensor]] | None = None,
+    factored: tuple[int, ...] = (),
 ) -> Callable[..., Any]:
     """Differentiate `forward` by `backward`, once: the operators, and the functions where nothing else looks on.
 
     Only the first `outputs` of its outputs have gradients. `keeping` says which are kept beside the inputs, given the
     last setting and all of them. What is returned is called as the operators are, but for the basis, which needn't be
-    text; settings begin with it.
+    text; settings begin with it. Of several outputs of which one has a gradient it gives that one. `factored` are
+    places of tensors that may come with factors, as `factors`: the functions take these as well, operators products.
     """
-    settings = forward.settings
+    settings, alone = forward.settings, keeping is not None and outputs == 1
 
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def times(tensors: Sequence[Any], factors: Factors) -> list[Any]:
+        found = list(tensors)
+        for place, factor in zip(factored, factors or (), strict=bool(factors)):
+            found[place] = found[place] * factor
+        return found
+
+    def keep(
+        ctx: Any, inputs: tuple[Any, ...], output: Any, factors: Factors = None, returned: int | None = None
+    ) -> None:
         tensors, ctx.settings = inputs[:-settings], inputs[-settings:]
+        ctx.sizes = len(tensors), len(factors or ())
         kept: list[Tensor] = []
         if keeping is not None:
-            ctx.mark_non_differentiable(*output[outputs:])
+            ctx.mark_non_differentiable(*output[outputs:returned])
             ctx.set_materialize_grads(outputs > 1)  # of one output alone there is a gradient, or no need of any
             kept = keeping(ctx.settings[-1], *output)
-        ctx.save_for_backward(*tensors, *kept)
+        ctx.save_for_backward(*tensors, *kept, *(factors or ()))
 
-    def differentiate(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: Any, *grads: Any, plain: bool = False) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * len(ctx.needs_input_grad)
         refuse_tangents(*grads[:outputs])
         saved = ctx.saved_tensors  # asked for once: checkpointing doesn't give them twice
-        again, basis = backward.function, ctx.settings[0]
-        if torch.is_grad_enabled() or observed(*saved, *grads[:outputs]):  # a second derivative may be asked for
-            again, basis = backward.operator, str(basis)
-        needs = list(ctx.needs_input_grad[: -settings - 1])  # a mask, the last tensor, has no gradient
-        gradients = again(*grads[:outputs], *saved, basis, *ctx.settings[1:], needs)
+        tensors, count = ctx.sizes
+        saved, factors = saved[: len(saved) - count], saved[len(saved) - count :]
+        offset = len(ctx.needs_input_grad) - tensors - settings  # of factors, which come first
+        needs = list(ctx.needs_input_grad[offset : offset + tensors - 1])  # a mask, the last tensor, has no gradient
+        basis, *others = ctx.settings
+        looking = () if plain else saved
+        if torch.is_grad_enabled() or observed(*looking, *grads[:outputs]):  # a second derivative may be asked for
+            products = times(saved, factors)
+            gradients = times(backward.operator(*grads[:outputs], *products, str(basis), *others, needs), factors)
+        else:
+            given = {"factors": factors} if factors else {}
+            gradients = backward.function(*grads[:outputs], *saved, basis, *others, needs, **given)
         wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
         return *wanted, *(None,) * (settings + 1)
 
@@ -192,19 +224,22 @@ def differentiable(
 
     class Unobserved(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
+        def forward(ctx: Any, factors: Factors, *inputs: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                output = forward.function(*inputs)
-            keep(ctx, inputs, output)
-            return output
+                output = forward.function(*inputs, **({"factors": factors} if factors else {}))
+            keep(ctx, inputs, output, factors, 1 if alone else None)
+            return output[0] if alone else output
 
-        backward = staticmethod(differentiate)
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+            return None, *differentiate(ctx, *grads, plain=True)  # as they were when they were saved
 
-    def call(*inputs: Any) -> Any:
+    def call(*inputs: Any, factors: Factors = None) -> Any:
         tensors, (basis, *others) = inputs[:-settings], inputs[-settings:]
-        if observed(*tensors):
-            return forward.operator(*tensors, str(basis), *others)
-        return Unobserved.apply(*inputs)
+        if observed(*tensors, *(factors or ())):
+            output = forward.operator(*times(tensors, factors), str(basis), *others)
+            return output[0] if alone else output
+        return Unobserved.apply(factors, *inputs)
 
     return call
 

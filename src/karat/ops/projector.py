@@ -12,13 +12,22 @@ from karat.ops.call import Call
 class Projector(NamedTuple):
     """O = gate · sums (wᵀ v), and with `softmax` softmax(S) v added to it.
 
-    v: values (B,H,N,Dv); w: (H,N,R), R the width of the sums; gate: (H,), or None for one.
+    v: values (B,H,N,Dv); w: (H,N,R), R the width of the sums; gate: (H,), or None for one. `factors`, (F,1,1) and (),
+    multiply u and w, whose gradients are those of what was given; None where they are whole.
     """
 
     v: Tensor
     w: Tensor
     gate: Tensor | None
     softmax: bool
+    factors: tuple[Tensor, Tensor] | None = None
+
+    def whole(self, u: Tensor) -> tuple[Tensor, Projector]:
+        """u and itself, the factors multiplied in."""
+        if self.factors is None:
+            return u, self
+        of_u, of_w = self.factors
+        return u * of_u, self._replace(w=self.w * of_w, factors=None)
 
 
 class Attended(NamedTuple):

@@ -43,8 +43,11 @@ def backward(
 
 def _values(call: Call, projector: Projector, attended: Attended) -> tuple[Values, Tensor]:
     """The very tensors where they have the kernel's precision, and the sums."""
-    kind, (v, w, gate, softmax) = call.q.dtype, projector
+    kind, (v, w, gate, softmax, factors) = call.q.dtype, projector
     gate = None if gate is None else in_precision(gate, torch.float32)
     w, out = in_precision(w, torch.float32), in_precision(attended.out, kind)
-    values = Values(in_precision(v, kind), out, attended.logsumexp if softmax else None, w, gate)
+    of_u, of_w = factors or (None, None)
+    of_u = None if of_u is None else of_u.contiguous()
+    logsumexp = attended.logsumexp if softmax else None
+    values = Values(in_precision(v, kind), out, logsumexp, w, gate, of_u, of_w)
     return values, in_precision(attended.sums, kind)

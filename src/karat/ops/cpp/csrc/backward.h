@@ -42,6 +42,15 @@ inline void write_group(const Call& c, int64_t group, float* memory, bool add, i
   if (c.dgate && thread == 0) put(c.dgate[group], *sums.dgate, add);
 }
 
+// Gradients of what was given, before the factors of u and w: a thread's share of keys in all that is written.
+inline void apply_factors(const Call& c, int64_t thread, int64_t threads) {
+  const int64_t j0 = c.N * thread / threads, j1 = c.N * (thread + 1) / threads;
+  for (int64_t row = 0; c.u_factor && c.du && row < (c.shared_u ? c.H : c.B * c.H) * c.F; ++row)
+    for (int64_t at = (row * c.N + j0) * c.E; at < (row * c.N + j1) * c.E; ++at) c.du[at] *= c.u_factor[row % c.F];
+  for (int64_t h = 0; c.w_factor && c.dw && h < c.H; ++h)
+    for (int64_t at = (h * c.N + j0) * c.E; at < (h * c.N + j1) * c.E; ++at) c.dw[at] *= *c.w_factor;
+}
+
 // Memory and lengths for a thread's tasks.
 struct Work {
   int64_t rows, ld, ld_keys, ld_d, ld_v, ld_e;  // queries of a range; row lengths of tiles, keys, D, Dv, E
@@ -77,9 +86,12 @@ inline void begin_group(const Call& c, const Task& t, const Work& x) {
   const float* u = c.u + t.b * c.u_strides[0] + t.h * c.u_strides[1];
   const int64_t* s = c.u_strides;
   for (int64_t f = 0; f < c.F; ++f) {
-    const float factor = fuses(c.basis) ? static_cast<float>(f % c.basis.grid + 1) : 1.0f;  // see PullBack
-    for (int64_t e = 0; e < c.E; ++e)  // to (E,F,N)
-      pack(u + f * s[2] + e * s[4], 0, s[3], 1, c.N, factor, x.u + (e * c.F + f) * x.ld_keys, x.ld_keys);
+    const float slope = fuses(c.basis) ? static_cast<float>(f % c.basis.grid + 1) : 1.0f;  // see PullBack
+    for (int64_t e = 0; e < c.E; ++e) {  // to (E,F,N)
+      float* to = x.u + (e * c.F + f) * x.ld_keys;
+      pack(u + f * s[2] + e * s[4], 0, s[3], 1, c.N, factor_of_u(c, f), to, x.ld_keys);
+      scale_rows(to, x.ld_keys, 1, x.ld_keys, slope);
+    }
   }
   if (c.w) pack_projector(c, t.h, x.w, x.ld_e);
 }

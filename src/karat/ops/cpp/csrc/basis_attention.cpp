@@ -34,6 +34,7 @@ extern "C" void karat_backward(const Call* c) {
       write_group(*c, part.group, part.sums.data(), part.group == written, t, threads);
       written = part.group;
     }
+    apply_factors(*c, t, threads);
   });
 }
 

@@ -135,7 +135,9 @@ void forward_range(const Call& c, int64_t first_task, int64_t last_task) {
     if (t.group != group) {
       const float* from = c.u + t.b * c.u_strides[0] + t.h * c.u_strides[1];
       for (int64_t j = 0; j < c.N; ++j)
-        pack(from + j * c.u_strides[3], c.u_strides[2], c.u_strides[4], c.F, c.E, 1.0f, u + j * c.F * c.E, c.E);
+        for (int64_t f = 0; f < c.F; ++f)
+          pack(from + j * c.u_strides[3] + f * c.u_strides[2], 0, c.u_strides[4], 1, c.E, factor_of_u(c, f),
+               u + (j * c.F + f) * c.E, c.E);
       if (c.w) pack_projector(c, t.h, w, c.E);
       group = t.group;
     }

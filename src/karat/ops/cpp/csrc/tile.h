@@ -35,6 +35,7 @@ struct Call {
   const float *w, *gate;
   float *dw, *dgate;  // (H,N,E), (H)
   int64_t w_strides[3];
+  const float *u_factor, *w_factor;  // (F), (1): u and w are what is given times these; null where that is one
 };
 
 struct Task {
@@ -72,9 +73,12 @@ void pack_values(const Call& c, const Task& t, float* values, int64_t ld) {
     if (!*mask_of(c, t, 0, j)) std::fill(values + j * ld, values + (j + 1) * ld, 0.0f);
 }
 
+inline float factor_of_u(const Call& c, int64_t f) { return c.u_factor ? c.u_factor[f] : 1.0f; }
+inline float factor_of_w(const Call& c) { return c.w_factor ? *c.w_factor : 1.0f; }
+
 // w (N,E) of a head, in rows of length ld; its masked keys are those of the values.
 inline void pack_projector(const Call& c, int64_t h, float* to, int64_t ld) {
-  pack(c.w + h * c.w_strides[0], c.w_strides[1], c.w_strides[2], c.N, c.E, 1.0f, to, ld);
+  pack(c.w + h * c.w_strides[0], c.w_strides[1], c.w_strides[2], c.N, c.E, factor_of_w(c), to, ld);
 }
 
 }  // namespace karat
