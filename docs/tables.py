@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import science_answer
+import starts_answer
 
 from karat.operator.fixed import FIXED
 from karat.paper import TABLES as PUBLISHED
@@ -157,6 +158,17 @@ def science() -> str:
     return markdown(columns, science_answer.table())
 
 
+def starts() -> str:
+    """Of the study of starts the mean of each cell."""
+    heads, lines = starts_answer.means()
+    return markdown(" | ".join(["top-1 % (runs)", *(f"{head} >" for head in heads)]), lines)
+
+
+def start_effects() -> str:
+    """What each level of the study of starts adds over all cells."""
+    return markdown("over all cells | points (95 % interval) > | would be seen > | cells >", starts_answer.effects())
+
+
 def served() -> str:
     """Each model with attention: how it was converted, what it does then, and why not."""
     rows = {name: row for name, row in read("served.json")["rows"].items() if row["attention"] is not False}
@@ -227,6 +239,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "layer-rates": layer_rates,
     "stability": stability,
     "science": science,
+    "starts": starts,
+    "start-effects": start_effects,
     "score-tasks": score_tasks,
     "served": served,
     "fixed": fixed,
