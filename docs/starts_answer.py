@@ -43,7 +43,7 @@ def means() -> tuple[list[str], list[list[str]]]:
 
 
 def effects() -> list[list[str]]:
-    """Of each level of a factor, over all cells: what it adds, the interval, the least that would be seen, and cells."""
+    """Of each level of a factor over all cells: what it adds, with its interval, the least that is seen, and cells."""
     lines = []
     for effect in read().get("effects", ()):
         if not effect["within"]:
