@@ -1,5 +1,5 @@
 """One attend as one operation: every implementation against the definition in float64, with the projector, the gate,
-softmax beside it, masks of keys, low precision."""
+what the sums begin with, softmax beside it, masks of keys, low precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from karat.basis import BASES, parse_basis
-from karat.ops import Call, Projector, attend
+from karat.ops import Call, Projector, attend, implementations
 from support.against_float64 import relative_error
 from support.looker import Looker
 
@@ -22,48 +22,53 @@ COMPILER = shutil.which("c++") is not None
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="building the kernel needs c++")
 KERNELS = ["tiled", pytest.param("cpp", marks=needs_compiler)]
 SPECS = ["fourier(grid=1)", "fourier(grid=3)", "fourier(grid=7)", "silu+fourier(grid=2)", "bspline(grid=4,order=2)"]
+WITH_NOTHING = [*SPECS, None]  # no features: the sums are what they begin with
 SIZES = ((2, 3, 9, 7, 8, 5, 6), (1, 2, 41, 37, 20, 12, 18), (3, 2, 70, 300, 16, 13, 16))  # B, H, M, N, D, R, Dv
 SCALE = 0.3
 Inputs = list[Tensor | None]
 
 
-def draw(sizes: tuple[int, ...], spec: str, *, gate: bool = True, bias: bool = True) -> Inputs:
-    """q, k, v as models cut them from one tensor, u, w, gate, bias, in float64."""
+def draw(
+    sizes: tuple[int, ...], spec: str | None, *, gate: bool = True, places: bool = True, bias: bool = True
+) -> Inputs:
+    """q, k, v as models cut them from one tensor, u, w, gate, places, bias, in float64."""
     B, H, M, N, D, R, Dv = sizes
     q, k, v = (torch.randn(B, n, H, d).transpose(1, 2) for n, d in ((M, D), (N, D), (N, Dv)))
-    u = torch.randn(H, parse_basis(spec).num_parameters, N, R)
+    u = None if spec is None else torch.randn(H, parse_basis(spec).num_parameters, N, R)
     found = [q, k, v, u, torch.randn(H, N, R), torch.randn(H) if gate else None]
+    found.append(torch.randn(H, M, R) if places or spec is None else None)
     return [None if x is None else x.double() for x in [*found, torch.randn(1, H, M, N) if bias else None]]
 
 
-def run(inputs: Inputs, spec: str, impl: str, *, softmax: bool, mask: Tensor | None = None) -> list[Tensor]:
+def run(inputs: Inputs, spec: str | None, impl: str, *, softmax: bool, mask: Tensor | None = None) -> list[Tensor]:
     """The output and all gradients."""
     leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
-    q, k, v, u, w, gate, bias = leaves
+    q, k, v, u, w, gate, places, bias = leaves
     assert q is not None
     assert k is not None
     assert v is not None
-    assert u is not None
     assert w is not None
-    out = attend(Call(q, k, SCALE, bias, mask), u, spec, Projector(v, w, gate, softmax), impl)
+    out = attend(Call(q, k, SCALE, bias, mask), u, spec, Projector(v, w, gate, softmax, None, places), impl)
     upstream = torch.linspace(-1, 1, out.numel()).sin().view(*out.transpose(1, 2).shape).transpose(1, 2).to(out.dtype)
-    return [out, *torch.autograd.grad(out, [x for x in leaves if x is not None], upstream)]
+    wanted = [x for x in leaves if x is not None]
+    return [out, *torch.autograd.grad(out, wanted, upstream, materialize_grads=True)]
 
 
 def in_precision(inputs: Inputs, dtype: torch.dtype, of_u: torch.dtype | None = None) -> Inputs:
-    kinds = [dtype] * 3 + [of_u or dtype] * 4
+    kinds = [dtype] * 3 + [of_u or dtype] * 5
     return [None if x is None else x.to(kind) for x, kind in zip(inputs, kinds, strict=True)]
 
 
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("spec", SPECS)
-def test_matches_the_definition(spec: str, sizes: tuple[int, ...], softmax: bool, impl: str) -> None:
+@pytest.mark.parametrize("spec", WITH_NOTHING)
+def test_matches_the_definition(spec: str | None, sizes: tuple[int, ...], softmax: bool, impl: str) -> None:
     B, N = sizes[0], sizes[3]
-    dtype, tolerance = (torch.float32, 2e-5) if impl == "cpp" else (torch.float64, 1e-9)
-    for masked, gate, bias in ((False, True, True), (True, True, False), (True, False, True)):
-        inputs = in_precision(draw(sizes, spec, gate=gate, bias=bias), torch.float32)
+    # What is mixed by place is here some hundred times what softmax attends to, whose gradient alone q and k then have.
+    dtype, tolerance = (torch.float32, 2e-5 if spec else 1e-4) if impl == "cpp" else (torch.float64, 1e-9)
+    for masked, gate, places, bias in ((0, 1, 1, 1), (1, 1, 0, 0), (1, 0, 1, 1)):
+        inputs = in_precision(draw(sizes, spec, gate=gate, places=places, bias=bias), torch.float32)
         mask = torch.rand(B, 1, 1, N) > 0.3 if masked else None
         wanted = run(in_precision(inputs, torch.float64), spec, "reference", softmax=softmax, mask=mask)
         found = run(in_precision(inputs, dtype), spec, impl, softmax=softmax, mask=mask)
@@ -81,12 +86,14 @@ def test_every_basis_is_served(basis: str) -> None:
 
 @pytest.mark.parametrize("impl", ["reference", "tiled"])
 @pytest.mark.parametrize("softmax", [False, True])
-def test_gradcheck(softmax: bool, impl: str) -> None:
-    leaves = [x.requires_grad_() for x in draw((1, 2, 3, 4, 2, 2, 3), "fourier(grid=2)") if x is not None]
+@pytest.mark.parametrize("spec", ["fourier(grid=2)", None])
+def test_gradcheck(spec: str | None, softmax: bool, impl: str) -> None:
+    leaves = [x.requires_grad_() for x in draw((1, 2, 3, 4, 2, 2, 3), spec) if x is not None]
     mask = torch.tensor([True, False, True, True])[None, None, None]
 
-    def f(q: Tensor, k: Tensor, v: Tensor, u: Tensor, w: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
-        return attend(Call(q, k, SCALE, bias, mask), u, "fourier(grid=2)", Projector(v, w, gate, softmax), impl)
+    def f(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        u, w, gate, places, bias = rest if spec else (None, *rest)
+        return attend(Call(q, k, SCALE, bias, mask), u, spec, Projector(v, w, gate, softmax, None, places), impl)
 
     assert torch.autograd.gradcheck(f, leaves, eps=1e-6, atol=1e-4)
 
@@ -118,41 +125,46 @@ def test_looked_upon_or_not_the_bits_are_the_same(softmax: bool, impl: str) -> N
 
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize(("threads", "B", "H"), [(1, 2, 3), (2, 1, 1), (2, 1, 3), (3, 4, 2), (2, 5, 3)])
-def test_any_share_of_work_gives_the_same_bits_twice(threads: int, B: int, H: int, impl: str) -> None:
+@pytest.mark.parametrize("spec", ["fourier(grid=2)", None])
+def test_any_share_of_work_gives_the_same_bits_twice(spec: str | None, threads: int, B: int, H: int, impl: str) -> None:
     """Heads whose images fall to several threads, and images whose queries do."""
     torch.set_num_threads(threads)
-    inputs = in_precision(draw((B, H, 101, 19, 8, 5, 8), "fourier(grid=2)"), torch.float32)
-    wanted = run(in_precision(inputs, torch.float64), "fourier(grid=2)", "reference", softmax=True)
-    first, second = (run(inputs, "fourier(grid=2)", impl, softmax=True) for _ in range(2))
+    inputs = in_precision(draw((B, H, 101, 19, 8, 5, 8), spec), torch.float32)
+    wanted = run(in_precision(inputs, torch.float64), spec, "reference", softmax=True)
+    first, second = (run(inputs, spec, impl, softmax=True) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
     assert all(relative_error(x, y) < 2e-5 for x, y in zip(first, wanted, strict=True))
 
 
 @pytest.mark.parametrize("impl", KERNELS)
-def test_any_subset_of_gradients(impl: str) -> None:
-    inputs = in_precision(draw(SIZES[1], "fourier(grid=2)"), torch.float32)
-    wanted = run(inputs, "fourier(grid=2)", impl, softmax=True)[1:]
-    for alone in range(7):
-        q, k, v, u, w, gate, bias = (x if x is None else x.detach() for x in inputs)
-        leaf = (q, k, v, u, w, gate, bias)[alone].requires_grad_()
-        out = attend(Call(q, k, SCALE, bias), u, "fourier(grid=2)", Projector(v, w, gate, True), impl)
+@pytest.mark.parametrize("spec", ["fourier(grid=2)", None])
+def test_any_subset_of_gradients(spec: str | None, impl: str) -> None:
+    inputs = in_precision(draw(SIZES[1], spec), torch.float32)
+    wanted = run(inputs, spec, impl, softmax=True)[1:]
+    for alone in range(len(wanted)):
+        q, k, v, u, w, gate, places, bias = fresh = [x if x is None else x.detach() for x in inputs]
+        leaf = [x for x in fresh if x is not None][alone].requires_grad_()
+        out = attend(Call(q, k, SCALE, bias), u, spec, Projector(v, w, gate, True, None, places), impl)
         shape = out.transpose(1, 2).shape
         (got,) = torch.autograd.grad(out, leaf, torch.linspace(-1, 1, out.numel()).sin().view(shape).transpose(1, 2))
         torch.testing.assert_close(got, wanted[alone], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("impl", ["reference", *KERNELS])
-def test_masked_keys_may_be_anything_and_add_nothing(impl: str) -> None:
-    q, k, v, u, w, gate, _ = in_precision(draw(SIZES[0], "fourier(grid=3)", bias=False), torch.float32)
-    kept = run([q, k[:, :, :5], v[:, :, :5], u[:, :, :5], w[:, :5], gate, None], "fourier(grid=3)", impl, softmax=True)
+@pytest.mark.parametrize("spec", ["fourier(grid=3)", None])
+def test_masked_keys_may_be_anything_and_add_nothing(spec: str | None, impl: str) -> None:
+    q, k, v, u, w, gate, places, _ = in_precision(draw(SIZES[0], spec, bias=False), torch.float32)
+    few = None if u is None else u[:, :, :5]
+    kept = run([q, k[:, :, :5], v[:, :, :5], few, w[:, :5], gate, places, None], spec, impl, softmax=True)
+    of_keys = slice(2, 5 if u is None else 6)
     for softmax, filler in product((False, True), (1e30, math.nan)):
         k[:, :, 5:], v[:, :, 5:] = 1e30, filler
         mask = (torch.arange(7) < 5)[None, None, None]
-        found = run([q, k, v, u, w, gate, None], "fourier(grid=3)", impl, softmax=softmax, mask=mask)
+        found = run([q, k, v, u, w, gate, places, None], spec, impl, softmax=softmax, mask=mask)
         assert all(x.isfinite().all() for x in found)
-        assert not any(x[..., 5:, :].any() for x in found[2:6])
+        assert not any(x[..., 5:, :].any() for x in found[of_keys])
         if softmax:
-            whole = [found[0], found[1], *(x[..., :5, :] for x in found[2:6]), found[6]]
+            whole = [*found[:2], *(x[..., :5, :] for x in found[of_keys]), *found[of_keys.stop :]]
             assert all(relative_error(x, y.double()) < 2e-5 for x, y in zip(whole, kept, strict=True))
 
 
@@ -164,7 +176,7 @@ def test_low_precision(dtype: torch.dtype, tolerance: float, softmax: bool, impl
     inputs = in_precision(draw(SIZES[1], "fourier(grid=2)"), dtype, torch.float32)
     found = run(inputs, "fourier(grid=2)", impl, softmax=softmax)
     wanted = run(in_precision(inputs, torch.float64), "fourier(grid=2)", "reference", softmax=softmax)
-    assert [x.dtype for x in found] == [dtype] * 4 + [torch.float32] * 4
+    assert [x.dtype for x in found] == [dtype] * 4 + [torch.float32] * 5
     assert all(relative_error(x, y) < tolerance for x, y in zip(found, wanted, strict=True))
 
 
@@ -206,15 +218,18 @@ def test_the_flop_counter_knows_it() -> None:
         (lambda x: x.update(gate=torch.randn(2)), "each of 3 heads"),
         (lambda x: x.update(mask=torch.ones(2, 1, 9, 7, dtype=torch.bool)), "mask of pairs"),
         (lambda x: x.update(v=torch.randn(2, 3, 8, 6)), "v must be"),
+        (lambda x: x.update(places=torch.randn(3, 7, 5)), "places must be \\(H,M,R\\) = \\(3, 9, 5\\)"),
+        (lambda x: x.update(u=None, places=None), "places \\(H,M,R\\) must be given"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: object, words: str) -> None:
-    q, k, v, u, w, gate, _ = in_precision(draw(SIZES[0], "fourier(grid=1)"), torch.float32)
-    asked = {"v": v, "w": w, "gate": gate, "mask": None}
+    q, k, v, u, w, gate, places, _ = in_precision(draw(SIZES[0], "fourier(grid=1)"), torch.float32)
+    asked = {"u": u, "v": v, "w": w, "gate": gate, "mask": None, "places": places}
     change(asked)
     call = Call(q, k, SCALE, None, asked["mask"])
+    of = Projector(asked["v"], asked["w"], asked["gate"], False, None, asked["places"])
     with pytest.raises(ValueError, match=words):
-        attend(call, u, "fourier(grid=1)", Projector(asked["v"], asked["w"], asked["gate"], False))
+        attend(call, asked["u"], "fourier(grid=1)", of)
 
 
 @pytest.mark.parametrize("impl", ["reference", *KERNELS])
@@ -222,13 +237,13 @@ def test_what_does_not_fit_is_refused(change: object, words: str) -> None:
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("spec", SPECS)
 def test_factors_give_the_bits_of_the_products(spec: str, softmax: bool, dtype: torch.dtype, impl: str) -> None:
-    q, k, v, u, w, gate, _ = in_precision(draw((3, 3, 9, 17, 8, 5, 8), spec), dtype)
+    q, k, v, u, w, gate, places, _ = in_precision(draw((3, 3, 9, 17, 8, 5, 8), spec), dtype)
     factors = torch.linspace(0.3, 1.7, u.shape[1]).view(-1, 1, 1).to(dtype), torch.tensor(0.7, dtype=dtype)
     mask = torch.arange(17).view(1, 1, 1, -1) != 4
 
     def both(inside: bool, threads: int, look: bool) -> list[Tensor]:
-        leaves = [x.detach().requires_grad_() for x in (q, k, v, u, w, gate)]
-        of = Projector(leaves[2], leaves[4], leaves[5], softmax, factors)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v, u, w, gate, places)]
+        of = Projector(leaves[2], leaves[4], leaves[5], softmax, factors, leaves[6])
         of_u, of = (leaves[3], of) if inside else of.whole(leaves[3])
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -245,7 +260,7 @@ def test_factors_give_the_bits_of_the_products(spec: str, softmax: bool, dtype: 
 
 
 def test_factors_have_their_shapes_and_no_second_derivatives() -> None:
-    q, k, v, u, w, _, _ = [None if x is None else x.float() for x in draw(SIZES[0], SPECS[1])]
+    q, k, v, u, w, *_ = [None if x is None else x.float() for x in draw(SIZES[0], SPECS[1])]
     good = torch.ones(6, 1, 1), torch.tensor(1.0)
     for factors in ((torch.ones(5, 1, 1), good[1]), (torch.ones(6), good[1]), (good[0], torch.ones(1))):
         with pytest.raises(ValueError, match="factors must be"):
@@ -257,20 +272,50 @@ def test_factors_have_their_shapes_and_no_second_derivatives() -> None:
         first.sum().backward()
 
 
-def test_second_derivatives_are_refused_with_the_remedy() -> None:
-    inputs = [None if x is None else x.float().requires_grad_() for x in draw(SIZES[0], "fourier(grid=1)")]
-    q, k, v, u, w, gate, bias = inputs
-    out = attend(Call(q, k, SCALE, bias), u, "fourier(grid=1)", Projector(v, w, gate, True))
+@needs_compiler
+def test_what_has_no_features_is_the_kernels_where_it_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, asked = implementations.load_projected("cpp"), []
+    forward = kernel.forward
+    monkeypatch.setattr(kernel, "forward", lambda call, *rest: asked.append(call.q.dtype) or forward(call, *rest))
+    sizes, served = (1, 2, 5, 6, 4, 3, 4), {"auto": True, "cpp": True, "tiled": False, "reference": False}
+    for impl, yes in served.items():
+        for dtype, of in ((torch.float32, yes), (torch.bfloat16, yes), (torch.float16, yes), (torch.float64, False)):
+            run(in_precision(draw(sizes, None), dtype), None, impl, softmax=True)
+            assert bool(asked) == of, (impl, dtype)
+            asked.clear()
+    run(in_precision(draw(sizes, None), torch.float32), None, "auto", softmax=False)
+    run(in_precision(draw((1, 1, 97, 97, 4, 3, 4), None), torch.bfloat16), None, "auto", softmax=True)
+    with Looker():
+        run(in_precision(draw(sizes, None), torch.float32), None, "auto", softmax=True)
+    assert not asked
+
+
+def test_without_features_nothing_of_ours_is_seen_by_who_looks_on() -> None:
+    """A compiler or an exporter finds softmax's own and two products, as numbers agree."""
+    inputs = in_precision(draw(SIZES[1], None), torch.float32)
+    with Looker() as looker:
+        watched = run(inputs, None, "auto", softmax=True)
+    alone = run(inputs, None, "auto", softmax=True)
+    assert not looker.seen
+    assert all(relative_error(x, y.double()) < 2e-5 for x, y in zip(alone, watched, strict=True))
+
+
+@needs_compiler
+@pytest.mark.parametrize("spec", ["fourier(grid=1)", None])
+def test_second_derivatives_are_refused_with_the_remedy(spec: str | None) -> None:
+    inputs = [None if x is None else x.float().requires_grad_() for x in draw(SIZES[0], spec)]
+    q, k, v, u, w, gate, places, bias = inputs
+    out = attend(Call(q, k, SCALE, bias), u, spec, Projector(v, w, gate, True, None, places))
     (first,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="impl='reference'"):
         first.sum().backward()
 
 
 @pytest.mark.parametrize("impl", ["reference", *KERNELS])
-@pytest.mark.parametrize("name", ["w", "gate", "bias", "mask"])
+@pytest.mark.parametrize("name", ["w", "gate", "places", "bias", "mask"])
 def test_what_lies_elsewhere_or_is_complex_is_refused(name: str, impl: str) -> None:
-    q, k, v, u, w, gate, bias = in_precision(draw((2, 2, 5, 5, 4, 3, 4), SPECS[0]), torch.float32)
-    of = {"w": w, "gate": gate, "bias": bias, "mask": torch.ones(2, 1, 1, 5, dtype=torch.bool)}
+    q, k, v, u, w, gate, places, bias = in_precision(draw((2, 2, 5, 5, 4, 3, 4), SPECS[0]), torch.float32)
+    of = {"w": w, "gate": gate, "places": places, "bias": bias, "mask": torch.ones(2, 1, 1, 5, dtype=torch.bool)}
     here = of[name]
     assert here is not None
     changes = [(here.to("meta"), f"{name} must be on q's device, cpu, got meta")]
@@ -283,7 +328,7 @@ def test_what_lies_elsewhere_or_is_complex_is_refused(name: str, impl: str) -> N
                 Call(q, k, SCALE, given["bias"], given["mask"]),
                 u,
                 SPECS[0],
-                Projector(v, given["w"], gate if name != "gate" else x, True),
+                Projector(v, given["w"], given["gate"], True, None, given["places"]),
                 impl,
             )  # type: ignore[arg-type]
 

@@ -145,6 +145,11 @@ class Static(Order):
     def finish(self, parameters: OperatorParameters, sums: Tensor, v: Tensor | None) -> Tensor:
         return through_projector(parameters, sums, None) if v is None else _places(parameters, v, v)
 
+    def projects(self, parameters: OperatorParameters) -> bool:
+        """Beside softmax, whose kernel takes C Wᵀ v along."""
+        mixes = parameters.C is not None and parameters.W is not None
+        return mixes and parameters.config.residual is not None and parameters.config.simplex is None
+
     def power(self, parameters: OperatorParameters) -> Tensor:
         assert parameters.W is not None
         assert parameters.C is not None

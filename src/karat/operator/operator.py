@@ -176,14 +176,16 @@ class KArAtOperator(OperatorParameters):
 
     def _in_one(self, call: Call, v: Tensor) -> Tensor:
         """`_attend` where it's one operation: the sums, the projector and softmax beside them."""
-        w, config = self.W, self.config
-        layer: EdgeLayer = self.layers[0]  # type: ignore[assignment]
+        config, layer = self.config, self.edge_layers[0] if self.layers else None
+        fixed = config.residual is not None and self.gate is None
+        factors = None if layer is None or fixed else (layer.factor, self.W_factor)
+        w = self.projector if factors is None else self.W
         assert w is not None
-        projector = Projector(v, w, self.gate, config.residual is not None, (layer.factor, self.W_factor))
-        if config.residual and self.gate is None:
-            projector = projector._replace(w=w * self.W_factor * float(config.gate), factors=None)
-        u = layer.packed() if projector.factors is None else layer.stacked()
-        return attend(call, u, layer.basis, projector, config.impl)
+        w = w * float(config.gate) if fixed else w
+        projector = Projector(v, w, self.gate, config.residual is not None, factors, self.places)
+        if layer is None:
+            return attend(call, None, None, projector, config.impl)
+        return attend(call, layer.packed() if factors is None else layer.stacked(), layer.basis, projector, config.impl)
 
     def _sums(self, call: Call, summed: tuple[Tensor, Basis] | None) -> Tensor:
         """What `order.finish` takes: the sums, or what the order forms in their place."""

@@ -68,7 +68,7 @@ class Order(ABC):
         """σ v (B,H,M,D), without σ where the identity of SPEC §8 allows it; σ (B,H,M,N) where v is None."""
 
     def projects(self, parameters: OperatorParameters) -> bool:
-        """Whether σ v is the sums times Wᵀ v and no more, which is one operation: `karat.ops.attend`."""
+        """Whether σ v is the sums, and C, times Wᵀ v and no more, which is one operation: `karat.ops.attend`."""
         return False
 
     def places_take_part(self, init: str) -> bool:

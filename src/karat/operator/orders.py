@@ -50,7 +50,7 @@ class WPhi(Order):
         return through_projector(parameters, hidden, v)
 
     def projects(self, parameters: OperatorParameters) -> bool:
-        return parameters.C is None and parameters.config.simplex is None
+        return parameters.config.simplex is None
 
     def places_take_part(self, init: str) -> bool:
         # beside a gate of zero a C of zero left the curve of a training what it is without C

@@ -13,16 +13,17 @@ from karat.basis import Basis, parse_basis
 from karat.ops import by_parts, implementations
 from karat.ops.call import Call
 from karat.ops.library import Factors, Shape, differentiable, flops, memory_of_gradients, operator
-from karat.ops.projector import Attended, ProjectedGradients, Projector
+from karat.ops.projector import NOTHING, Attended, ProjectedGradients, Projector
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor u, Tensor w, Tensor? gate, Tensor? bias, Tensor? mask"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor u, Tensor w, Tensor? gate, Tensor? places, Tensor? bias, Tensor? mask"
 _SETTINGS = "str basis, float scale, str impl, bool softmax"
 
 
 def _memory(q: Tensor, k: Tensor, v: Tensor, u: Tensor, *rest: Any) -> Attended:
     B, H, M, R, Dv = *q.shape[:3], u.shape[-1], v.shape[-1]
     out = q.new_empty_strided((B, H, M, Dv), (M * H * Dv, Dv, H * Dv, 1))
-    sums = q.new_empty_strided((B, H, M, R), (H * R * M, R * M, 1, M))
+    kept = R if u.shape[1] else 0  # what is places alone needn't be
+    sums = q.new_empty_strided((B, H, M, kept), (H * kept * M, kept * M, 1, M))
     size = (B, H, M) if rest[-1] else (0,)
     return Attended(out, sums, q.new_empty(size, dtype=torch.promote_types(q.dtype, torch.float32)))
 
@@ -39,8 +40,9 @@ def _serving(direction: str, impl: str, call: Call, u: Tensor, basis: Basis, pro
 @operator("attend", f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)", _memory)
 def _attend(*inputs: Any, factors: Factors = None) -> tuple[Tensor, Tensor, Tensor]:
     """O, sums, logsumexp; see `karat.ops.attend` and `Attended`. Factors are there where no operator is asked."""
-    q, k, v, u, w, gate, bias, mask, basis, scale, impl, softmax = inputs
-    call, basis, projector = Call(q, k, scale, bias, mask), parse_basis(basis), Projector(v, w, gate, softmax, factors)
+    q, k, v, u, w, gate, places, bias, mask, basis, scale, impl, softmax = inputs
+    call, basis = Call(q, k, scale, bias, mask), parse_basis(basis) if u.shape[1] else NOTHING
+    projector = Projector(v, w, gate, softmax, factors, places)
     into = _memory(*inputs)
     _serving("forward", impl, call, u, basis, projector)(call, u, basis, projector, into)
     return into.out, into.sums, into.logsumexp
@@ -49,13 +51,14 @@ def _attend(*inputs: Any, factors: Factors = None) -> tuple[Tensor, Tensor, Tens
 @operator(
     "attend_backward",
     f"(Tensor grad, {_INPUTS}, Tensor out, Tensor sums, Tensor logsumexp, {_SETTINGS}, bool[] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     memory_of_gradients,
 )
 def _attend_backward(grad: Tensor, *inputs: Any, factors: Factors = None) -> ProjectedGradients:
-    """Gradients of q, k, v, u, w, gate, bias; None where `needs` says that none is wanted."""
-    q, k, v, u, w, gate, bias, mask, *attended, basis, scale, impl, softmax, needs = inputs
-    call, basis, projector = Call(q, k, scale, bias, mask), parse_basis(basis), Projector(v, w, gate, softmax, factors)
+    """Gradients of q, k, v, u, w, gate, places, bias; None where `needs` says that none is wanted."""
+    q, k, v, u, w, gate, places, bias, mask, *attended, basis, scale, impl, softmax, needs = inputs
+    call, basis = Call(q, k, scale, bias, mask), parse_basis(basis) if u.shape[1] else NOTHING
+    projector = Projector(v, w, gate, softmax, factors, places)
     serving = _serving("backward", impl, call, u, basis, projector)
     gradients: ProjectedGradients = serving(grad, call, u, basis, projector, Attended(*attended), needs)
     return gradients

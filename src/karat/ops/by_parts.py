@@ -23,6 +23,8 @@ def forward(
         v = unmasked(call, projector.v)
         part = SoftmaxPart(v, into.out, into.logsumexp) if projector.softmax else None
         sums = implementation.forward(call, u, basis, part)
+        if projector.places is not None:
+            sums = sums + projector.places.to(sums.dtype)
         into.sums.copy_(sums)
         projected = _gated(shared_forward(projector.w.to(v.dtype).transpose(1, 2), v), projector.gate)
         product = tokens_forward(sums, projected)
@@ -43,7 +45,7 @@ def backward(
     factors = projector.factors
     u, projector = projector.whole(u)
     with full_precision(call.q):
-        _, w, gate, softmax, _ = projector
+        _, w, gate, softmax, _, places = projector
         v = unmasked(call, projector.v)
         w_t = w.to(v.dtype).transpose(1, 2)
         projected = shared_forward(w_t, v)
@@ -59,14 +61,15 @@ def backward(
         if softmax:
             beside = attended.out - tokens_forward(attended.sums, gated)
             part = SoftmaxPart(v, beside, attended.logsumexp, grad, torch.empty_like(v) if needs[2] else None)
-        wanted = (needs[0], needs[1], needs[3], needs[6])
+        wanted = (needs[0], needs[1], needs[3], needs[7])
         dq, dk, du, dbias = implementation.backward(dsums, call, u, basis, wanted, part)
         if dv is not None:
             dv = unmasked(call, dv if part is None or part.dv is None else dv + part.dv)
+        dplaces = dsums.sum(0, dtype=places.dtype) if places is not None and needs[6] else None
         dw = None if dw is None else dw.transpose(1, 2).to(w.dtype)
         if factors is not None:
             du, dw = (x if x is None else x * factor for x, factor in zip((du, dw), factors, strict=True))
-        return ProjectedGradients(dq, dk, dv, du, dw, dgate, dbias)
+        return ProjectedGradients(dq, dk, dv, du, dw, dgate, dplaces, dbias)
 
 
 def _gated(x: Tensor, gate: Tensor | None) -> Tensor:

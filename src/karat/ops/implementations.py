@@ -87,6 +87,11 @@ def choice(impl: str, call: Call, u: Tensor, basis: Basis, v: Tensor | None = No
     return next(name for name in names if load(name).unsupported(call, u, basis, v) is None)
 
 
+def projecting(impl: str, call: Call, u: Tensor, basis: Basis, v: Tensor | None = None) -> bool:
+    """Whether one of `PROJECTED` can serve a call that leaves the choice to it, or names it."""
+    return any(impl in ("auto", name) and load(name).unsupported(call, u, basis, v) is None for name in PROJECTED)
+
+
 def about(impl: str, basis: Basis, like: Tensor) -> str:
     """What serves plain calls with this basis on a tensor's device and in its precision, in words."""
     if impl == "reference":

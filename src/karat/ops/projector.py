@@ -6,14 +6,29 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from karat.basis.fourier import Fourier
 from karat.ops.call import Call
 
 
+class _Nothing(Fourier):
+    """A family without features: φ = 0."""
+
+    def __post_init__(self) -> None:
+        """There is nothing to check."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(-2)[..., :0, :]
+
+
+NOTHING = _Nothing(grid=0)
+
+
 class Projector(NamedTuple):
-    """O = gate · sums (wᵀ v), and with `softmax` softmax(S) v added to it.
+    """O = gate · (sums + places) (wᵀ v), and with `softmax` softmax(S) v added to it.
 
     v: values (B,H,N,Dv); w: (H,N,R), R the width of the sums; gate: (H,), or None for one. `factors`, (F,1,1) and (),
-    multiply u and w, whose gradients are those of what was given; None where they are whole.
+    multiply u and w, whose gradients are those of what was given; None where they are whole. places: (H,M,R), the same
+    for all images, or None for zero.
     """
 
     v: Tensor
@@ -21,6 +36,7 @@ class Projector(NamedTuple):
     gate: Tensor | None
     softmax: bool
     factors: tuple[Tensor, Tensor] | None = None
+    places: Tensor | None = None
 
     def whole(self, u: Tensor) -> tuple[Tensor, Projector]:
         """u and itself, the factors multiplied in."""
@@ -32,14 +48,15 @@ class Projector(NamedTuple):
 
 class Attended(NamedTuple):
     """What an attend gives, memory that is written to: O (B,H,M,Dv), laid out as (B,M,H,Dv), the order in which a model
-    joins its heads; the sums (B,H,M,R), laid out as (B,H,R,M); logsumexp (B,H,M) of softmax, or nothing."""
+    joins its heads; the sums and `places` (B,H,M,R), laid out as (B,H,R,M), or without features nothing; logsumexp
+    (B,H,M) of softmax, or nothing."""
 
     out: Tensor
     sums: Tensor
     logsumexp: Tensor
 
 
-ProjectedNeeds = tuple[bool, ...]  # which of the gradients for q, k, v, u, w, gate and bias are wanted
+ProjectedNeeds = tuple[bool, ...]  # which of the gradients for q, k, v, u, w, gate, places and bias are wanted
 
 
 class ProjectedGradients(NamedTuple):
@@ -51,6 +68,7 @@ class ProjectedGradients(NamedTuple):
     u: Tensor | None
     w: Tensor | None
     gate: Tensor | None
+    places: Tensor | None
     bias: Tensor | None
 
 

@@ -36,18 +36,18 @@ def backward(
     values, sums = _values(read, projector, attended)
     attended_too = values.attended if projector.softmax else None  # else it isn't kept
     values = values._replace(grad=in_precision(grad, read.q.dtype), attended=attended_too)
-    results = Results.of(read, u_read, needs, values.v, values.w, values.gate)
+    results = Results.of(read, u_read, needs, values.v, values.w, values.gate, values.places)
     library().run("karat_backward", task(read, u_read, basis, sums, values, None, results))
-    return results.found(call, u, projector.v, projector.w, projector.gate)
+    return results.found(call, u, projector.v, projector.w, projector.gate, projector.places)
 
 
 def _values(call: Call, projector: Projector, attended: Attended) -> tuple[Values, Tensor]:
     """The very tensors where they have the kernel's precision, and the sums."""
-    kind, (v, w, gate, softmax, factors) = call.q.dtype, projector
-    gate = None if gate is None else in_precision(gate, torch.float32)
+    kind, (v, w, gate, softmax, factors, places) = call.q.dtype, projector
+    gate, places = (None if x is None else in_precision(x, torch.float32) for x in (gate, places))
     w, out = in_precision(w, torch.float32), in_precision(attended.out, kind)
     of_u, of_w = factors or (None, None)
     of_u = None if of_u is None else of_u.contiguous()
     logsumexp = attended.logsumexp if softmax else None
-    values = Values(in_precision(v, kind), out, logsumexp, w, gate, of_u, of_w)
+    values = Values(in_precision(v, kind), out, logsumexp, w, gate, of_u, of_w, places)
     return values, in_precision(attended.sums, kind)

@@ -60,7 +60,7 @@ def backward(
     grad = in_precision(grad, read.q.dtype)
     values, wanted_dv = (None, None) if softmax is None else (_values(softmax), softmax.dv)
     v = None if values is None else values.v
-    results = Results.of(read, u_read, (*needs[:2], wanted_dv is not None, needs[2], False, False, needs[3]), v)
+    results = Results.of(read, u_read, (*needs[:2], wanted_dv is not None, needs[2], False, False, False, needs[3]), v)
     library().run("karat_backward", task(read, u_read, basis, None, values, grad, results))
     found = results.found(call, u, v)
     if wanted_dv is not None and found.v is not None:

@@ -29,7 +29,7 @@ _ACTIVATIONS = {"zero": 0, "identity": 1, "silu": 2, "gelu": 3}
 
 # B, H, M, N, D, F, E; threads, parts, tile_queries, tile_keys, shared_u, half, softmax; basis: family, base, grid,
 # order, range; scale; pointers, lengths and strides.
-_LAYOUT = Struct("14q 4qf4x f4x 6q 25q 5q 4q 5q 1q 5q 12q 4q 3q 2q")
+_LAYOUT = Struct("14q 4qf4x f4x 6q 25q 5q 4q 5q 1q 5q 12q 4q 3q 2q 5q")
 _NONE = (0, 0, 0, 0)
 
 
@@ -73,6 +73,7 @@ class Values(NamedTuple):
     gate: Tensor | None = None
     of_u: Tensor | None = None  # factors, as Projector says
     of_w: Tensor | None = None
+    places: Tensor | None = None  # what the sums begin with; without features they are no more than that
     grad: Tensor | None = None  # of attended
 
 
@@ -90,9 +91,10 @@ class Results(ProjectedGradients):
         v: Tensor | None,
         w: Tensor | None = None,
         gate: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Results:
-        """`needs` says which are wanted, of q, k, v, u, w, gate and bias. Those of k and v have parts in front where
-        there are several, that of bias always."""
+        """`needs` says which are wanted, of q, k, v, u, w, gate, places and bias. Those of k and v have parts in front
+        where there are several, that of bias always."""
         q, k, _, bias, _ = call
         threads, parts = shares(call)
         dq = _like(q) if needs[0] else None
@@ -101,7 +103,7 @@ class Results(ProjectedGradients):
             for x, need in ((k, needs[1]), (v, needs[2]))
         )
         dbias = None
-        if bias is not None and needs[6]:
+        if bias is not None and needs[7]:
             # One sum a thread, unless each number of it belongs to one thread anyway.
             alone = bias.shape[:2] == q.shape[:2] and (parts == 1 or bias.shape[2] == q.shape[2])
             dbias = torch.zeros((1 if alone else threads, *bias.shape))
@@ -112,14 +114,21 @@ class Results(ProjectedGradients):
             _like(u) if needs[3] else None,
             _like(w) if w is not None and needs[4] else None,
             _like(gate) if gate is not None and needs[5] else None,
+            _like(places) if places is not None and needs[6] else None,
             dbias,
         )
 
     def found(
-        self, call: Call, u: Tensor, v: Tensor | None = None, w: Tensor | None = None, gate: Tensor | None = None
+        self,
+        call: Call,
+        u: Tensor,
+        v: Tensor | None = None,
+        w: Tensor | None = None,
+        gate: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> ProjectedGradients:
         """Parts added up, each in the precision of what it's the gradient of."""
-        likes = (call.q, call.k, v, u, w, gate, call.bias)
+        likes = (call.q, call.k, v, u, w, gate, places, call.bias)
         return ProjectedGradients(*[_fitting(x, like) for x, like in zip(self, likes, strict=True)])
 
 
@@ -158,14 +167,14 @@ def task(
     q, k, scale, bias, mask = call
     B, H, M, D = q.shape
     F, N, E = u.shape[-3:]
-    row = 4 * F * min(TILE_KEYS, N)
+    row = 4 * (F or 2) * min(TILE_KEYS, N)  # without features scores and weights
     rows = min(M, max(24, TILE_BYTES // row // 6 * 6))
     shared = u.dim() == 4
     half = q.dtype == torch.bfloat16
     described = basis_of(basis)
     assert described is not None
-    v, attended, logsumexp, w, gate, of_u, of_w, grad_attended = values or (None,) * 8
-    dq, dk, dv, du, dw, dgate, dbias = results or (None,) * 7
+    v, attended, logsumexp, w, gate, of_u, of_w, places, grad_attended = values or (None,) * 9
+    dq, dk, dv, du, dw, dgate, dplaces, dbias = results or (None,) * 8
     return _LAYOUT.pack(
         *(B, H, M, N, D, F, E, *shares(call), rows, TILE_KEYS, shared, half, logsumexp is not None),
         *described,
@@ -189,6 +198,8 @@ def task(
         *(_at(w), _at(gate), _at(dw), _at(dgate)),
         *((0, 0, 0) if w is None else w.stride()),
         *(_at(of_u), _at(of_w)),
+        *(_at(places), _at(dplaces)),
+        *((0, 0, 0) if places is None else places.stride()),
     )
 
 

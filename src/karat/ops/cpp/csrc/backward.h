@@ -10,16 +10,18 @@ namespace karat {
 
 // What a head's gradients are added up in; those that a thread could not finish alone are kept for the others.
 struct GroupSums {
-  float *du, *dw, *dgate;  // (E,F,row_length(N)), (N,padded(E)), (1)
+  float *du, *dw, *dplaces, *dgate;  // (E,F,row_length(N)), (N,padded(E)), (M,padded(E)), (1)
 };
 inline int64_t du_floats(const Call& c) { return c.E * c.F * row_length(c.N); }
-inline int64_t group_floats(const Call& c) { return du_floats(c) + (c.w ? c.N * padded(c.E) : 0) + 1; }
+inline int64_t dw_floats(const Call& c) { return c.w ? c.N * padded(c.E) : 0; }
+inline int64_t dplaces_floats(const Call& c) { return c.dplaces ? c.M * padded(c.E) : 0; }
+inline int64_t group_floats(const Call& c) { return du_floats(c) + dw_floats(c) + dplaces_floats(c) + 1; }
 inline GroupSums sums_in(const Call& c, float* memory) {
-  float* dw = memory + du_floats(c);
-  return {memory, dw, memory + group_floats(c) - 1};
+  float *dw = memory + du_floats(c), *dplaces = dw + dw_floats(c);
+  return {memory, dw, dplaces, dplaces + dplaces_floats(c)};
 }
 
-// Gradients of u and w of the first and the last group of a thread's range.
+// Gradients of u, w and places of the first and the last group of a thread's range.
 struct Unfinished {
   int64_t group = -1;
   std::vector<float> sums;
@@ -39,6 +41,9 @@ inline void write_group(const Call& c, int64_t group, float* memory, bool add, i
         put(c.du[((place_of_u * c.F + f) * c.N + j) * c.E + e], sums.du[(e * c.F + f) * ld + j], add);
   for (int64_t j = j0; c.dw && j < j1; ++j)
     for (int64_t e = 0; e < c.E; ++e) put(c.dw[(group * c.N + j) * c.E + e], sums.dw[j * padded(c.E) + e], add);
+  for (int64_t i = c.M * thread / threads; c.dplaces && i < c.M * (thread + 1) / threads; ++i)
+    for (int64_t e = 0; e < c.E; ++e)
+      put(c.dplaces[(group * c.M + i) * c.E + e], sums.dplaces[i * padded(c.E) + e], add);
   if (c.dgate && thread == 0) put(c.dgate[group], *sums.dgate, add);
 }
 
@@ -94,6 +99,8 @@ inline void begin_group(const Call& c, const Task& t, const Work& x) {
     }
   }
   if (c.w) pack_projector(c, t.h, x.w, x.ld_e);
+  float* dplaces = sums_in(c, x.group).dplaces;
+  std::fill(dplaces, dplaces + dplaces_floats(c), 0.0f);
 }
 
 // What an image brings: keys, values, and what the projector makes of them.
@@ -121,7 +128,13 @@ void begin_queries(const Call& c, const Task& t, const Work& x, int64_t i0, int6
   if (c.w) {
     multiply(m, x.ld_e / LANES, c.Dv, x.grad_v, x.ld_v, 1, x.projected_t, x.ld_e, x.grad, x.ld_e, false);
     if (c.gate) scale_rows(x.grad, x.ld_e, m, x.ld_e, c.gate[t.h]);
-    pack(place<const T>(c.sums, ss, t.b, t.h, i0), ss[3], ss[2], c.E, m, 1.0f, x.hidden, m);
+    if (c.F)
+      pack(place<const T>(c.sums, ss, t.b, t.h, i0), ss[3], ss[2], c.E, m, 1.0f, x.hidden, m);
+    else
+      pack(places_of(c, t, i0), c.places_strides[2], c.places_strides[1], c.E, m, 1.0f, x.hidden, m);
+    float* dplaces = sums_in(c, x.group).dplaces + i0 * x.ld_e;
+    for (int64_t at = 0; c.dplaces && at < m * x.ld_e; at += LANES)
+      store(dplaces + at, load(dplaces + at) + load(x.grad + at));
     multiply(c.E, vectors_of(c.Dv), m, x.hidden, m, 1, x.grad_v, x.ld_v, x.dprojected, x.ld_v, i0 > t.first_query);
   }
   if (!c.softmax) return;
@@ -151,7 +164,7 @@ inline void fill_tile(const Call& c, const Task& t, const Work& x, int64_t i0, i
       for (int64_t j = 0; j < width; j += LANES) store(scores + j, keep(load(keeps + j), load(scores + j)));
     }
   }
-  write_features(c.basis, {x.scores, x.ld, x.psi, c.F * x.ld, x.ld, m, vectors});
+  if (c.F) write_features(c.basis, {x.scores, x.ld, x.psi, c.F * x.ld, x.ld, m, vectors});
   for (int64_t i = 0; c.mask && i < m; ++i)
     for (int64_t f = 0; f < c.F; ++f)
       for (int64_t j = 0; j < width; j += LANES) {
@@ -163,7 +176,7 @@ inline void fill_tile(const Call& c, const Task& t, const Work& x, int64_t i0, i
 // Scores become their gradients dS: sum_f psi_f' (dO U_f^T), and softmax's P (dO V^T - delta).
 inline void scores_to_gradients(const Call& c, const Work& x, int64_t m, int64_t j0, int64_t n) {
   const int64_t vectors = vectors_of(n), width = vectors * LANES;
-  if (fuses(c.basis))
+  if (c.F && fuses(c.basis))
     pull_back_fourier({c.E, c.basis.grid, x.grad, x.ld_e, x.u + j0, c.F * x.ld_keys, x.ld_keys, x.psi, c.F * x.ld, x.ld,
                        x.scores, x.ld},
                       m, vectors);
@@ -177,7 +190,9 @@ inline void scores_to_gradients(const Call& c, const Work& x, int64_t m, int64_t
                false);
     for (int64_t r = 0; r < few; ++r) {
       float* scores = x.scores + (i + r) * x.ld;
-      if (!fuses(c.basis))
+      if (!c.F)
+        std::fill(scores, scores + width, 0.0f);
+      else if (!fuses(c.basis))
         pull_back(c.basis, scores, x.psi + (i + r) * c.F * x.ld, x.dpsi + r * c.F * x.ld, x.ld, vectors);
       if (c.softmax)
         add_softmax(scores, x.weights + (i + r) * x.ld, x.dweights + r * x.ld, vectors, x.delta[i + r]);
@@ -274,7 +289,7 @@ void backward_range(const Call& c, int64_t first_task, int64_t last_task, int64_
     first_of_group = false;
     const int64_t tasks = c.B * c.H * c.parts;
     const bool ends = index + 1 == last_task || task_of(c, index + 1).group != group;
-    if (!ends || !(c.du || c.dw || c.dgate)) continue;
+    if (!ends || !(c.du || c.dw || c.dgate || c.dplaces)) continue;
     const bool begun_before = first_task > 0 && task_of(c, first_task - 1).group == group;
     const bool goes_on = index + 1 < tasks && task_of(c, index + 1).group == group;
     if (begun_before || goes_on) {

@@ -1,11 +1,12 @@
 // Attention by a basis on the CPU (SPEC letters): sums = sum_j sum_f mask psi_f(scale q.k_j + bias) u[f, j, :]; where
 // asked for softmax attention over the same scores; and with a projector what follows, attended += gate sums (w^T v).
+// With a projector the sums may begin with a number for each query, and without features they are no more than that.
 //
 // A task is one head of one image, or a range of its queries. Its scores, features and their gradients exist for
 // one tile of queries and keys at a time; both passes are small matrix products (gemm.h) around the features
 // (features.h). Buffers that serve as right-hand factors are padded to whole vectors. Threads own contiguous ranges
-// of tasks, head by head: gradients of u and w are added up by one thread, and where a head falls to several threads,
-// their parts are added in the order of the threads, so that two runs give the same bits.
+// of tasks, head by head: gradients of u, w and places are added up by one thread, and where a head falls to several
+// threads, their parts are added in the order of the threads, so that two runs give the same bits.
 #include "backward.h"
 #include "forward.h"
 #include "threads.h"

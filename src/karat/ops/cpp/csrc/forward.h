@@ -58,7 +58,7 @@ inline void add_features(const Call& c, const Factors& factors, const Panel& pan
           store(psi, keep(load(panel.keeps + (j + r) * ld + at), load(psi)));
         }
     multiply(c.E, vectors, some * c.F, factors.u + (j0 + j) * c.F * c.E, 1, c.E, panel.psi, ld, panel.sums, ld,
-             j0 + j > 0);
+             c.places || j0 + j > 0);
   }
 }
 
@@ -79,6 +79,8 @@ void forward_panel(const Call& c, const Task& t, const Factors& factors, const P
   const int64_t vectors = vectors_of(m), ld = vectors * LANES;
   const int64_t* s = c.q_strides;
   pack_transposed(place<const T>(c.q, s, t.b, t.h, i0), s[2], s[3], m, c.D, c.scale, panel.queries, ld);
+  if (c.places)
+    pack_transposed(places_of(c, t, i0), c.places_strides[1], c.places_strides[2], m, c.E, 1.0f, panel.sums, ld);
   for (int64_t j0 = 0; j0 < c.N; j0 += c.tile_keys) {
     const int64_t n = std::min(c.tile_keys, c.N - j0);
     panel_scores(c, t, factors, panel, i0, m, j0, n);
@@ -87,9 +89,9 @@ void forward_panel(const Call& c, const Task& t, const Factors& factors, const P
       multiply(m, vectors_of(c.Dv), n, panel.weights, 1, ld, factors.values + j0 * factors.ld_v, factors.ld_v,
                panel.running.sums, panel.running.ld, j0 > 0);
     }
-    add_features(c, factors, panel, vectors, j0, n);
+    if (c.F) add_features(c, factors, panel, vectors, j0, n);
   }
-  write_sums<T>(c, t, panel.sums, ld, i0, m);
+  if (c.F) write_sums<T>(c, t, panel.sums, ld, i0, m);
   if (!c.attended) return;
   T* attended = place<T>(c.attended, c.attended_strides, t.b, t.h, i0);
   float* out = panel.running.sums;
@@ -107,7 +109,8 @@ template <typename T>
 void forward_range(const Call& c, int64_t first_task, int64_t last_task) {
   const int64_t width = PANEL_VECTORS * LANES, tile = std::min(c.tile_keys, c.N) * width;
   const int64_t ld_v = c.v ? odd_lines(c.Dv) : 0;
-  const int64_t fitting = CHUNK_FLOATS / (c.F * width), chunk = fitting < BLOCK_ROWS ? BLOCK_ROWS : fitting;
+  const int64_t fitting = CHUNK_FLOATS / (std::max<int64_t>(c.F, 1) * width);
+  const int64_t chunk = fitting < BLOCK_ROWS ? BLOCK_ROWS : fitting;
   Plan plan;
   float *keys, *u, *values, *w, *projected;
   Panel panel;

@@ -36,6 +36,10 @@ struct Call {
   float *dw, *dgate;  // (H,N,E), (H)
   int64_t w_strides[3];
   const float *u_factor, *w_factor;  // (F), (1): u and w are what is given times these; null where that is one
+  // What the sums begin with, (H,M,E), the same for all images, and its gradient; without features it is the sums.
+  const float* places;
+  float* dplaces;
+  int64_t places_strides[3];
 };
 
 struct Task {
@@ -71,6 +75,11 @@ void pack_values(const Call& c, const Task& t, float* values, int64_t ld) {
   pack(place<const T>(c.v, s, t.b, t.h), s[2], s[3], c.N, c.Dv, 1.0f, values, ld);
   for (int64_t j = 0; c.w && c.mask && j < c.N; ++j)
     if (!*mask_of(c, t, 0, j)) std::fill(values + j * ld, values + (j + 1) * ld, 0.0f);
+}
+
+// Where a head's sums begin, for query i.
+inline const float* places_of(const Call& c, const Task& t, int64_t i) {
+  return c.places + t.h * c.places_strides[0] + i * c.places_strides[1];
 }
 
 inline float factor_of_u(const Call& c, int64_t f) { return c.u_factor ? c.u_factor[f] : 1.0f; }
