@@ -1,6 +1,6 @@
 """The drawings of the documentation, each a function that gives one figure.
 
-python docs/pictures.py  # writes docs/images/{idea,house,science}.svg
+python docs/pictures.py  # writes docs/images/{idea,house,science,starts}.svg
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import science_answer
+import starts_answer
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -116,7 +117,7 @@ def house() -> Figure:
     return figure
 
 
-PICTURES = {"idea": idea, "house": house, "science": science_answer.figure}
+PICTURES = {"idea": idea, "house": house, "science": science_answer.figure, "starts": starts_answer.figure}
 
 if __name__ == "__main__":
     for name, draw in PICTURES.items():

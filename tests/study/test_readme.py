@@ -29,6 +29,12 @@ def of_the_study(*names: str) -> list[list[float]]:
     return [[curve[-1] for row in rows if row["name"] == name for curve in row["curves"]] for name in names]
 
 
+def of_the_starts(start: str, *names: str) -> list[list[float]]:
+    """The last top-1 of each seed of these attentions in one cell of the study of starts."""
+    rows = {row["name"]: row for row in runs_of("science/starts.json")["rows"]}
+    return [[curve[-1] for curve in rows[f"{name}, {start}"]["curves"]] for name in names]
+
+
 def of_the_tasks(*names: str) -> list[list[float]]:
     """What each seed explains of the band at the first size, in percent, without the one that chose the rate."""
     found = runs_of("science/score_tasks.json")
@@ -52,6 +58,14 @@ ROWS = {
     "the same with strong position embeddings, one run †": (
         of_the_study(*(f"sine-cosine positions: {row}" for row in ("softmax", "-", f"beside softmax, {STATIC}"))),
         ("", "", ", `recommended`"),
+    ),
+    "top-1 %, smaller ViT, three epochs, usual start": (
+        of_the_starts("usual, faint", "softmax", "operator in place", "static beside it"),
+        ("", ", g1b", ", static"),
+    ),
+    "the same, mimetic start and strong positions": (
+        of_the_starts("mimetic, strong", "softmax", "operator in place", "static beside it"),
+        ("", ", g1b", ", static"),
     ),
     "explained of an answer that is a band of scores, %, five seeds": (
         of_the_tasks("softmax", OPERATOR, f"{OPERATOR}, beside softmax"),

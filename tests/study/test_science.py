@@ -180,28 +180,54 @@ def test_the_highest_operator_against_static_mixing(merge_studies: ModuleType) -
 def test_the_first_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers above the first section; its table is generated."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    answer = importlib.import_module("science_answer")
+    study = importlib.import_module("starts_answer").read()
     screen = " ".join(line.strip() for line in takewhile(lambda line: not line.startswith("## "), PAGE))
+    gains = {(e["level"], *e["within"].values()): e["difference"] for e in study["effects"] if len(e["within"]) == 2}
+    beside, static, place = "operator beside it", "static beside it", "operator in place"
+    usual = {level: gains[level, "usual", "faint"] for level in (beside, static, place)}
+    assert f"Beside softmax the operator gains {usual[beside]:.1f} points where positions are faint." in screen
+    assert f"the same for every image, gains {usual[static]:.1f} there." in screen
+    assert f"it gains {usual[place]:.1f} points with the usual start and faint positions." in screen
+    made = {
+        level: [gains[level, start, at] for start in ("mimetic", "impulse") for at in ("faint", "strong")]
+        for level in usual
+    }
+    assert f"it ends {signed(min(made[beside]))} to {signed(max(made[beside]))} points from softmax" in screen
+    assert f"Static mixing still gains {min(made[static]):.1f} to {max(made[static]):.1f}." in screen
+    assert f"it ends {signed(min(made[place]))} to {signed(max(made[place]))} from softmax" in screen
+    main = {effect["level"]: effect for effect in study["effects"] if not effect["within"]}
+    runs = sum(len(row["seeds"]) for row in study["rows"])
+    assert f"{runs} of the 120 runs" in screen
+    assert f"the {runs - len(study['rows'])} second runs" in screen
+    least = max(main[level]["least_seen"] for level in (*usual, "operator and static"))
+    assert f"differences of {least:.1f} points would be seen" in screen
+    means = {row["name"]: row["top1"]["mean"] for row in study["rows"]}
+    advised = means["softmax, mimetic, strong"] - means["softmax, usual, faint"]
+    assert f"There it gained {advised:.1f} points." in " ".join(line.strip() for line in PAGE)
+    band = of_the_band("softmax", "operator G3, rank 12")
+    assert (
+        "softmax explains {:.0f} % and the operator {:.0f} ± {:.0f}, over".format(*map(fmean, band), stdev(band[1]))
+        in screen
+    )
+
+
+def of_the_band(*rows: str) -> list[list[float]]:
+    """What each seed explains of the band at the first size, in percent."""
+    runs = json.loads((RESULTS / "score_tasks.json").read_text(encoding="utf-8"))["runs"]
+    band = [run for run in runs if (run["task"], run["size"]) == ("band", [16, 16]) and run["seed"] < 5]
+    return [[100 * run["explained"] for run in band if run["row"] == row] for row in rows]
+
+
+def test_the_gains_at_dim_96(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    answer = importlib.import_module("science_answer")
+    page = " ".join(line.strip() for line in PAGE)
     rows, wide = answer.runs_of(96), answer.runs_of(192)
     apart = answer.gain(rows, G1B, answer.STATIC_36)
-    assert f"within {max(abs(apart.gain - apart.half), abs(apart.gain + apart.half)):.1f} points" in screen
-    assert f"differences of {answer.smallest(rows, 3):.1f} points" in screen
+    assert f"within {max(abs(apart.gain - apart.half), abs(apart.gain + apart.half)):.1f} points" in page
+    assert f"differences of {answer.smallest(rows, 3):.1f} points" in page
     gains = [answer.gain(wide, name, "softmax").gain for name in ("sine-cosine positions: softmax", STATIC)]
-    assert "softmax alone gains {:.1f} of static mixing's {:.1f} points".format(*gains) in screen
-    runs = json.loads((RESULTS / "score_tasks.json").read_text(encoding="utf-8"))["runs"]
-    band = {
-        row: [
-            100 * run["explained"]
-            for run in runs
-            if (run["row"], run["task"], run["size"]) == (row, "band", [16, 16]) and run["seed"] < 5
-        ]
-        for row in ("softmax", "operator G3, rank 12")
-    }
-    softmax, operator = band.values()
-    said = (
-        f"softmax explains {fmean(softmax):.0f} % and the operator {fmean(operator):.0f} ± {stdev(operator):.0f}, over"
-    )
-    assert said in screen
+    assert "softmax alone gains {:.1f} of static mixing's {:.1f} points".format(*gains) in page
 
 
 def test_gains_and_their_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,3 +310,38 @@ def test_seeds_of_several_files_are_one_row(tmp_path: Path, merge_studies: Modul
         merge_studies.merged([first, study("c", [2], [[3.0, 6.0]], title="another")], "softmax")
     with pytest.raises(ValueError, match="one row has one setting"):
         merge_studies.merged([first, study("d", [2], [[3.0, 6.0, 7.0]], epochs=3)], "softmax")
+
+
+def test_the_study_of_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tables are those of its runs, and its effects those of least squares set up anew."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    answer = importlib.import_module("starts_answer")
+    rows = answer.read()["rows"]
+    heads, lines = answer.means()
+    assert table("top-1 % (runs)", *heads) == lines
+    found = {row["name"]: [curve[-1] for curve in row["curves"]] for row in rows}
+    for name, *page in lines:
+        for head, cell in zip(heads, page, strict=True):
+            runs = found[f"{name}, {head}"]
+            assert cell == (f"{fmean(runs):.1f} ({len(runs)})" if runs else "–")
+    effects = answer.effects()
+    assert table("over all cells") == effects
+    # top-1 = cell + seed, by orthogonal projection: seeds' means over cells taken out of both sides
+    runs = [
+        (row["name"], seed, value) for row in rows for seed, value in zip(row["seeds"], found[row["name"]], strict=True)
+    ]
+    names, seeds = (list(dict.fromkeys(run[place] for run in runs)) for place in (0, 1))
+    cell = np.array([[run[0] == name for name in names] for run in runs], float)
+    seed = np.array([[run[1] == one for one in seeds] for run in runs], float)
+    kept = np.eye(len(runs)) - seed @ np.linalg.pinv(seed)
+    means, *_ = np.linalg.lstsq(kept @ cell, kept @ np.array([run[2] for run in runs]), rcond=None)
+    levels = {row["name"]: row["levels"] for row in rows}
+    for factor in ("attention", "start", "positions"):
+        of = {
+            level: fmean(value for name, value in zip(names, means, strict=True) if levels[name][factor] == level)
+            for level in dict.fromkeys(one[factor] for one in levels.values())
+        }
+        first, *others = of
+        for level in others:
+            (line,) = [line for line in effects if line[0] == f"{level} over {first}"]
+            assert line[1].split(" ")[0] == signed(of[level] - of[first])
