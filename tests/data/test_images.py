@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from karat.data.images import TURNS, Fit, read_file, read_image
+from karat.data.images import TURNS, Fit, middle, read_file, read_image, to_uint8
 from support.data import BACK
 
 ramp = np.zeros((40, 24, 3), np.uint8)
@@ -183,3 +183,22 @@ def test_a_cmyk_jpeg_is_the_picture() -> None:
     COLOUR.convert("CMYK").save(buffer, "JPEG", quality=100, subsampling=0)
     near(read_image(buffer.getvalue()), COLOUR, 6.0)
     near(read_image(buffer.getvalue(), 1), GREY, 6.0)
+
+
+@pytest.mark.parametrize("size", [(4001, 40), (40, 4001), (20_001, 1), (1, 20_001)])
+def test_of_a_very_long_image_the_middle_is_seen_without_scaling_all_of_it(size: tuple[int, int]) -> None:
+    pixels = np.full((*size[::-1], 3), 200, np.uint8)
+    half = tuple(slice(side // 2 - min(size) // 2, side // 2 + min(size) // 2 + 1) for side in size[::-1])
+    pixels[half] = (255, 0, 0)
+    image = Image.fromarray(pixels)
+    assert max(middle(image).size) <= 16 * min(size) + 1
+    seen = Fit(32, 1.0, "bicubic")(image)
+    assert seen.shape == (3, 32, 32)
+    assert seen[0].float().mean() > 240
+    if max(size) < 5000:
+        assert (seen.float() - to_uint8(Fit(32, 1.0, "bicubic").view(image)).float()).abs().mean() < 2
+
+
+def test_no_bytes_are_no_image() -> None:
+    with pytest.raises(ValueError, match="no image, or an empty one"):
+        read_image(b"")

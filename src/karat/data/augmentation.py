@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision import transforms
 
-from karat.data.images import Fit, Normalise, statistics
+from karat.data.images import Fit, Normalise, middle, statistics
 from karat.data.randomness import uniforms
 from karat.values import Count, Low2High, Natural, OneOf, Positive, Probability, Share, Strength, check
 
@@ -116,6 +116,7 @@ def train_transform(augmentation: Augmentation, img_size: int, in_chans: int, *,
     mode = augmentation.train_crop_mode
     if mode == "pad":
         before = [
+            middle,
             _resize(img_size, augmentation.train_interpolation),
             transforms.CenterCrop(img_size),
             transforms.RandomCrop(img_size, padding=img_size // 8),

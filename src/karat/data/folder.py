@@ -27,15 +27,17 @@ from karat.data.sources import FileSource, Source, Splits, hold_out
 NAMES = {
     "train": ("train", "training", "trn"),
     "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
-    "test": ("test", "testing", "tst"),
+    "test": ("test", "tests", "testing", "tst"),
 }
 _PART = re.compile(
     "|".join(f"(?P<{part}>{'|'.join(names)})" for part, names in NAMES.items()).join(
         ("(?:", r")[-_ ]?(?:sets?|data|images?|imgs|split)?[-_ ]?\d*")
     )
 )
+WORD = re.compile("[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of a name: my, Train, SET
 EVALUATED = ("val", "test")  # the part that is evaluated on is the first of these that is there
 LEFT_BEHIND = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information"}
+PARQUET = ".parquet"
 UNREAD = {"EPS", "MPEG"}  # formats that Pillow knows by name, and needs another program for or doesn't decode
 
 
@@ -113,10 +115,13 @@ class Tree:
             yield from self.walk(os.path.join(folder, name), (*above, here))
 
     def has_parquet(self, folder: str) -> bool:
-        """Whether parquet files lie in a folder or right below it."""
+        """Whether parquet files lie in a folder or right below it; anywhere below it where there are no images."""
         here = self.names(folder)
         below = [self.names(os.path.join(folder, name)) for name in sorted(here.folders)]
-        return any(name.endswith(".parquet") for found in (here, *below) for name in found.files)
+        if any(map(is_parquet, (name for found in (here, *below) for name in found.files))):
+            return True
+        deeper = any(map(is_parquet, (name for _, found in self.walk(folder) for name in found.files)))
+        return deeper and not self.has_images(folder)
 
     def has_images(self, folder: str) -> bool:
         """Whether an image lies in a folder or below it."""
@@ -126,6 +131,11 @@ class Tree:
 def is_image(file: str) -> bool:
     """Whether a file's name ends as those of images do."""
     return os.path.splitext(file)[1].lower() in image_endings()
+
+
+def is_parquet(file: str) -> bool:
+    """Whether a file's name ends as those of parquet do."""
+    return file.lower().endswith(PARQUET)
 
 
 @dataclass
@@ -227,11 +237,16 @@ def find_parts(root: Path, tree: Tree, left: LeftOut, *, training: bool) -> dict
 
 
 def _check_called(root: Path, folders: Sequence[str]) -> None:
-    """Raise ValueError where folders of folders end in a word for training and one for evaluation (my_train, my_test).
+    """Raise ValueError where one folder of folders has a word for training in its name, and another one for evaluation
+    (my_train_v2, CatsTest).
 
     Taken as classes, they would have test images trained on.
     """
-    called = {part_of(re.split(r"[-_. ]", name)[-1]): name for name in folders}
+    called: dict[str, str] = {}
+    for name in folders:
+        kinds = {kind for word in WORD.findall(name) if (kind := part_of(word))}
+        if len(kinds) == 1:
+            called[kinds.pop()] = name
     held = next((called[part] for part in EVALUATED if part in called), None)
     if "train" in called and held is not None:
         raise ValueError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from karat.data.files import eval_kind, find_files, load_files
-from karat.data.folder import Tree, local_path, part_of, said
+from karat.data.folder import PARQUET, Tree, local_path, part_of, said
 from karat.data.images import reason_of
 from karat.data.labels import Column, join, positions, read_column
 from karat.data.rows import RowSource, RowStream, column_of, find_columns, names_in
@@ -31,7 +31,7 @@ def open_parquet(root: Path, tree: Tree | None = None, *, whole: bool = False, s
     import datasets
     import pyarrow.parquet as pq
 
-    kinds, left = find_files(root, ".parquet", tree)
+    kinds, left = find_files(root, PARQUET, tree)
     chosen = eval_kind(set(kinds.values()))
     if whole and chosen is None:
         kinds, chosen = dict.fromkeys(kinds, "val"), "val"
@@ -45,19 +45,19 @@ def open_parquet(root: Path, tree: Tree | None = None, *, whole: bool = False, s
     parts: dict[str, Part] = {}
     counts = {"train": 0, "eval": 0}
     for split in [s for s in files if files[s]]:
-        for path in files[split]:
-            try:
-                counts[split] += pq.read_metadata(path).num_rows
-            except (OSError, ValueError) as error:  # pyarrow's errors derive from these
-                raise ValueError(f"{path}: not a readable parquet file ({reason_of(error)}); fetch it again") from None
+        rows_of = {path: _count(path) for path in files[split]}
+        counts[split] = sum(rows_of.values())
         if not counts[split]:
             raise ValueError(f"{files[split][0]}: has no rows")
-        image, columns = _read_labels(files[split])
-        if streaming and len({column.declared for column in columns}) > 1:
+        files[split] = [path for path, count in rows_of.items() if count]  # `datasets` stumbles over an empty one
+        image, label, columns = _read_labels(files[split])
+        if streaming and (len({column.declared for column in columns}) > 1 or len(label) > 1):
             raise ValueError(
-                f"{root}: its files number their classes differently; leave hfids/ out, or write them anew"
+                f"{root}: its files call or number their classes differently; leave hfids/ out, or write them anew"
             )
-        options: dict[str, Any] = {} if streaming else {"columns": [image]}  # labels were read, each by its own file
+        # files may differ in what holds an image; labels were read, each by its own file
+        used = {image: datasets.Image(decode=False)} | (label if streaming else {})
+        options: dict[str, Any] = {"columns": list(used), "features": datasets.Features(used)}
         try:
             rows = load_files("parquet", files[split], streaming=streaming, **options)
         except datasets.exceptions.DatasetGenerationError as error:
@@ -71,12 +71,25 @@ def open_parquet(root: Path, tree: Tree | None = None, *, whole: bool = False, s
     return replace(splits, found=said(total, splits.class_names, left) + shares)
 
 
-def _read_labels(paths: Sequence[Path]) -> tuple[str, list[Column]]:
-    """The name of the image column, and each file's labels by the names that this file declares."""
+def _count(path: Path) -> int:
+    """How many rows a parquet file has."""
+    import pyarrow.parquet as pq
+
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, ValueError) as error:  # pyarrow's errors derive from these
+        raise ValueError(f"{path}: not a readable parquet file ({reason_of(error)}); fetch it again") from None
+
+
+def _read_labels(paths: Sequence[Path]) -> tuple[str, dict[str, Any], list[Column]]:
+    """The name of the image column, name and kind of the first file's label column, and each file's labels by the names
+    that this file declares."""
     import datasets
     import pyarrow.parquet as pq
 
-    images, columns = set(), []
+    images: set[str] = set()
+    kinds: dict[str, Any] = {}
+    columns: list[Column] = []
     for path in paths:
         try:
             file = pq.ParquetFile(path)
@@ -86,12 +99,13 @@ def _read_labels(paths: Sequence[Path]) -> tuple[str, list[Column]]:
         except OSError as error:
             raise ValueError(f"{path}: not a readable parquet file ({reason_of(error)}); fetch it again") from None
         images.add(image)
+        kinds[label] = kinds.get(label, features[label])
         columns.append(read_column(column, names_in(features[label]), partial("{}[{}]".format, path)))
     if len(images) > 1:
         raise ValueError(
             f"{paths[0]} and others call their column of images {' and '.join(sorted(images))}; choose one"
         )
-    return images.pop(), columns
+    return images.pop(), kinds, columns
 
 
 def open_hub(

@@ -23,6 +23,7 @@ from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
 
 MODES = {1: "L", 3: "RGB"}
+LONGEST = 16  # sides of a square that are kept of a longer image
 JPEG = b"\xff\xd8"  # how a JPEG file begins
 TURNS = {  # EXIF orientation -> what shows the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -43,6 +44,8 @@ def read_image(source: Any, in_chans: int = 3, *, ground: str = "white") -> Imag
     ground: what lies under transparent parts. Raises ValueError for numbers whose white isn't known, and whatever PIL
     does where there is no whole image; `read_file` says it in one line.
     """
+    if isinstance(source, bytes) and not source:
+        raise ValueError("there is no image, or an empty one")
     if isinstance(source, np.ndarray):
         image = Image.fromarray(source)
     elif isinstance(source, Image.Image):
@@ -140,6 +143,13 @@ def to_uint8(image: Image.Image) -> Tensor:
     return torch.from_numpy(array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
+def middle(image: Image.Image) -> Image.Image:
+    """The middle of a very long image, more than a square of which is never seen: scaled whole it can fill a memory."""
+    width, height = image.size
+    over = [max(0, side - LONGEST * min(width, height)) // 2 for side in (width, height)]
+    return image.crop((over[0], over[1], width - over[0], height - over[1])) if any(over) else image
+
+
 class Fit:
     """The view without randomness, uint8 (C,S,S): resize to img_size / crop_pct, crop the centre."""
 
@@ -150,7 +160,7 @@ class Fit:
 
     def __call__(self, image: Image.Image) -> Tensor:
         fits = image.size == (self.img_size, self.img_size) and self.resized == self.img_size
-        return to_uint8(image if fits else self.view(image))
+        return to_uint8(image if fits else self.view(middle(image)))
 
     def decoded(self, encoded: Any, in_chans: int) -> Tensor:
         """The same from an encoded image."""

@@ -12,8 +12,10 @@ import numpy as np
 
 from karat.data.labels import Column, name_of, positions, read_column
 from karat.data.sources import Record
+from karat.errors import brief
 
 SHUFFLE_BUFFER = 2048  # encoded images kept at a time; ImageNet's are 110 kB each on average
+LONGEST = 255  # characters of a path in a message: what is no path may be a whole file
 LABEL_KEYS = ("label", "labels", "fine_label", "cls", "target", "class")
 
 
@@ -106,7 +108,32 @@ def find_columns(features: Any, where: str) -> tuple[str, str]:
     if not (images or structs) or not labels:
         missing = "image" if labels else "label"
         raise ValueError(f"{where} has no {missing} column; its columns are {', '.join(features)}")
-    return (images or structs)[0], labels[0]
+    image, label = (images or structs)[0], labels[0]
+    for name in (image, label):
+        kind = features.arrow_schema.field(name).type
+        if str(kind).endswith("_view"):
+            raise ValueError(f"{where}: its column {name!r} is a {kind}, which datasets can't read; write it without")
+        if name == image and not _holds_images(kind):
+            raise ValueError(
+                f"{where}: its column {image!r} holds {brief(str(kind))}, no images; give each file's bytes or path, "
+                "or a record of both"
+            )
+    return image, label
+
+
+def _holds_images(kind: Any) -> bool:
+    """Whether a column of this arrow type may hold files by bytes or path; `datasets` makes other numbers of pixels."""
+    import pyarrow as pa
+
+    kind = getattr(kind, "storage_type", kind)
+    if not pa.types.is_struct(kind):
+        return _is_file(kind)
+    held = {kind.field(place).name: kind.field(place).type for place in range(kind.num_fields)}
+    return _is_file(held.get("bytes")) or _is_file(held.get("path"))
+
+
+def _is_file(kind: Any) -> bool:
+    return str(kind) in ("binary", "large_binary", "string", "large_string")
 
 
 def column_of(dataset: Any, label: str, title: str) -> Column:
@@ -122,7 +149,6 @@ def names_in(feature: Any) -> tuple[str, ...] | None:
 
 def _encoded(value: Any, label: int, name: str) -> tuple[Any, int, str]:
     """The encoded image in a row's image field, and the record's name with the file name where it has one."""
-    if value is None:
-        return b"", label, name
-    path = value.get("path")
-    return value.get("bytes") or path, label, f"{name} ({path})" if path else name
+    found, path = (None, None) if value is None else (value.get("bytes"), value.get("path"))
+    image = path if found is None else found
+    return b"" if image is None else image, label, f"{name} ({path[:LONGEST]})" if path else name

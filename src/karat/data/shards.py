@@ -7,18 +7,21 @@ names is taken (`rows.LABEL_KEYS`).
 
 from __future__ import annotations
 
+import io
 import json
+import operator
 import re
 import tarfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from karat.data.files import find_shards
+from karat.data.folder import is_image
 from karat.data.images import reason_of
 from karat.data.labels import Column, name_of, positions
 from karat.data.rows import LABEL_KEYS, RowStream
@@ -74,12 +77,19 @@ def open_shards(pattern: str, *, num_samples: int | None) -> Splits:
 def _noted(paths: list[str]) -> int | None:
     """How many samples the shards hold, where an `_info.json` beside them says it."""
     info = Path(paths[0]).parent / "_info.json"
-    if info.is_file():
-        names = {Path(path).name for path in paths}
+    if not info.is_file():
+        return None
+    names = {Path(path).name for path in paths}
+    try:
         for split in json.loads(info.read_text())["splits"].values():
             lengths = dict(zip(split["filenames"], split["shard_lengths"], strict=True))
             if names <= set(lengths):
-                return int(sum(lengths[name] for name in names))
+                return sum(operator.index(lengths[name]) for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(
+            f"{info} doesn't list splits with filenames and their shard_lengths; mend it, or remove it to have samples "
+            "counted"
+        ) from None
     return None
 
 
@@ -103,12 +113,20 @@ def _grouped(path: str) -> Iterator[tuple[str, dict[str, Member]]]:
     try:
         with tarfile.open(path) as shard:
             named = ((*_split_name(member.name), member) for member in shard if member.isfile())
-            for key, group in groupby(named, key=lambda item: item[0]):
-                members = {part: (shard, member) for _, part, member in group if part}
-                if members:
-                    yield key, members
-    except (tarfile.TarError, OSError) as error:
+            for key, group in groupby((item for item in named if item[1]), key=lambda item: item[0]):
+                yield key, {part: (shard, member) for _, part, member in group}
+            _check_end(shard)
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a readable shard ({reason_of(error)}); fetch it again") from None
+
+
+def _check_end(shard: tarfile.TarFile) -> None:
+    """Raise ReadError where a shard that was read to its end has no mark there: tarfile takes a torn header for one."""
+    if not isinstance(shard.fileobj, io.BufferedReader):  # compressed, which is checked as it is read
+        return
+    shard.fileobj.seek(shard.offset)
+    if shard.fileobj.read(tarfile.BLOCKSIZE).strip(tarfile.NUL) or shard.fileobj.tell() == shard.offset:
+        raise tarfile.ReadError("it has no end: cut short or damaged")
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -120,16 +138,24 @@ def _split_name(name: str) -> tuple[str, str]:
 
 def _samples(paths: list[str], kind: str, images: bool) -> Iterator[dict[str, Any]]:
     """The samples of shards as rows: the encoded image (without `images` none), and the name of the class."""
-    endings = Image.registered_extensions()
     for path in paths:
         for key, members in _grouped(path):
             where = f"{path}: sample {key}"
             if kind not in members:
                 raise ValueError(f"{where} has no label (.{kind}); give it one or leave the sample out")
-            picture = next((part for part in members if f".{part.rpartition('.')[2]}" in endings), None)
+            picture = _picture(members, where)
             encoded = _read(members[picture]) if images and picture else b""
-            image = {"path": f"{key}.{picture}", "bytes": encoded}
+            image = {"path": f"{key}.{picture}" if picture else key, "bytes": encoded}
             yield {"image": image, "label": _class_of(kind, _read(members[kind]), where)}
+
+
+def _picture(members: Iterable[str], where: str) -> str | None:
+    """The part of a sample that is its image: KEY.png goes before KEY.depth.png. Raises ValueError for two alike."""
+    parts = [part for part in members if is_image(f"{where}.{part}")]
+    chosen = [part for part in parts if "." not in part] or parts
+    if len(chosen) > 1:
+        raise ValueError(f"{where} has several images (.{', .'.join(sorted(chosen))}); leave one in")
+    return next(iter(chosen), None)
 
 
 def _read(member: Member) -> bytes:

@@ -29,7 +29,8 @@ class View:
         side, recipe = self.recipe.img_size, self.recipe
         height, width = picture.size
         if image.size != (width, height):
-            turned = "; annotate it as its EXIF orientation shows it" if image.size == (height, width) else ""
+            turned = "; exchange them, or annotate it as its EXIF orientation shows it"
+            turned = turned if image.size == (height, width) else ""
             raise ValueError(f"it has {image.height}x{image.width} pixels, its JSON says {height}x{width}{turned}")
         new = self._new_size(height, width)
         scaled = image.resize((new[1], new[0]), Image.Resampling.BILINEAR)
