@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 import karat
 from karat.operator.config import KArAtConfig
@@ -115,3 +118,73 @@ def test_heads_that_are_cut_differently_are_other_heads(tmp_path: Path) -> None:
     _, found = started(saved(tmp_path / "saved", "softmax"), num_heads=3)
     assert fates(found, "blocks: attn") == {FRESH, DROPPED}
     assert "has 2 heads, the model 3" in account(found, "x")
+
+
+def timms(path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], **metadata: str) -> dict[str, Tensor]:
+    """Write timm's weights, changed; returns them as they were."""
+    weights = timm.create_model("vit_tiny_patch16_224", num_classes=10, **SIZES).state_dict()
+    save_file({name: x.clone() for name, x in change(weights).items()}, path, metadata=metadata or None)
+    return weights
+
+
+NAMED = {  # other names for weights -> how they come about
+    "module.": lambda name: f"module.{name}",
+    "_orig_mod.": lambda name: f"_orig_mod.{name}",
+    "both": lambda name: f"_orig_mod.module.{name}",
+    "model.": lambda name: f"model.{name}",
+    "deeper": lambda name: f"ema.model.{name}",
+    "each block compiled": lambda name: re.sub(r"^(blocks\.\d+)", r"\1._orig_mod", name),
+}
+
+
+@pytest.mark.parametrize("named", NAMED)
+def test_names_below_others_are_the_models(named: str, tmp_path: Path) -> None:
+    weights = timms(tmp_path / "x.safetensors", lambda own: {NAMED[named](name): x for name, x in own.items()})
+    model, found = started(tmp_path / "x.safetensors")
+    assert {entry.fate for entry in found} == {LOADED}
+    assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+
+
+def test_an_average_beside_the_weights_is_dropped(tmp_path: Path) -> None:
+    weights = timms(tmp_path / "x.safetensors", lambda own: own | {f"module.{name}": x + 1 for name, x in own.items()})
+    model, found = started(tmp_path / "x.safetensors")
+    assert fates(found, "module") == {DROPPED}
+    assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+
+
+def test_names_of_another_model_are_refused_with_the_models(tmp_path: Path) -> None:
+    timms(tmp_path / "x.safetensors", lambda own: {f"a.{name}": x for name, x in own.items()} | {"b": own["cls_token"]})
+    with pytest.raises(ValueError, match=r"shares no weight .*'a\..*, the model 'cls_token'\): give its tensors"):
+        started(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.int32, torch.bool])
+def test_quantised_weights_are_refused(kind: torch.dtype, tmp_path: Path) -> None:
+    name = "blocks.0.attn.qkv.weight"
+    timms(tmp_path / "x.safetensors", lambda own: own | {name: own[name].to(kind)})
+    with pytest.raises(ValueError, match=rf"--init .*'{name}' is {str(kind)[6:]}, quantised"):
+        started(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
+    timms(tmp_path / "x.safetensors", lambda own: own | {"norm.bias": own["norm.bias"] + value})
+    with pytest.raises(ValueError, match=r"--init .*'norm\.bias' has numbers that aren't finite"):
+        started(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_taken(kind: torch.dtype, tmp_path: Path) -> None:
+    weights = timms(tmp_path / "x.safetensors", lambda own: {name: x.to(kind) for name, x in own.items()})
+    model, _ = started(tmp_path / "x.safetensors")
+    assert all(torch.equal(x, weights[name].to(kind).float()) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "noted",
+    [{"attention": "flash"}, {"mlp": "moe"}, {"class_names": "cat"}, {"class_names": "3"}, {"class_names": "{}"}],
+)
+def test_metadata_that_is_not_karats_is_named(noted: dict[str, str], tmp_path: Path) -> None:
+    timms(tmp_path / "x.safetensors", lambda own: own, **{"attention": "softmax"} | noted)
+    with pytest.raises(ValueError, match=r"--init .*x\.safetensors has metadata that can't be karat's"):
+        started(tmp_path / "x.safetensors")

@@ -91,7 +91,7 @@ def load_trunk(detector: Detector, settings: DetectSettings) -> list[Transplante
     """
     assert settings.init is not None
     source: Any
-    given = read_source(settings)
+    given = read_source(settings, detector.trunk.vit.state_dict())
     source, theirs = _source(given, settings)
     _check_trunk(source, settings.init)
     other = other_meaning(detector.trunk.vit, given, settings.attention)  # before the source is changed

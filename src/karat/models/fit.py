@@ -7,7 +7,8 @@ for an equal grid: 2Ã—2 cells behind five prefix tokens are as many tokens as 3Ã
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from math import isqrt
 from typing import Any, NamedTuple
@@ -24,6 +25,37 @@ from karat.operator.operator import KArAtOperator, karat_operators
 from karat.operator.token_grid import TokenGrid, resample_operator
 
 POSITIONS, REGISTERS, TABLE = "pos_embed", "reg_token", "relative_position_bias_table"
+
+
+# What torch puts into names where it wraps a module: by compile, in parallel, around checkpoints.
+WRAPPERS = re.compile(r"\b(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def unwrapped(weights: Mapping[str, Tensor], own: Set[str]) -> dict[str, Tensor]:
+    """Weights under a model's own names where these lie below others: torch's wrappers, or one that all have in common.
+
+    >>> sorted(unwrapped({"module.model.a.b": torch.zeros(1), "module.model.c": torch.zeros(1)}, {"a.b", "c"}))
+    ['a.b', 'c']
+    """
+    plain = {WRAPPERS.sub("", name): tensor for name, tensor in weights.items()}
+    found = plain if len(plain) == len(weights) and not any(map(WRAPPERS.search, own)) else dict(weights)
+    while (
+        not own & found.keys() and len({name.partition(".")[0] for name in found}) == 1 and all("." in n for n in found)
+    ):
+        found = {name.partition(".")[2]: tensor for name, tensor in found.items()}
+    return found if own & found.keys() else dict(weights)
+
+
+def check_numbers(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise ValueError naming a weight that is quantised where the model's isn't, or has numbers that aren't finite."""
+    for name, tensor in weights.items():
+        if name in own and own[name].is_floating_point():
+            if not tensor.is_floating_point():
+                raise ValueError(
+                    f"{name!r} is {str(tensor.dtype).removeprefix('torch.')}, quantised: give it as float32"
+                )
+            if not tensor.float().isfinite().all():
+                raise ValueError(f"{name!r} has numbers that aren't finite: give weights of a training that went well")
 
 
 class Places(NamedTuple):

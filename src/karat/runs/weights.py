@@ -20,9 +20,11 @@ from timm import create_model as create_timm_model
 from torch import Tensor, nn
 
 from karat import runs
-from karat.errors import first_line
+from karat.errors import brief, first_line
 from karat.models.create import PREFIX, REGISTERED
+from karat.models.kan.mlp import parse_mlp
 from karat.models.kan.peers import DEEP_KAN, PEERS
+from karat.operator.config import KArAtConfig
 from karat.runs import checkpoint, files, saved
 from karat.runs.classification import Settings
 from karat.runs.model import build_model, load_run
@@ -157,10 +159,22 @@ def _of_file(name: str, path: Path) -> Given:
                 settings, _ = runs.read_config(folder)
                 told = {ATTENTION: settings.attention, MLP: mlp_of(settings.model, settings.mlp)}
             break
-    if ATTENTION in notes:
-        told = {ATTENTION: notes[ATTENTION], MLP: notes.get(MLP)}
-        told[CLASSES] = tuple(map(str, json.loads(notes.get(CLASSES, "[]"))))
-    return Given(name, weights, **told)
+    return Given(name, weights, **(_noted(path, notes) if ATTENTION in notes else told))
+
+
+def _noted(path: Path, notes: Mapping[str, str]) -> dict[str, Any]:
+    """What a file's metadata says of its model. Raises ValueError for what can't be."""
+    mlp = notes.get(MLP)
+    try:
+        KArAtConfig.parse(notes[ATTENTION])
+        if mlp is not None and not mlp.startswith(DEEP_KAN):
+            parse_mlp(mlp)
+        classes = json.loads(notes.get(CLASSES, "[]"))
+        if not isinstance(classes, list):
+            raise ValueError(f"{CLASSES} is {brief(classes)}, no list of names")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has metadata that can't be karat's: {first_line(error)}; save it without") from None
+    return {ATTENTION: notes[ATTENTION], MLP: mlp, CLASSES: tuple(map(str, classes))}
 
 
 def _of_run_file(name: str, path: Path, folder: Path, weights: dict[str, Tensor]) -> Given:

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from karat.data.labels import some
-from karat.models.fit import fit, places_of_weights, same_rates
+from karat.models.fit import check_numbers, fit, places_of_weights, same_rates, unwrapped
 from karat.models.kan import FourierLinear, RBFLinear, SplineLinear, parse_mlp
 from karat.models.kan.mlp import PLAIN, refuse_other_form
 from karat.models.kan.peers import DEEP_KAN
@@ -74,7 +74,7 @@ def load_init(model: nn.Module, settings: Settings, class_names: Sequence[str] =
 
     Raises ValueError when the source is missing, was tampered with, or shares no weight with the model.
     """
-    given = read_source(settings)
+    given = read_source(settings, model.state_dict())
     other = other_meaning(model, given, settings.attention, mlp_of(settings.model, settings.mlp))
     if why := other_classes(given, class_names):
         operators = set(operator_parameters(model))
@@ -103,12 +103,21 @@ def assumed(fates: list[Transplanted], given: Given, attention: str) -> list[Tra
     return [replace(f, why=f.why or why) if f.part == OPERATORS and f.fate in taken else f for f in fates]
 
 
-def read_source(settings: RunSettings) -> Given:
-    """What --init names. Raises ValueError as `open_weights` does."""
+def read_source(settings: RunSettings, own: Mapping[str, Tensor]) -> Given:
+    """What --init names, for a model with the weights `own`: under its names where they lie below others.
+
+    Raises ValueError as `open_weights` does, and for weights that are quantised or not finite.
+    """
     try:
-        return open_weights(str(settings.init))
+        given = open_weights(str(settings.init))
     except ValueError as error:
         raise ValueError(f"--init {error}") from error
+    weights = unwrapped(given.weights, own.keys())
+    try:
+        check_numbers(weights, own)
+    except ValueError as error:
+        raise ValueError(f"--init {given.name}: {error}") from None
+    return replace(given, weights=weights)
 
 
 def other_meaning(model: nn.Module, given: Given, attention: str, mlp: str = PLAIN) -> dict[str, str]:
@@ -204,7 +213,10 @@ def transplant(
             note(name, DROPPED, tensor)
     if not taken:
         first = next(iter(weights), "nothing")
-        raise ValueError(f"--init {source}: it shares no weight with the model (it has {first!r}, …)")
+        raise ValueError(
+            f"--init {source}: it shares no weight with the model (it has {first!r}, the model {next(iter(own))!r}): "
+            "give its tensors the model's names"
+        )
     model.load_state_dict({**own, **taken})
     return [
         Transplanted(part, fate, tensors, parameters, reasons.get((part, fate), ""))

@@ -11,6 +11,7 @@ from torch import nn
 from karat import runs
 from karat.errors import first_line
 from karat.models.create import create_model
+from karat.models.fit import check_numbers, unwrapped
 from karat.operator.config import KArAtConfig
 from karat.runs import files
 from karat.runs.checkpoint import load_weights
@@ -43,7 +44,12 @@ def softmax_timm(settings: Settings, num_classes: int, in_chans: int, checkpoint
         model = build_model(replace(settings, attention="softmax"), num_classes, in_chans)
         if not checkpoint.is_file():
             raise ValueError(f"--checkpoint {checkpoint}: no such file; give a safetensors file")
-        load_weights(model, files.read_tensors(checkpoint), str(checkpoint))
+        weights = unwrapped(files.read_tensors(checkpoint), model.state_dict().keys())
+        try:
+            check_numbers(weights, model.state_dict())
+        except ValueError as error:
+            raise ValueError(f"--checkpoint {checkpoint}: {error}") from None
+        load_weights(model, weights, str(checkpoint))
         return model
     sizes = {"num_classes": num_classes, "in_chans": in_chans, **settings.model_kwargs()}
     try:
