@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import karat
+from karat.runs import files
 from karat.share.hub import KArAtModel, ModelConfig, storage
 from support.small_models import SMALL, images
 
@@ -125,6 +127,37 @@ def test_a_backbone_that_the_config_does_not_describe_is_not_saved(tmp_path: Pat
     with pytest.raises(ValueError, match="does not describe this model"):
         KArAtModel(model.config, model.backbone)
     assert not (tmp_path / "config.json").exists()
+
+
+def test_what_is_saved_stays_until_another_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = saved_model("vit", "g3b"), saved_model("vit", "g3b")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    x = images("vit")
+    for module, name in ((files, "write_tensors"), (files, "write_json"), (ModelCard, "save")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            with pytest.raises(OSError, match="No space"):
+                other.save_pretrained(tmp_path)
+        assert torch.equal(karat.from_pretrained(tmp_path)(x), model(x))
+    before = {path.name for path in tmp_path.iterdir()}
+    assert before == {"config.json", "model.safetensors", "README.md"}
+    other.save_pretrained(tmp_path)
+    assert torch.equal(karat.from_pretrained(tmp_path)(x), other(x))
+    assert {path.name for path in tmp_path.iterdir()} == before
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ['{"settings": {}}', '{"model_type": "vit"}', "{"])
+def test_a_folder_with_anothers_config_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"no saved model's, a run's say: give another folder"):
+        saved_model("vit", "g3b").save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == text
 
 
 def _edit(folder: Path, **changes: Any) -> None:

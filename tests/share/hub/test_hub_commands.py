@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,16 @@ def test_the_card_says_what_the_run_was(karat_run: Path, folder: Path) -> None:
         assert words in card.text
     assert "{{" not in card.text
     assert str(karat_run) not in card.text + (folder / "config.json").read_text()  # no folder of this machine
+
+
+def test_overwriting_writes_the_card_anew(karat_run: Path, folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "saved"
+    shutil.copytree(folder, target)
+    (target / "README.md").write_text("of another model")
+    (target / "more.txt").write_text("mine")
+    assert main(["hub", str(karat_run), "--output", str(target), "--overwrite"]) == 0
+    assert (target / "README.md").read_text() == (folder / "README.md").read_text()
+    assert {path.name for path in target.iterdir()} == {path.name for path in folder.iterdir()} | {"more.txt"}
 
 
 def test_the_cards_command_repeats_the_settings(karat_run: Path) -> None:

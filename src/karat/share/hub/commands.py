@@ -55,7 +55,7 @@ class PredictClasses:
 def hub(arguments: Sequence[str]) -> None:
     """karat hub."""
     parsed = parse(lambda: tyro.cli(Hub, args=arguments, prog="karat hub"), "karat hub")
-    from karat.runs import saved
+    from karat.runs import files, saved
     from karat.share.hub import storage
     from karat.share.hub.runs import from_run
 
@@ -69,9 +69,9 @@ def hub(arguments: Sequence[str]) -> None:
     model = from_run(parsed.run, parsed.weights)
     if parsed.push is not None:
         model.config.training["repo"] = parsed.push
-    for path in taken:
-        path.unlink()
     model.save_pretrained(folder)
+    if taken:
+        files.write_text(folder / saved.CARD, model.generate_model_card().content)
     print(f"saved: {folder}")
     if parsed.push is not None:
         storage.push(folder, parsed.push, private=parsed.private)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,25 @@ class KArAtModel(
             return dataclasses.replace(self.config, model_args=arguments)
         side = sides[0] if sides[0] == sides[1] else sides
         return dataclasses.replace(self.config, img_size=side, model_args=arguments | {"img_size": side})
+
+    def save_pretrained(self, save_directory: str | Path, *, repo_id: str | None = None, **options: Any) -> str | None:
+        """Write config.json, model.safetensors and, where there is none, a model card; options are huggingface_hub's.
+
+        A model that was saved there before stays until all is written. Raises ValueError for a folder whose config.json
+        is another's, a run's say.
+        """
+        folder = Path(save_directory)
+        if (folder / saved.CONFIG).exists() and not saved.is_saved(folder):
+            raise ValueError(
+                f"{folder} has a {saved.CONFIG} that is no saved model's, a run's say: give another folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".karat-", dir=folder) as draft:
+            pushed = super().save_pretrained(draft, repo_id=repo_id or folder.name, **options)
+            for name in (saved.WEIGHTS, saved.CONFIG, saved.CARD):
+                if name != saved.CARD or not (folder / name).exists():
+                    os.replace(Path(draft) / name, folder / name)
+        return pushed
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.config = self.present_config()
