@@ -145,6 +145,20 @@ def test_a_run_does_not_go_on_with_classes_in_another_order(finished: Path, tmp_
         Trainer(Classification(), settings(tmp_path / "r", data, resume="auto"))
 
 
+def test_a_run_that_goes_on_with_other_images_says_so(tmp_path: Path) -> None:
+    data = folder(tmp_path / "d", ["cat", "dog", "owl"])
+    train(settings(tmp_path / "r", data))
+    before = json.loads((tmp_path / "r" / runs.CONFIG).read_text())["train_images"]
+    assert not [
+        n for n in Trainer(Classification(), settings(tmp_path / "r", data, resume="auto")).notes if "began" in n
+    ]
+    (data / "train" / "cat" / "0.png").unlink()
+    (said,) = [
+        n for n in Trainer(Classification(), settings(tmp_path / "r", data, resume="auto")).notes if "began" in n
+    ]
+    assert f"began with {before} training images, there are {before - 1} now" in said
+
+
 @pytest.mark.parametrize(
     ("names", "fates"), [(["cat", "dog", "owl"], {"loaded"}), (["cat", "dog", "emu"], {"fresh", "dropped"})]
 )

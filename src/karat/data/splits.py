@@ -149,6 +149,11 @@ class Data:
         return part if names is None else relabel(part, self._names, names, f"{self.options.spec}:{split}", "the model")
 
     @property
+    def counts(self) -> dict[str, int]:
+        """How many images an epoch trains on and how many are evaluated on, as train_images and eval_images."""
+        return {f"{name}_images": size_of(part) for name, part in self._parts.items()}
+
+    @property
     def bad_images(self) -> int:
         """How many images could not be decoded so far (under on_bad_image="skip"), each counted once."""
         return len(self._bad.names)

@@ -14,6 +14,7 @@ from karat.runs.folder import (
     TENSORBOARD,
     TRAJECTORY,
     begin,
+    changed_counts,
     check_same,
     choose_folder,
     compare_folder,

@@ -39,6 +39,8 @@ class Settings(RunSettings):
         "num_classes": Count,
         "in_chans": Count,
         "class_names": list[Label | int] | None,
+        "train_images": Natural | None,
+        "eval_images": Natural | None,
     }
 
     model: str = AUTO

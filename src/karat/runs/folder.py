@@ -104,6 +104,18 @@ def check_same(folder: Path, settings: RunSettings) -> None:
         raise ValueError(f"{folder} can't go on under other settings: {change}")
 
 
+def changed_counts(folder: Path, settings: RunSettings, facts: Mapping[str, Any]) -> list[str]:
+    """What to say where the data that a run goes on with has another number of images than when it began."""
+    _, before = read_config(folder, type(settings))
+    parts = {"train_images": "training", "eval_images": "evaluation"}
+    return [
+        f"{folder} began with {before[name]:,} {part} images, there are {facts[name]:,} now: what follows is another "
+        "training than one without a break"
+        for name, part in parts.items()
+        if before.get(name) is not None and name in facts and before[name] != facts[name]
+    ]
+
+
 def begin(folder: Path, settings: RunSettings, facts: dict[str, Any]) -> None:
     """Make a run's folder, with its config; what another run left there is removed (`choose_folder` asked before)."""
     if is_run(folder):

@@ -104,7 +104,8 @@ class Classification(Task[Settings, Data]):
         return "" if said == data.found else data.found
 
     def facts(self, data: Data) -> dict[str, Any]:
-        return {"num_classes": data.num_classes, "class_names": list(data.class_names), "in_chans": data.in_chans}
+        facts = {"num_classes": data.num_classes, "class_names": list(data.class_names), "in_chans": data.in_chans}
+        return facts | data.counts
 
     def build(self, settings: Settings, data: Data, folder: Path | None) -> tuple[nn.Module, list[Transplanted]]:
         """As Task.build. Raises ValueError for a run to go on with whose classes had other names."""

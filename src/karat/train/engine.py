@@ -99,6 +99,7 @@ class Trainer:
 
     def _resume(self) -> None:
         runs.tidy(self.folder)
+        self.notes += runs.changed_counts(self.folder, self.settings, self.task.facts(self.data))
         found = checkpoint.newest(self.folder)
         if found is None:
             self.notes.append(f"{self.folder} was cut off before its first checkpoint: beginning again")
