@@ -171,3 +171,39 @@ def test_a_grid_is_not_moved_to_samples_that_are_no_numbers(bad: float, adaptive
     assert all(torch.equal(x, before[name]) for name, x in layer.state_dict().items())
     with pytest.raises(ValueError, match=r"samples must be \(...,6\)"):
         layer.update_grid(torch.randn(50, 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adaptive", [0.0, 0.3])
+@pytest.mark.parametrize("width", [0.0, 0.01])
+def test_moving_to_samples_that_hardly_vary_keeps_the_function_there(
+    dtype: torch.dtype, adaptive: float, width: float
+) -> None:
+    layer, samples = SplineLinear(3, 2, grid=5, base="zero").to(dtype), (1 + width * torch.rand(50, 3)).to(dtype)
+    before = layer(samples).float()
+    layer.update_grid(samples, adaptive)
+    assert before.abs().max() > 0.05
+    torch.testing.assert_close(layer(samples).float(), before, rtol=0.03, atol=0.01)
+    assert (layer.knots.double().diff(dim=1)[:, layer.order : -layer.order].sum(1) > 0).all()
+
+
+@pytest.mark.parametrize(("dtype", "adaptive"), [(torch.float32, 1 - 1e-6), (torch.bfloat16, 0.999)])
+def test_knots_that_would_coincide_are_refused(dtype: torch.dtype, adaptive: float) -> None:
+    layer = SplineLinear(3, 2).to(dtype)
+    before = {name: x.clone() for name, x in layer.state_dict().items()}
+    with pytest.raises(ValueError, match=r"closer than .* can tell apart: give less than adaptive"):
+        layer.update_grid(torch.ones(50, 3, dtype=dtype), adaptive)
+    assert all(torch.equal(x, before[name]) for name, x in layer.state_dict().items())
+    layer = layer.bfloat16()
+    layer.update_grid(torch.randn(200, 3, dtype=torch.bfloat16), 0.5)
+    with pytest.raises(ValueError, match=r"closer than .* can tell apart: give less than factor"):
+        layer.refine(1000)
+
+
+def test_coefficients_that_are_not_finite_are_refused() -> None:
+    layer = SplineLinear(3, 2)
+    with torch.no_grad():
+        layer.coefficients[0, 0, 0] = math.nan
+    for change in (lambda: layer.update_grid(torch.randn(50, 3)), lambda: layer.refine(2)):
+        with pytest.raises(ValueError, match="coefficients have NaN or inf"):
+            change()

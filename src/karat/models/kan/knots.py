@@ -17,14 +17,14 @@ def uniform_knots(low: Tensor, high: Tensor, grid: int, order: int) -> Tensor:
     return low.unsqueeze(1) + (high - low).unsqueeze(1) * steps / grid
 
 
-def adaptive_knots(samples: Tensor, grid: int, order: int, adaptive: float) -> Tensor:
+def adaptive_knots(samples: Tensor, grid: int, order: int, adaptive: float, dtype: torch.dtype) -> Tensor:
     """Knots that follow samples (S,Q) -> (Q, grid+2·order+1): `adaptive` of the way from equal steps to quantiles.
 
-    The extension beyond the range has equal steps, as pykan's has.
+    The extension beyond the range has equal steps, as pykan's has. dtype: that they're going to have.
     """
     low, high = samples.amin(0), samples.amax(0)
-    # An input that hardly varies still gets knots that float32 can tell apart.
-    spread = torch.maximum(high - low, 1e-3 * (1 + low.abs()))
+    # An input that hardly varies still gets a range whose ends the dtype can tell apart.
+    spread = torch.maximum(high - low, max(1e-3, 16 * torch.finfo(dtype).eps) * (1 + low.abs()))
     margin = 0.01 * spread  # so that no sample lies on the last knot, where the half-open support ends
     knots = uniform_knots(low - margin, low + spread + margin, grid, order)
     if adaptive and grid > 1:
@@ -34,6 +34,14 @@ def adaptive_knots(samples: Tensor, grid: int, order: int, adaptive: float) -> T
         inner = slice(order + 1, order + grid)
         knots[:, inner] = (1 - adaptive) * knots[:, inner] + adaptive * quantiles
     return knots
+
+
+def check_apart(knots: Tensor, dtype: torch.dtype, remedy: str) -> None:
+    """Raise ValueError where a dtype can't tell knots (Q,K) apart."""
+    held, limits = knots.to(dtype).double(), torch.finfo(dtype)
+    larger = torch.maximum(held[:, :-1].abs(), held[:, 1:].abs())
+    if (held.diff(dim=1) < 2 * (limits.eps * larger + limits.tiny)).any():
+        raise ValueError(f"knots would lie closer than {dtype} can tell apart: {remedy}")
 
 
 class KnotSpline(LocalSplines):
@@ -104,7 +112,11 @@ def fit_coefficients(knots: Tensor, order: int, x: Tensor, y: Tensor) -> Tensor:
     """argmin_c Σ_s (Σ_f c_fqp B_f(x_sq) - y_qsp)², for each edge: x (S,Q), y (Q,S,P) -> (F,Q,P).
 
     The solution of least norm where samples leave some functions undetermined. Computed in float64 on the CPU.
+
+    Raises ValueError for values that aren't finite.
     """
+    if not y.isfinite().all():
+        raise ValueError("the layer's coefficients have NaN or inf, which no splines can follow: load whole ones first")
     features = KnotSpline(knots.double().cpu(), order).features(x.double().cpu())  # (S,F,Q)
     solved = torch.linalg.lstsq(features.permute(2, 0, 1), y.double().cpu(), driver="gelsd").solution  # (Q,F,P)
     return solved.transpose(0, 1).to(y)

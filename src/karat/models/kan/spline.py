@@ -12,7 +12,7 @@ from karat.basis.base import check_count, check_positive
 from karat.basis.bspline import BSpline
 from karat.models.kan.feature_linear import feature_linear
 from karat.models.kan.initial import mean_square
-from karat.models.kan.knots import KnotSpline, adaptive_knots, evaluate, fit_coefficients, uniform_knots
+from karat.models.kan.knots import KnotSpline, adaptive_knots, check_apart, evaluate, fit_coefficients, uniform_knots
 from karat.models.tracing import one_node
 
 # Share of the layer's initial output variance that comes from the splines; the base activation has the rest, as
@@ -134,7 +134,8 @@ class SplineLinear(nn.Module):
         `coefficients` becomes a new, larger parameter (G·factor + k), frozen if it was: give it to the optimiser.
         (pykan's grid extension is the same step with a fit to samples.)
 
-        Raises ValueError unless `factor` is a whole number >= 1.
+        Raises ValueError unless `factor` is a whole number >= 1, for knots that would coincide in the layer's dtype, and
+        coefficients that aren't finite. The layer stays what it was.
         """
         check_count("refine", "factor", factor, 1)
         old, k = self.knots.double(), self.order
@@ -145,6 +146,8 @@ class SplineLinear(nn.Module):
         mean = (cut[:, -1:] - cut[:, :1]) / (self.grid * factor)
         reach = torch.arange(1, k + 1, dtype=old.dtype, device=old.device)
         knots = torch.cat([cut[:, :1] - mean * reach.flip(0), cut, cut[:, -1:] + mean * reach], 1)
+        if not self.uniform:
+            check_apart(knots, self.knots.dtype, f"give less than factor={factor}, or refine the layer in float32")
         # k+1 points inside each interval determine a piecewise polynomial of degree k: the fit is exact.
         points = (torch.arange(k + 1, dtype=old.dtype, device=old.device) + 0.5) / (k + 1)
         x = (cut[:, :-1, None] + cut.diff(dim=1)[..., None] * points).flatten(1).t()
@@ -162,8 +165,8 @@ class SplineLinear(nn.Module):
         nearest to the old, edge by edge. `adaptive` moves the knots from equal steps (0) towards the samples'
         quantiles (1 isn't allowed: equal samples would give equal knots); other than 0 costs the fast path.
 
-        Raises ValueError for an `adaptive` outside [0, 1), fewer than two samples, or samples that aren't finite, or
-        lie so far apart that the knots wouldn't be. The layer stays what it was.
+        Raises ValueError for an `adaptive` outside [0, 1), fewer than two samples, samples or coefficients that aren't
+        finite, and knots that the layer's dtype can't hold or tell apart. The layer stays what it was.
         """
         if not 0 <= adaptive < 1:
             raise ValueError(f"adaptive must lie in [0, 1), got {adaptive!r}")
@@ -179,11 +182,13 @@ class SplineLinear(nn.Module):
                 "samples[samples.isfinite().all(-1)]"
             )
         y = evaluate(self.knots.double(), self.order, self.coefficients.double(), x)
-        knots = adaptive_knots(x, self.grid, self.order, adaptive)
+        knots = adaptive_knots(x, self.grid, self.order, adaptive, self.knots.dtype)
         if not knots.to(self.knots).isfinite().all():
             raise ValueError(
                 f"samples from {x.min():g} to {x.max():g} are too far apart for knots in {self.knots.dtype}"
             )
+        if adaptive:  # equal steps need their ends alone
+            check_apart(knots, self.knots.dtype, f"give less than adaptive={adaptive}, or move the layer in float32")
         self.coefficients.copy_(fit_coefficients(knots, self.order, x, y))
         self.knots.copy_(knots)
         self._look_at_knots()
