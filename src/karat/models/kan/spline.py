@@ -134,7 +134,7 @@ class SplineLinear(nn.Module):
         `coefficients` becomes a new, larger parameter (G·factor + k), frozen if it was: give it to the optimiser.
         (pykan's grid extension is the same step with a fit to samples.)
 
-        Raises ValueError unless `factor` is a whole number >= 1, for knots that would coincide in the layer's dtype, and
+        Raises ValueError unless `factor` is a whole number >= 1, for knots that would coincide in the layer's dtype, or
         coefficients that aren't finite. The layer stays what it was.
         """
         check_count("refine", "factor", factor, 1)
