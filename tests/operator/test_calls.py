@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 from karat import KArAtOperator
 from karat.basis import BASES
+from karat.operator.fixed import FIXED
 from karat.operator.orders import ORDERS
 from karat.ops.implementations import IMPLEMENTATIONS
 
@@ -152,6 +153,25 @@ def test_tensors_that_do_not_fit_are_refused_in_a_line(order: str) -> None:
     for wrong in ((q, k, v[:1]), (q, k, v[:, :, :4]), (q[0], k[0], v[0])):
         with pytest.raises(ValueError, match="must be"):
             op.attend(*wrong)
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *(name for name in FIXED if name != "diff")])
+def test_masks_and_biases_that_do_not_fit_are_refused_in_a_line(spec: str) -> None:
+    op = KArAtOperator(H, N, spec).double()
+    q, k, v = inputs()
+    pairs = torch.ones(N, N, dtype=torch.bool)
+    shapes = (pairs[:, :4], pairs.expand(2 * B, 1, N, N), pairs.expand(1, 1, B, H, N, N))
+    for wrong, words in (
+        *((x, "broadcastable to") for x in shapes),
+        (pairs.float(), "boolean"),
+        (pairs.int(), "boolean"),
+    ):
+        for call in (lambda mask: op.attend(q, k, v, mask=mask), lambda mask: op(q @ k.mT, mask)):
+            with pytest.raises(ValueError, match=f"mask must be {words}"):
+                call(wrong)
+    for wrong in shapes:
+        with pytest.raises(ValueError, match="bias must be broadcastable to"):
+            op.attend(q, k, v, bias=wrong.double())
 
 
 FLOATS = ["silu+bspline(grid=4,range=2.7)", "morlet(omega=4.7)"]

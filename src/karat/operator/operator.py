@@ -93,10 +93,10 @@ class KArAtOperator(OperatorParameters):
         the operator's sums and has exactly zero weight in σ.
 
         Raises ValueError for a number of heads or keys, or of queries where they have places of their own, that isn't
-        the operator's.
+        the operator's, and for a mask that doesn't fit.
         """
         self._check(*scores.shape[1:])
-        mask = as_mask(mask)
+        mask = _of_pairs("mask", mask, tuple(scores.shape))
         dtype = torch.promote_types(scores.dtype, torch.float32)
         values = scores.to(dtype)
         if not self.softmax_heads:
@@ -132,13 +132,15 @@ class KArAtOperator(OperatorParameters):
             dropout_p: probability of dropping an entry of σ.
 
         Raises:
-            ValueError: q, k and v that don't fit each other, a number of heads or keys, or of queries where they have
-                places of their own, that isn't the operator's.
+            ValueError: q, k and v that don't fit each other, a bias or mask that doesn't fit them, a number of heads or
+                keys, or of queries where they have places of their own, that isn't the operator's.
         """
         if not autocasting(q):  # which brings dtypes together
             check_values(q, k, v)
         self._check(q.shape[1], q.shape[2], k.shape[2])
-        call = Call(q, k, q.shape[-1] ** -0.5 if scale is None else scale, as_mask(bias), as_mask(mask))
+        full = (*q.shape[:3], k.shape[2])
+        bias, mask = _of_pairs("bias", bias, full), _of_pairs("mask", mask, full)
+        call = Call(q, k, q.shape[-1] ** -0.5 if scale is None else scale, bias, mask)
         if not self.softmax_heads:
             return self._attend(call, v, dropout_p)
         some, others = _places(self.karat_heads), _places(self.softmax_heads)
@@ -254,6 +256,18 @@ class KArAtOperator(OperatorParameters):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_tokens={self.num_tokens}, config={self.config}"
+
+
+def _of_pairs(name: str, x: Tensor | None, full: tuple[int, ...]) -> Tensor | None:
+    """A bias or mask with four axes. Raises ValueError for one that isn't of pairs (B,H,M,N), whatever takes it."""
+    whole = as_mask(x)
+    if x is None or whole is None:
+        return None
+    if whole.dim() != 4 or any(size not in (1, most) for size, most in zip(whole.shape, full, strict=True)):
+        raise ValueError(f"{name} must be broadcastable to (B,H,M,N) = {full}, got {tuple(x.shape)}")
+    if name == "mask" and x.dtype != torch.bool:
+        raise ValueError(f"mask must be boolean (True = takes part), got {x.dtype}; write mask > threshold")
+    return whole
 
 
 def karat_operators(model: nn.Module) -> dict[str, KArAtOperator]:
