@@ -316,6 +316,10 @@ def test_evaluation_images_without_objects_measure_no_masks_where_there_are_none
     plain["annotations"] = [one for one in plain["annotations"] if one["image_id"] < 4]
     data.write_text(json.dumps(plain))
     assert "mask_AP" not in train(tiny(data, tmp_path / "run", epochs=1))
+    plain["annotations"].clear()
+    (tmp_path / "data" / "other.json").write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match=r"other\.json: there are no objects, without which average precision"):
+        evaluate_run(tmp_path / "run", data=str(tmp_path / "data" / "other.json"))
 
 
 @pytest.mark.parametrize("value", [None, 3, "x", [], [1], [{"id": 3}], [{"id": "3", "name": "a"}], {"id": 3}], ids=str)

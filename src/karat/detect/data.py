@@ -39,9 +39,7 @@ class DetectData:
         self._bad = BadImages(settings.on_bad_image)
         self.categories = train_part.categories
         self.num_classes = len(self.categories)
-        if not any(not thing.crowd for picture in train_part.pictures for thing in picture.things):
-            why = "; ".join(["the training images have no objects to learn from", *train_part.account.lines()])
-            raise ValueError(f"{train_part.source}: {why}")
+        check_objects(train_part, "the training images have no objects to learn from")
 
     @property
     def bad_images(self) -> int:
@@ -84,6 +82,12 @@ class DetectData:
             world_size=self._world_size,
         )
         return PictureLoader(part, view, order, self._bad, str(part.source), s.workers)
+
+
+def check_objects(part: CocoPart, words: str) -> None:
+    """Raise ValueError with these words, and what was left out, where no image has an object that is no crowd."""
+    if not any(not thing.crowd for picture in part.pictures for thing in picture.things):
+        raise ValueError(f"{part.source}: {'; '.join([words, *part.account.lines()])}")
 
 
 def load_data(settings: DetectSettings, rank: int = 0, world_size: int = 1) -> DetectData:

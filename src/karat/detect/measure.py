@@ -9,7 +9,7 @@ from typing import Any
 
 from karat import runs
 from karat.detect.coco import CocoPart
-from karat.detect.data import DetectData, find_files, load_data, open_file
+from karat.detect.data import DetectData, check_objects, find_files, load_data, open_file
 from karat.detect.detector import Detector, build_detector
 from karat.detect.evaluate import measure
 from karat.detect.settings import DetectSettings
@@ -78,6 +78,7 @@ def evaluate_run(
         chosen = (loaded.train_part if part == "train" else loaded.eval_part).under(categories)
     else:
         chosen = _other(data, images, part, settings).under(categories)
+        check_objects(chosen, "there are no objects, without which average precision says nothing")
         loaded = DetectData(chosen, chosen, settings, rank, world_size)
     figures, results = measure(
         detector.to(accelerator.device), loaded.measuring(chosen, batch_size), chosen, accelerator
