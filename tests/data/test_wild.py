@@ -218,3 +218,15 @@ def test_names_that_are_no_paths_stay_short(tmp_path: Path) -> None:
     for part in ("train", "test"):
         write(tmp_path / f"{part}.parquet", pa.array(["x" * 5000] * 4))
     assert len(records(open_splits(str(tmp_path)).train)[0].name) < len(str(tmp_path)) + 300
+
+
+@pytest.mark.parametrize("names", [("x-test-0",), ("a", "b"), ("x-train-0", "x-val-0"), ("x-train-0",)])
+def test_shards_that_are_evaluated_on_alone_are_taken_whole(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        pack(tmp_path / f"{name}.tar", samples())
+    whole = 1 if "x-val-0" in names else len(names)
+    assert len(levels(open_splits(f"wds/{tmp_path}", whole=True).eval)) == 4 * whole
+    assert len(levels(open_splits(f"wds/{tmp_path}/{names[-1]}*.tar", whole=True).eval)) == 4
+    if "x-val-0" not in names:
+        with pytest.raises(ValueError, match="no shards for"):
+            open_splits(f"wds/{tmp_path}")

@@ -44,18 +44,25 @@ def eval_kind(kinds: set[str]) -> str | None:
     return next((name for name in EVALUATED if name in kinds), None)
 
 
-def find_shards(pattern: str) -> dict[str, list[Path]]:
-    """The shards of training and of evaluation. Raises ValueError where there are none of one part."""
+def find_shards(pattern: str, *, whole: bool = False) -> dict[str, list[Path]]:
+    """The shards of training and of evaluation. Raises ValueError where there are none of one part.
+
+    whole: nobody trains; those of evaluation are both, all that there are where none is for evaluation.
+    """
     if "::" in pattern:
         patterns = dict(zip(("train", "eval"), pattern.split("::", 1), strict=True))
         shards = {split: _matching(part) for split, part in patterns.items()}
     else:
-        kinds = find_files(local_path(pattern), ".tar")[0] if local_path(pattern).is_dir() else {}
+        folder = local_path(pattern)
+        found = [] if folder.is_dir() or not whole else _matching(pattern)
+        kinds = find_files(folder, ".tar")[0] if folder.is_dir() else dict.fromkeys(found, "")
         chosen = eval_kind(set(kinds.values()))
-        shards = {
-            "train": [path for path, kind in kinds.items() if kind == "train"],
-            "eval": [path for path, kind in kinds.items() if kind and kind == chosen],
-        }
+        if whole and chosen is None:
+            kinds, chosen = dict.fromkeys(kinds, "val"), "val"
+        shards = {"train": [path for path, kind in kinds.items() if kind == "train"]}
+        shards["eval"] = [path for path, kind in kinds.items() if kind and kind == chosen]
+        if whole:
+            shards["train"] = shards["eval"]
     for split, paths in shards.items():
         if not paths:
             raise ValueError(

@@ -31,17 +31,17 @@ LABELS = ("cls", "txt", "json")  # the parts of a sample that may say its class,
 NUMBER = re.compile(r"[+-]?\d+")
 
 
-def open_shards(pattern: str, *, num_samples: int | None) -> Splits:
+def open_shards(pattern: str, *, num_samples: int | None, whole: bool = False) -> Splits:
     """`wds/PATTERN`: WebDataset tar shards of KEY.jpg (or png, webp) and KEY.cls, streamed from disk.
 
     PATTERN is a folder with *train*.tar and *val*.tar (any name of the evaluation split), or two glob patterns
     "TRAIN::EVAL". Labels are read once before training; an `_info.json` beside shards of numbered classes (timm's)
-    tells how many samples they hold and spares it. Raises ValueError naming the folder or shard that is missing or
-    torn, or the sample that lacks its label.
+    tells how many samples they hold and spares it. whole: as for `find_shards`. Raises ValueError naming the folder or
+    shard that is missing or torn, or the sample that lacks its label.
     """
     import datasets
 
-    shards = {split: list(map(str, paths)) for split, paths in find_shards(pattern).items()}
+    shards = {split: list(map(str, paths)) for split, paths in find_shards(pattern, whole=whole).items()}
     kind = _kind_of_label(shards["train"][0])
     counts = {split: _noted(paths) for split, paths in shards.items()}
     first = next(_samples(shards["train"][:1], kind, images=False))["label"]

@@ -55,7 +55,7 @@ OPENERS: dict[str, Callable[[str, Path | None, int | None, bool], Splits]] = {
     "hfids": lambda name, root, count, whole: open_hub(
         name, streaming=True, data_dir=root, num_samples=count, whole=whole
     ),
-    "wds": lambda name, root, count, whole: open_shards(name, num_samples=count),
+    "wds": lambda name, root, count, whole: open_shards(name, num_samples=count, whole=whole),
 }
 
 
