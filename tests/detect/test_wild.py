@@ -339,3 +339,14 @@ def test_last_layers_go_over_where_their_categories_do(tmp_path: Path, names: di
     for name in ("box_predictor.cls_score.weight", "mask_predictor.mask_fcn_logits.weight"):
         assert torch.equal(mine[f"roi_heads.{name}"], theirs[f"roi_heads.{name}"]) == same
     assert any("has the classes fig, nut, the data" in fate.why for fate in fates) != same
+
+
+def test_a_detector_of_numbers_that_are_not_finite_begins_no_run(tmp_path: Path) -> None:
+    data = write_coco(tmp_path / "data")
+    train(tiny(data, tmp_path / "run", epochs=1))
+    weights = read_tensors(tmp_path / "run" / "model.safetensors")
+    name = next(name for name in weights if name.endswith("norm1.bias"))
+    runs.write_weights(tmp_path / "run", weights | {name: weights[name] * float("nan")})
+    settings = tiny(data, init=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=rf"--init .*{name}' has numbers that aren't finite"):
+        load_init(build_detector(settings, 2), settings)

@@ -17,7 +17,7 @@ from karat.detect.settings import DetectSettings
 from karat.detect.trunk import Trunk, resize_embeddings, to_grid
 from karat.models.backbones import AttentionKind, backbone_of, kind_of
 from karat.models.create import create_model
-from karat.models.fit import fit, places_of_weights
+from karat.models.fit import check_numbers, fit, places_of_weights
 from karat.models.kan.mlp import refuse_other_form
 from karat.models.resample import resample_tokens
 from karat.operator.operator import with_factors, without_torn_layers
@@ -50,6 +50,7 @@ def _load_detector(
     before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
     _carry(source.trunk, settings.recipe.img_size // detector.trunk.stride)
     weights = source.state_dict()
+    check_numbers(weights, detector.state_dict(), f"--init {folder}: ")
     given = Given(str(folder), weights, source, theirs.attention, class_names=tuple(categories.values()))
     other, resized = other_meaning(detector, given, settings.attention), _changed(before, weights)
     if why := other_classes(given, class_names):

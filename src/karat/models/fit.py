@@ -46,16 +46,18 @@ def unwrapped(weights: Mapping[str, Tensor], own: Set[str]) -> dict[str, Tensor]
     return found if own & found.keys() else dict(weights)
 
 
-def check_numbers(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raise ValueError naming a weight that is quantised where the model's isn't, or has numbers that aren't finite."""
+def check_numbers(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
+    """Raise ValueError naming a weight that is quantised where the model's isn't, or has numbers that aren't finite.
+
+    where: what the message begins with.
+    """
     for name, tensor in weights.items():
         if name in own and own[name].is_floating_point():
             if not tensor.is_floating_point():
-                raise ValueError(
-                    f"{name!r} is {str(tensor.dtype).removeprefix('torch.')}, quantised: give it as float32"
-                )
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(f"{where}{name!r} is {kind}, quantised: give it as float32")
             if not tensor.float().isfinite().all():
-                raise ValueError(f"{name!r} has numbers that aren't finite: give weights of a training that went well")
+                raise ValueError(f"{where}{name!r} has numbers that aren't finite: take weights from before that")
 
 
 class Places(NamedTuple):

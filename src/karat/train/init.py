@@ -113,10 +113,7 @@ def read_source(settings: RunSettings, own: Mapping[str, Tensor]) -> Given:
     except ValueError as error:
         raise ValueError(f"--init {error}") from error
     weights = unwrapped(given.weights, own.keys())
-    try:
-        check_numbers(weights, own)
-    except ValueError as error:
-        raise ValueError(f"--init {given.name}: {error}") from None
+    check_numbers(weights, own, f"--init {given.name}: ")
     return replace(given, weights=weights)
 
 

@@ -45,10 +45,7 @@ def softmax_timm(settings: Settings, num_classes: int, in_chans: int, checkpoint
         if not checkpoint.is_file():
             raise ValueError(f"--checkpoint {checkpoint}: no such file; give a safetensors file")
         weights = unwrapped(files.read_tensors(checkpoint), model.state_dict().keys())
-        try:
-            check_numbers(weights, model.state_dict())
-        except ValueError as error:
-            raise ValueError(f"--checkpoint {checkpoint}: {error}") from None
+        check_numbers(weights, model.state_dict(), f"--checkpoint {checkpoint}: ")
         load_weights(model, weights, str(checkpoint))
         return model
     sizes = {"num_classes": num_classes, "in_chans": in_chans, **settings.model_kwargs()}
