@@ -118,6 +118,8 @@ def test_predict_names_classes(
     expected = model.predict(pictures)
     assert expected.shape == (3, 10)
     assert torch.allclose(expected.sum(1), torch.ones(3))
+    for one in (pictures[0], str(pictures[0]), Image.open(pictures[0])):
+        torch.testing.assert_close(model.predict(one), expected[:1])
     for where in (karat_run, folder):
         assert main(["predict", str(where), *map(str, pictures), "--json", "--top", "3"]) == 0
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

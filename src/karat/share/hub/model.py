@@ -105,14 +105,17 @@ class KArAtModel(
         logits: Tensor = self.backbone(images)
         return logits
 
-    def predict(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
+    def predict(self, images: str | Path | Image.Image | Sequence[str | Path | Image.Image]) -> Tensor:
         """Probabilities (images, classes) of image files or PIL pictures, fitted and normalised as `config` says.
+
+        One alone is a sequence of one.
 
         Raises ValueError for a file that can't be read as an image.
         """
         from karat.share.hub import predict
 
-        return predict.probabilities(self, [predict.read(image, self.config) for image in images])
+        some = [images] if isinstance(images, str | Path | Image.Image) else images
+        return predict.probabilities(self, [predict.read(image, self.config) for image in some])
 
     def present_config(self) -> ModelConfig:
         """The configuration as the backbone now is: its image size and windows may have changed since it was built.
