@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, fmean
@@ -26,6 +26,7 @@ G1B, G3B = "beside softmax: G1B, rank 24", "beside softmax: G3B"
 TODAY = "instead of softmax: G3B, version 0.2"
 STRONG = "sine-cosine positions: "
 Runs = Mapping[str, Mapping[int, float]]  # of each row the last top-1, by seed
+Mark = tuple[float, float, float]  # a gain, where on the axis of places, and half its interval
 
 # The first table: what it calls a row, the row, and what it is compared with.
 ROWS = {
@@ -115,22 +116,30 @@ def table() -> list[tuple[str, ...]]:
 
 def figure() -> Figure:
     """Gains over softmax with the same start and positions."""
+    drawn: dict[tuple[str, str, str], list[Mark]] = {}
+    for index, (label, (name, colour, marker)) in enumerate(DRAWN.items()):
+        marks = drawn[label, colour, marker] = []
+        for place, (dim, start) in enumerate(SETTINGS.values()):
+            rows = runs_of(dim)
+            row = start + (name.replace(":", ",") if start else name)
+            if row in rows:
+                found = gain(rows, row, f"{start}softmax")
+                marks.append((found.gain, place + 0.14 * (index - 2), found.half))
+    return draw_gains(list(SETTINGS), drawn)
+
+
+def draw_gains(places: Sequence[str], drawn: Mapping[tuple[str, str, str], Sequence[Mark]]) -> Figure:
+    """Points over softmax, a place a line: of each label, colour and marker its gains."""
     with looks():
-        drawn = new_figure(7.0, 3.3)
-        axes = drawn.subplots()
-        for index, (label, (name, colour, marker)) in enumerate(DRAWN.items()):
-            found = []
-            for place, (dim, start) in enumerate(SETTINGS.values()):
-                rows = runs_of(dim)
-                row = start + (name.replace(":", ",") if start else name)
-                if row in rows:
-                    found.append((place + 0.14 * (index - 2), gain(rows, row, f"{start}softmax")))
-            places, gains = [place for place, _ in found], [one.gain for _, one in found]
+        figure = new_figure(7.0, 3.3)
+        axes = figure.subplots()
+        for (label, colour, marker), marks in drawn.items():
+            gains, heights, halves = zip(*marks, strict=True)
             style = {"linestyle": "", "color": colour, "marker": marker, "markersize": 4.5, "capsize": 2.5}
-            axes.errorbar(gains, places, xerr=[one.half for _, one in found], label=label, **style)
+            axes.errorbar(gains, heights, xerr=halves, label=label, **style)
         axes.axvline(0, color=INK, linewidth=0.8)
-        axes.set_yticks(range(len(SETTINGS)), list(SETTINGS))
+        axes.set_yticks(range(len(places)), places)
         axes.invert_yaxis()
         finish(axes, "", "points over softmax of the same start and positions, 95 % intervals")
-        drawn.legend(loc="outside lower center", ncols=2, fontsize=7.5)
-    return drawn
+        figure.legend(loc="outside lower center", ncols=2, fontsize=7.5)
+    return figure

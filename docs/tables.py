@@ -164,11 +164,6 @@ def starts() -> str:
     return markdown(" | ".join(["top-1 % (runs)", *(f"{head} >" for head in heads)]), lines)
 
 
-def start_effects() -> str:
-    """What each level of the study of starts adds over all cells."""
-    return markdown("over all cells | points (95 % interval) > | would be seen > | cells >", starts_answer.effects())
-
-
 def served() -> str:
     """Each model with attention: how it was converted, what it does then, and why not."""
     rows = {name: row for name, row in read("served.json")["rows"].items() if row["attention"] is not False}
@@ -240,7 +235,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stability": stability,
     "science": science,
     "starts": starts,
-    "start-effects": start_effects,
+    "start-effects": starts_answer.effects,
     "score-tasks": score_tasks,
     "served": served,
     "fixed": fixed,

@@ -36,7 +36,8 @@ def draw(
     q, k, v = (torch.randn(B, n, H, d).transpose(1, 2) for n, d in ((M, D), (N, D), (N, Dv)))
     u = None if spec is None else torch.randn(H, parse_basis(spec).num_parameters, N, R)
     found = [q, k, v, u, torch.randn(H, N, R), torch.randn(H) if gate else None]
-    found.append(torch.randn(H, M, R) if places or spec is None else None)
+    # Alone they are small, or rounding what they mix would hide softmax, beside which they stand.
+    found.append(torch.randn(H, M, R) * (0.02 if spec is None else 1) if places or spec is None else None)
     return [None if x is None else x.double() for x in [*found, torch.randn(1, H, M, N) if bias else None]]
 
 
@@ -65,8 +66,7 @@ def in_precision(inputs: Inputs, dtype: torch.dtype, of_u: torch.dtype | None = 
 @pytest.mark.parametrize("spec", WITH_NOTHING)
 def test_matches_the_definition(spec: str | None, sizes: tuple[int, ...], softmax: bool, impl: str) -> None:
     B, N = sizes[0], sizes[3]
-    # What is mixed by place is here some hundred times what softmax attends to, whose gradient alone q and k then have.
-    dtype, tolerance = (torch.float32, 2e-5 if spec else 1e-4) if impl == "cpp" else (torch.float64, 1e-9)
+    dtype, tolerance = (torch.float32, 2e-5) if impl == "cpp" else (torch.float64, 1e-9)
     for masked, gate, places, bias in ((0, 1, 1, 1), (1, 1, 0, 0), (1, 0, 1, 1)):
         inputs = in_precision(draw(sizes, spec, gate=gate, places=places, bias=bias), torch.float32)
         mask = torch.rand(B, 1, 1, N) > 0.3 if masked else None

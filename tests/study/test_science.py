@@ -324,8 +324,14 @@ def test_the_study_of_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         for head, cell in zip(heads, page, strict=True):
             runs = found[f"{name}, {head}"]
             assert cell == (f"{fmean(runs):.1f} ({len(runs)})" if runs else "–")
-    effects = answer.effects()
-    assert table("over all cells") == effects
+    effects = {line[0]: line[2] for line in table("level − level", "within")}
+    main = {effect["level"]: effect for effect in answer.read()["effects"] if not effect["within"]}
+    for level, words in (
+        ("static beside it", "static mixing beside softmax"),
+        ("operator beside it", "The operator beside softmax"),
+    ):
+        sure = " to ".join(signed(main[level][end]) for end in ("low", "high"))
+        assert f"{words} gains {signed(main[level]['difference'])} ({sure})" in " ".join(PAGE)
     # top-1 = cell + seed, by orthogonal projection: seeds' means over cells taken out of both sides
     runs = [
         (row["name"], seed, value) for row in rows for seed, value in zip(row["seeds"], found[row["name"]], strict=True)
@@ -343,5 +349,4 @@ def test_the_study_of_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         }
         first, *others = of
         for level in others:
-            (line,) = [line for line in effects if line[0] == f"{level} over {first}"]
-            assert line[1].split(" ")[0] == signed(of[level] - of[first])
+            assert float(effects[f"{level} − {first}"]) == pytest.approx(of[level] - of[first], abs=0.00501)
