@@ -161,7 +161,7 @@ def _fitting(name: str, found: Tensor, target: Tensor, old: Places | None, new: 
     if name.startswith("patch_embed") and found.ndim == 4 and found.shape[2:] == target.shape[2:]:
         try:
             return torch.as_tensor(adapt_input_conv(target.shape[1], found)) if len(found) == len(target) else None
-        except NotImplementedError:
+        except NotImplementedError:  # timm's word for a number of channels that it can't adapt
             return None
     return None
 
