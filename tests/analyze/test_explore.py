@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from karat.analyze.explore import Explorer
 from karat.analyze.figures import encode
 from karat.analyze.loading import open_run
 from karat.cli import main
+from support.processes import python
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ from karat.analyze.loading import open_run
 parts = build_app(Explorer(open_run(sys.argv[1]))).get_config_file()["components"]
 print(json.dumps([[part["props"].get(name) for name in ("elem_id", "label")] for part in parts]))
 """
-    done = subprocess.run([sys.executable, "-c", code, karat_run], capture_output=True, text=True, check=False)
+    done = python(code, str(karat_run))
     assert done.returncode == 0, done.stderr
     ids, labels = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
     assert {"maps", "matrices", "functions", "numbers"} <= set(ids)
@@ -140,5 +140,5 @@ def test_arrays_need_no_plotting_library() -> None:
     code = "import sys, importlib\n"
     code += "".join(f"importlib.import_module('karat.analyze.{name}')\n" for name in names.split())
     code += "assert 'matplotlib' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = python(code)
     assert done.returncode == 0, done.stderr

@@ -32,6 +32,7 @@ from karat.runs.weights import Given
 from karat.train.engine import Trainer
 from karat.train.init import DROPPED, FRESH, LOADED, RESIZED
 from support.detection import TINY, tiny, write_coco
+from support.processes import python
 
 
 class CutOff(BaseException):
@@ -459,35 +460,20 @@ DISTRIBUTED = """
 import sys
 from pathlib import Path
 from support.detection import tiny
+from support.processes import twice
 from karat.detect.task import train
 from karat.detect.measure import evaluate_run
-train(tiny(Path(sys.argv[1]), Path(sys.argv[2]), attention="g1u,rank=2", batch_size=1, epochs=1, hflip=0.0))
-evaluate_run(Path(sys.argv[2]))
+data, run = map(Path, sys.argv[1:])
+def work():
+    train(tiny(data, run, attention="g1u,rank=2", batch_size=1, epochs=1, hflip=0.0))
+    evaluate_run(run)
+twice(work)
 """
 
 
 @pytest.mark.slow
 def test_two_processes_evaluate_every_image(data: Path, tmp_path: Path) -> None:
-    import os
-    import subprocess
-    import sys
-
-    script = tmp_path / "run.py"
-    script.write_text(DISTRIBUTED)
-    launch = (
-        "import sys; from torch.distributed.run import main; "
-        "main(['--nproc_per_node', '2', '--master_port', '0', '--rdzv_backend', 'c10d', '--rdzv_endpoint', "
-        "'localhost:0', *sys.argv[1:]])"
-    )
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", launch, str(script), str(data), str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-    )
+    done = python(DISTRIBUTED, str(data), str(tmp_path / "run"), timeout=240)
     assert done.returncode == 0, done.stderr
     (line,) = runs.read_history(tmp_path / "run")
     assert line["images"] == 2

@@ -10,8 +10,8 @@ from torch import nn
 
 import karat
 from support.attached import KINDS
+from support.processes import python
 from support.small_models import images, small_model
-from support.training import python
 
 TWO = """
 import os, sys

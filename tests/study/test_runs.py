@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from karat.study.rows import make_rows
 from karat.study.table import markdown
 from karat.study.timing import read_times, settle
 from karat.study.work import claimed, train_all
+from support.processes import KARAT, Started
 
 STUDY = """
 title = "a few digits"
@@ -319,12 +317,10 @@ def test_a_row_that_waits_is_not_promised_a_table(tmp_path: Path, capsys: pytest
 
 @pytest.mark.slow
 def test_two_processes_share_a_study(tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "karat", *arguments(tmp_path, "--no-measure", "--seeds", "1")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    both = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
-    said = [process.communicate(timeout=120)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    trained = [line.split(": ")[1] for text in said for line in text.splitlines() if line.startswith("run ")]
+    both = [Started(KARAT, *arguments(tmp_path, "--no-measure", "--seeds", "1")) for _ in range(2)]
+    ends = [process.said() for process in both]
+    assert [end.returncode for end in ends] == [0, 0]
+    trained = [line.split(": ")[1] for end in ends for line in end.stdout.splitlines() if line.startswith("run ")]
     assert sorted(trained) == ["operator-s0", "softmax-s0", "wide-s0"]  # each once
     rows = json.loads((tmp_path / "out" / "study.json").read_text())["rows"]
     assert [len(row["seeds"]) for row in rows] == [1, 1, 1]

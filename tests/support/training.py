@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +42,6 @@ def options(output: Path, **values: Any) -> list[str]:
         line.append(f"--{name.replace('_', '-')}")
         line += [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
     return line
-
-
-def python(code: str, *arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run python code in a process of its own, on one thread."""
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=timeout, env=env, check=False
-    )
 
 
 def outcome(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

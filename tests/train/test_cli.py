@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from karat.runs.optimisation import Optimisation
 from karat.runs.recipes import RECIPES
 from karat.runs.settings import RunSettings
 from karat.study.commands import CompareSettings
+from support.processes import KARAT, Started
 from support.training import options, outcome, tiny
 
 
@@ -157,18 +156,17 @@ def test_settings_survive_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_end_the_process_with_their_status(tmp_path: Path, number: signal.Signals, status: int) -> None:
     run = tmp_path / "run"
-    line = [sys.executable, "-m", "karat", "train", *options(run, epochs=10_000)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env)
+    started = Started(KARAT, "train", *options(run, epochs=10_000))
     began = time.monotonic()
     while not (run / "metrics.jsonl").exists():  # torch takes its time to start where others compute too
-        assert process.poll() is None, process.communicate()
+        assert started.process.is_alive(), started.said()
         assert time.monotonic() - began < 300
         time.sleep(0.1)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == status
-    assert "Traceback" not in said
+    assert started.process.pid is not None
+    os.kill(started.process.pid, number)
+    done = started.said()
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr
     assert runs.read_history(run)
 
 

@@ -24,7 +24,8 @@ from karat.train.classify import Classification, train
 from karat.train.engine import Trainer
 from karat.train.snapshot import take
 from support.pictures import images
-from support.training import NOISY, outcome, python, tiny
+from support.processes import python
+from support.training import NOISY, outcome, tiny
 
 
 class Poisoned(Trainer):
@@ -267,42 +268,44 @@ def test_signals_are_left_alone_outside_the_main_thread(tmp_path: Path) -> None:
 DISTRIBUTED = """
 import json, sys
 from pathlib import Path
+from support.processes import twice
 from support.training import tiny
 from karat.train import engine, step
 from karat.train.classify import Classification
+folder, values = Path(sys.argv[1]), json.loads(sys.argv[2])
 losses, plain = [], step.update
 def noted(*arguments):
     done = plain(*arguments)
     losses.append(done.loss)
     return done
 step.update = noted
-values = json.loads(sys.argv[2])
-trainer = engine.Trainer(Classification(), tiny(Path(sys.argv[1]), attention="g3b", **values))
-summary = trainer.fit()
-if trainer.main:
-    trainer.folder.joinpath("losses.json").write_text(json.dumps(losses))
+def work():
+    trainer = engine.Trainer(Classification(), tiny(folder, attention="g3b", **values))
+    trainer.fit()
+    if trainer.main:
+        trainer.folder.joinpath("losses.json").write_text(json.dumps(losses))
+twice(work)
 """
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_evaluate_as_one_and_resume(tmp_path: Path) -> None:
+def test_two_processes_train_and_evaluate_as_one_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss of 10 and more updates equals that of one process with the same total batch; so do all counts."""
-    script = tmp_path / "run.py"
-    script.write_text(DISTRIBUTED)
-    launch = (
-        "import sys; from torch.distributed.run import main; "
-        "main(['--nproc_per_node', '2', '--master_port', '0', '--rdzv_backend', 'c10d', '--rdzv_endpoint', "
-        "'localhost:0', *sys.argv[1:]])"
-    )
-    one = {"batch_size": 16, "data_fraction": 0.11}
+    single, plain = [], step.update
+
+    def noted(*arguments: object) -> step.Outcome:
+        done = plain(*arguments)  # type: ignore[arg-type]
+        single.append(done.loss)
+        return done
+
     two = {"batch_size": 8, "data_fraction": 0.11}
-    done = python(DISTRIBUTED, str(tmp_path / "one"), json.dumps(one), timeout=300)
+    done = python(DISTRIBUTED, str(tmp_path / "two"), json.dumps(two), timeout=300)
     assert done.returncode == 0, done.stderr
-    done = python(launch, str(script), str(tmp_path / "two"), json.dumps(two), timeout=300)
-    assert done.returncode == 0, done.stderr
-    single, double = (json.loads((tmp_path / name / "losses.json").read_text()) for name in ("one", "two"))
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "update", noted)
+        train(tiny(tmp_path / "one", attention="g3b", **{**two, "batch_size": 16}))
     assert len(single) >= 10
-    assert single == pytest.approx(double, abs=1e-5)
+    assert single == pytest.approx(json.loads((tmp_path / "two" / "losses.json").read_text()), abs=1e-5)
     for left, right in zip(runs.read_history(tmp_path / "one"), runs.read_history(tmp_path / "two"), strict=True):
         assert left["images"] == right["images"]
         assert left["top1"] == right["top1"]
@@ -313,7 +316,7 @@ def test_two_processes_train_and_evaluate_as_one_and_resume(tmp_path: Path) -> N
             file.unlink()
         path.rmdir()
     before = outcome(tmp_path / "two")
-    done = python(launch, str(script), str(tmp_path / "two"), json.dumps({**two, "resume": "auto"}), timeout=300)
+    done = python(DISTRIBUTED, str(tmp_path / "two"), json.dumps({**two, "resume": "auto"}), timeout=300)
     assert done.returncode == 0, done.stderr
     assert outcome(tmp_path / "two") == before
 

@@ -17,7 +17,8 @@ from karat.train.engine import Trainer
 from karat.train.optim import create_optimizer, parameter_groups
 from karat.train.snapshot import give
 from support.pictures import images
-from support.training import TINY, outcome, python, tiny
+from support.processes import python
+from support.training import TINY, outcome, tiny
 
 SIZES = {name: TINY[name] for name in ("img_size", "patch_size", "embed_dim", "num_heads")}
 

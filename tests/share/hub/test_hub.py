@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import karat
 from karat.runs import files
 from karat.share.hub import KArAtModel, ModelConfig, storage
+from support.processes import python
 from support.small_models import SMALL, images
 
 NAMES = ("zero", "one", "two", "three")
@@ -72,8 +71,7 @@ expected = load_file(sys.argv[2])
 assert torch.equal(model(expected["x"]), expected["logits"])
 assert model.config.mean == (0.1, 0.2, 0.3) and model.config.img_size == 16
 """
-    line = [sys.executable, "-c", code, str(tmp_path / "saved"), str(tmp_path / "expected.safetensors")]
-    done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    done = python(code, str(tmp_path / "saved"), str(tmp_path / "expected.safetensors"))
     assert done.returncode == 0, done.stderr
 
 
