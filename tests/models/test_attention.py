@@ -82,6 +82,17 @@ def test_split_mask_keeps_what_is_boolean() -> None:
     assert split_mask(mask) == (None, mask)
 
 
+@pytest.mark.parametrize("dtype", [torch.long, torch.uint8, torch.float64])
+def test_a_mask_of_whole_numbers_is_neither_kind(dtype: torch.dtype) -> None:
+    """Added to the scores, as it was, 0 would hide nothing."""
+    attn, x, mask = vit_attention(), torch.randn(2, N, DIM).double(), torch.ones(N, N, dtype=dtype)
+    if dtype.is_floating_point:
+        attn(x, mask)
+        return
+    with pytest.raises(ValueError, match=r"boolean .True = takes part. or added .* got torch\.\w+; write mask.bool"):
+        attn(x, mask)
+
+
 def test_a_masked_token_has_no_influence() -> None:
     attn = vit_attention()
     keep = torch.ones(N, dtype=torch.bool)

@@ -136,6 +136,22 @@ def test_universal_operators_are_recorded_block_by_block() -> None:
     assert all(isinstance(model.get_submodule(name), KArAtAttention) for name in intermediates)
 
 
+@pytest.mark.parametrize("attention", ["softmax", "g3b"])
+def test_a_record_within_another_leaves_it_whole(attention: str) -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 2, 48, batch_first=True), 2).eval()
+    attached = karat.karatize(
+        encoder, "g3b,blocks=(0,)" if attention == "softmax" else attention, torch.randn(2, 9, 24)
+    )
+    for model, x in ((attached, torch.randn(2, 9, 24)), (small_model("vit", attention).eval(), images("vit"))):
+        with karat.record(model) as outer:
+            with karat.record(model) as inner:
+                model(x)
+            assert outer.keys() == inner.keys() != set()
+            outer.clear()
+            model(x)
+            assert outer.keys() == inner.keys()
+
+
 def test_a_model_without_attention() -> None:
     with (
         pytest.raises(ValueError, match=r"Linear has no attention that karat\.record knows"),

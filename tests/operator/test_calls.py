@@ -155,6 +155,20 @@ def test_tensors_that_do_not_fit_are_refused_in_a_line(order: str) -> None:
             op.attend(*wrong)
 
 
+@pytest.mark.parametrize("spec", ["g2b", "static-b", "sigmoid"])
+def test_what_could_hold_no_output_is_refused(spec: str) -> None:
+    """Whole numbers gave whole numbers, zeros; and dropout of a probability below zero none."""
+    op, x = KArAtOperator(H, N, spec), torch.ones(B, H, N, D, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"scores must be floating point, got torch.int64; write scores.float\(\)"):
+        op(torch.ones(B, H, N, N, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"q must be floating point, got torch\.int64"):
+        op.attend(x, x, x)
+    with pytest.raises(ValueError, match=r"scores must be \(B,H,M,N\), got \(2, 5, 5\)"):
+        op(torch.randn(H, N, N))
+    with pytest.raises(ValueError, match="probability has to be between 0 and 1, but got -1"):
+        op.attend(x.float(), x.float(), x.float(), dropout_p=-1)
+
+
 @pytest.mark.parametrize("spec", [*SPECS, *(name for name in FIXED if name != "diff")])
 def test_masks_and_biases_that_do_not_fit_are_refused_in_a_line(spec: str) -> None:
     op = KArAtOperator(H, N, spec).double()

@@ -87,6 +87,18 @@ def test_same_seed_same_operator() -> None:
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spec", ["g3b", "g3b,order=PhiW", "static-b", "g3b,simplex=rank"])
+def test_half_precision_starts_as_its_rounding(spec: str, dtype: torch.dtype) -> None:
+    """QR, by which W is drawn, is there in float32 and float64 alone."""
+    op = KArAtOperator(2, 9, spec).to(dtype)
+    op.reset_parameters()
+    scores, v = torch.randn(64, 2, 9, 9), torch.randn(64, 2, 9, 16)
+    with torch.no_grad():
+        out = op(scores.to(dtype)).float() @ v
+    assert out.var().item() * 9 == pytest.approx(1, abs=0.4)
+
+
 def test_meta_device_draws_nothing() -> None:
     with torch.device("meta"):
         op = KArAtOperator(3, 197, "g3b,rank=None")

@@ -67,11 +67,18 @@ def split_mask(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     An additive entry of at most -100 means "masked" and becomes False: to a function that doesn't vanish at minus
     infinity such a number means nothing (SPEC §3). Other entries stay a bias.
 
+    Raises ValueError for a mask of whole numbers, which may mean either.
+
     >>> split_mask(torch.tensor([0.0, 0.5, -100.0, -torch.inf]))
     (tensor([0.0000, 0.5000, 0.0000, 0.0000]), tensor([ True,  True, False, False]))
     """
     if attn_mask is None or attn_mask.dtype == torch.bool:
         return None, attn_mask
+    if not attn_mask.is_floating_point():
+        raise ValueError(
+            f"an attention mask is boolean (True = takes part) or added to the scores, got {attn_mask.dtype}; write "
+            "mask.bool() where 1 means that a token takes part"
+        )
     mask = attn_mask > MASKED
     return attn_mask.masked_fill(~mask, 0.0), mask
 
@@ -104,7 +111,8 @@ def window_inputs(attn: Any, x: Tensor, mask: Tensor | None = None) -> Attention
     q, k, v = qkv.unbind(0)  # (B,H,N,D) each
     bias = attn._get_rel_pos_bias()  # (1,H,N,N)
     if mask is not None:  # windows are the inner part of the batch axis
-        pairs = mask if mask.dtype == torch.bool else mask > MASKED
+        pairs = split_mask(mask)[1]
+        assert pairs is not None
         mask = pairs.expand(B // len(pairs), *pairs.shape).reshape(B, 1, N, N)
     return AttentionInputs(q, k, v, attn.scale, bias, mask)
 

@@ -21,6 +21,7 @@ from karat.models.backbones import (
     refusal,
 )
 from karat.models.differential import DifferentialAttention
+from karat.models.exchange import exchange
 from karat.models.regrid import check_holds_patch
 from karat.models.relative_bias import RelativeBias, relative_biases
 from karat.models.resample import SetInputSize
@@ -110,10 +111,9 @@ def _replace(model: nn.Module, backbone: Backbone, config: KArAtConfig) -> None:
         replacements = [DifferentialAttention(site.module, blocks.index(site.name)) for site in sites]
     else:
         replacements = _learnable(model, backbone, config, sites, sizes)
-    for site, new, bias in zip(sites, replacements, biases, strict=True):
+    for new, bias in zip(replacements, biases, strict=True):
         new.position_bias = bias
-        parent, _, child = site.name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+    exchange(model, {site.module: new for site, new in zip(sites, replacements, strict=True)})
 
 
 def _learnable(
@@ -234,10 +234,12 @@ def _chosen(model: nn.Module, config: KArAtConfig) -> list[AttentionSite]:
 def chosen_blocks(config: KArAtConfig, able: Sequence[int], count: int) -> list[int]:
     """The blocks that a configuration converts, ascending, of `count`, those `able` to be.
 
-    Raises ValueError for an index that isn't there.
+    Raises ValueError for an index that isn't there, and for no index at all.
     """
     if config.blocks is None:
         return list(able)
+    if not config.blocks:
+        raise ValueError(f"blocks={config.blocks} names no block, so nothing would learn; use attention='softmax'")
     if isinstance(config.blocks, str):  # "first"
         return list(able[: (len(able) + 1) // 2])
     for i in config.blocks:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from karat.errors import first_line
 from karat.models.attention import Intermediate, TransferredAttention
 from karat.models.backbones import OWN, attention_sites
+from karat.models.exchange import exchange
 from karat.models.record import record
 
 
@@ -93,11 +94,10 @@ def transfer_attention(student: nn.Module, teacher: nn.Module, example: Tensor) 
     pairs = [(site, names[i * len(names) // len(sites)]) for i, site in enumerate(sites)]
     for site, source in pairs:
         _check(site.name, mine[site.name].attention, source, theirs[source].attention)
-    blocks = []
-    for site, source in pairs:
-        blocks.append(TaughtBlock(TransferredAttention(site.module, site.kind.values(site.module)), source))
-        parent, _, child = site.name.rpartition(".")
-        setattr(student.get_submodule(parent), child, blocks[-1].attention)
+    blocks = [
+        TaughtBlock(TransferredAttention(site.module, site.kind.values(site.module)), source) for site, source in pairs
+    ]
+    exchange(student, {site.module: block.attention for (site, _), block in zip(pairs, blocks, strict=True)})
     hooks = TeacherHooks(teacher, blocks)
     student.register_forward_pre_hook(hooks.begin)
     student.register_forward_hook(hooks.end)

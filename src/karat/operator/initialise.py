@@ -83,7 +83,8 @@ def _draw(layer: EdgeLayer, init: str) -> None:
 
 def _semi_orthogonal(matrix: Tensor) -> None:
     """Unit rows and, where there are no more of them than columns, orthogonal; else orthogonal columns."""
-    nn.init.orthogonal_(matrix)
-    if matrix.shape[0] > matrix.shape[1]:
-        return
-    matrix.div_(matrix.norm(dim=1, keepdim=True).clamp(min=1e-12))
+    drawn = nn.init.orthogonal_(matrix.float() if matrix.element_size() < 4 else matrix)  # QR knows no half precision
+    if matrix.shape[0] <= matrix.shape[1]:
+        drawn.div_(drawn.norm(dim=1, keepdim=True).clamp(min=1e-12))
+    if drawn is not matrix:
+        matrix.copy_(drawn)

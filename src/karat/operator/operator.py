@@ -92,9 +92,12 @@ class KArAtOperator(OperatorParameters):
         `mask` is boolean, broadcastable to (B,H,M,N), True = may attend: a pair that may not adds exactly zero to
         the operator's sums and has exactly zero weight in σ.
 
-        Raises ValueError for a number of heads or keys, or of queries where they have places of their own, that isn't
-        the operator's, and for a mask that doesn't fit.
+        Raises ValueError for scores of other axes or of whole numbers, a number of heads or keys, or of queries where
+        they have places of their own, that isn't the operator's, and for a mask that doesn't fit.
         """
+        if scores.dim() != 4:
+            raise ValueError(f"scores must be (B,H,M,N), got {tuple(scores.shape)}")
+        _check_real("scores", scores)
         self._check(*scores.shape[1:])
         mask = _of_pairs("mask", mask, tuple(scores.shape))
         dtype = torch.promote_types(scores.dtype, torch.float32)
@@ -137,6 +140,7 @@ class KArAtOperator(OperatorParameters):
         """
         if not autocasting(q):  # which brings dtypes together
             check_values(q, k, v)
+        _check_real("q", q)
         self._check(q.shape[1], q.shape[2], k.shape[2])
         full = (*q.shape[:3], k.shape[2])
         bias, mask = _of_pairs("bias", bias, full), _of_pairs("mask", mask, full)
@@ -153,7 +157,7 @@ class KArAtOperator(OperatorParameters):
     def _attend(self, call: Call, v: Tensor, dropout_p: float) -> Tensor:
         """σ v of the heads that learn, softmax beside it included."""
         order, config, mask = self.order, self.config, call.mask
-        if dropout_p > 0:
+        if dropout_p != 0:  # F.dropout refuses what is no probability
             sigma = self._sigma(self._sums(call, order.to_sum(self)), mask)
             if config.residual:
                 sigma = safe_softmax(call.scores(), mask) + self._gated(sigma)
@@ -256,6 +260,12 @@ class KArAtOperator(OperatorParameters):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_tokens={self.num_tokens}, config={self.config}"
+
+
+def _check_real(name: str, x: Tensor) -> None:
+    """Raises ValueError for numbers that can't hold what the operator gives in their precision."""
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {x.dtype}; write {name}.float()")
 
 
 def _of_pairs(name: str, x: Tensor | None, full: tuple[int, ...]) -> Tensor | None:

@@ -74,6 +74,55 @@ def test_what_has_no_closed_form_says_so(attention: str) -> None:
     assert Convert(teacher="run", attention=f"{attention},residual=softmax").attention.startswith(attention)
 
 
+def test_models_in_training_are_fitted_as_in_evaluation() -> None:
+    """What drops paths at random said how the student was to be, and stood in what was measured."""
+    student, teacher, images = pair(attention="g2b,rank=12")
+    for model in (student, teacher):
+        model.train()
+        for block in model.blocks:
+            block.drop_path1 = nn.Dropout(0.5)
+    fit_operators(student, teacher, lambda: images[:4])
+    distill(student, teacher, lambda: images[:4], DistillOptions(lr=1e-4), batches=4)
+    assert all(module.training for model in (student, teacher) for module in model.modules())
+    measured = [measure_blocks(student, teacher, images[4:])]
+    student.eval(), teacher.eval()
+    assert measured == [measure_blocks(student, teacher, images[4:])]
+    other, _, _ = pair(attention="g2b,rank=12")
+    other.load_state_dict(karat.karatize(copy.deepcopy(teacher), "g2b,rank=12").state_dict())
+    fit_operators(other, teacher, lambda: images[:4])
+    distill(other, teacher, lambda: images[:4], DistillOptions(lr=1e-4), batches=4)
+    for name, tensor in student.state_dict().items():
+        torch.testing.assert_close(tensor, other.state_dict()[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_moments_are_summed_in_float32(dtype: torch.dtype) -> None:
+    shares = {}
+    for kind in (torch.float32, dtype):
+        torch.manual_seed(0)
+        student, teacher, images = pair(attention="g2b,rank=12")
+        student, teacher, images = student.to(kind), teacher.to(kind), [x.to(kind) for x in images]
+        fit_operators(student, teacher, lambda images=images: images[:4])
+        shares[kind] = measure_blocks(student.float(), teacher.float(), [x.float() for x in images[4:]])
+    for half, single in zip(shares[dtype], shares[torch.float32], strict=True):
+        assert half.explained > single.explained - 0.02
+        assert half.followed > single.followed - 0.02
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"depth": 1}, "the teacher has no blocks.1.attn"),
+        ({"num_heads": 6}, "3 heads of width 8 over 17 tokens and 6 heads of width 4 over 17 tokens"),
+    ],
+)
+def test_a_teacher_of_other_sizes_is_refused(other: dict, says: str) -> None:
+    student, _, images = pair()
+    teacher = small_model("vit", **other).eval()
+    with pytest.raises(ValueError, match=says):
+        fit_operators(student, teacher, lambda: images)
+
+
 @pytest.mark.parametrize("gate", ["0.5", "1"])
 def test_a_random_operator_beside_softmax_is_refused(gate: str) -> None:
     attention = f"g2b,rank=2,residual=softmax,gate={gate}"

@@ -26,6 +26,19 @@ def test_both_may_learn(mlp: str, attention: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", [*MLPS, "kat_tiny_patch16_224", "vit_kan_tiny_patch16_224", "deep_kan"])
+def test_on_the_meta_device_and_as_features(name: str) -> None:
+    """timm builds a twin without numbers to take a model's features."""
+    build = {"model": "vit_tiny_patch16_224", "mlp": name} if name in MLPS else {"model": name}
+    model = build.pop("model")
+    with torch.device("meta"):
+        made = karat.create_model(model, **build, **({} if name == "deep_kan" else SMALL))
+    assert all(x.is_meta for x in made.state_dict().values())
+    if name != "deep_kan":
+        features = karat.create_model(model, **build, features_only=True, **SMALL | {"depth": 3})
+        assert [x.shape[1] for x in features(torch.randn(1, 3, 32, 32))][-1] == 48
+
+
 # PyTorch's own forward mode imports what its own compiler deprecates.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("mlp", MLPS)

@@ -117,6 +117,25 @@ def test_precision_and_implementation(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
 
 
+def test_weights_that_layers_share_come_back(tmp_path: Path) -> None:
+    """The file has each name's numbers once more: safetensors refuses two names of one memory."""
+    name, arguments, _, _ = SMALL["vit"]
+    model = KArAtModel.create(name, "g1b", num_classes=4, **arguments).eval()
+    first, second = (block.mlp.fc1 for block in model.backbone.blocks)
+    second.weight = first.weight
+    model.save_pretrained(tmp_path)
+    x = images("vit")
+    assert torch.equal(karat.from_pretrained(tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize("image", [torch.zeros(3, 16, 16), 5])
+def test_what_is_no_picture_is_refused(image: Any) -> None:
+    name, arguments, _, _ = SMALL["vit"]
+    model = KArAtModel.create(name, "g1b", num_classes=4, **arguments)
+    with pytest.raises(ValueError, match=f"a file or a PIL picture, got {type(image).__name__}: call the model"):
+        model.predict([image])
+
+
 def test_a_backbone_that_the_config_does_not_describe_is_not_saved(tmp_path: Path) -> None:
     model = saved_model("vit", "g3b")
     karat.resample_tokens(model.backbone, num_prefix_tokens=0)

@@ -207,9 +207,15 @@ def keep_to_module(module: nn.Module, args: Any) -> None:
 
 @contextmanager
 def observed(place: Attached, observer: Observer) -> Iterator[None]:
-    """While open, `observer` sees each call's scores and σ."""
-    place.observer = observer
+    """While open, `observer` sees each call's scores and σ, as do those that saw them before."""
+    before = place.observer
+
+    def both(number: int, found: Intermediate) -> None:
+        for see in filter(None, (before, observer)):
+            see(number, found)
+
+    place.observer = both
     try:
         yield
     finally:
-        place.observer = None
+        place.observer = before

@@ -123,7 +123,8 @@ def _collect(
     images = 0
     for scores, target, values, mask in rows():
         images += len(scores)
-        weight += torch.einsum("bhnd,bhmd->hnm", values, values).to(weight)
+        v = values.to(torch.promote_types(values.dtype, torch.float32))
+        weight += torch.einsum("bhnd,bhmd->hnm", v, v).to(weight)
         every = op.order.of_scores(op, scores, mask) if hidden else scores
         for head in range(heads):
             x, keep = every[:, head], _mask_of(mask, head)

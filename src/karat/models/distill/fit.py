@@ -15,6 +15,7 @@ from karat.models.distill.closed_form import Rows, check_fits, fit_operator
 from karat.models.distill.features import reach
 from karat.models.distill.least_squares import Moments, least_squares
 from karat.models.distill.sites import Site, arguments_at, sites
+from karat.models.evaluating import evaluating
 from karat.operator.operator import KArAtOperator
 
 Images = Callable[[], Iterable[Tensor]]
@@ -59,7 +60,7 @@ def fit_operators(
     (residual="softmax" with a learned gate, or with init_scale=0) the student is its teacher already and stays so.
 
     Args:
-        student, teacher: models in evaluation mode, on one device.
+        student, teacher: models on one device; they run in evaluation mode.
         images: gives batches (B,C,height,width), the same ones each time it's called.
         progress: told each block's name.
 
@@ -73,15 +74,16 @@ def fit_operators(
     if next(iter(images()), None) is None:
         raise ValueError("there are no images to fit to: give at least one")
     shared = _by_operator(places)
-    for op, users in shared.items():
-        source = teacher if len(users) > 1 else student
-        if options.fold:
-            _fold(op, users, source, images, options)
-        fit_operator(op, partial(_rows, op, users, source, images), options.ridge)
-        for site in users if options.refit_projection else []:
-            refit_projection(site, student, teacher, images, options.ridge)
-        if progress is not None:
-            progress(users[0].name if len(users) == 1 else f"{len(users)} blocks")
+    with evaluating(student), evaluating(teacher):
+        for op, users in shared.items():
+            source = teacher if len(users) > 1 else student
+            if options.fold:
+                _fold(op, users, source, images, options)
+            fit_operator(op, partial(_rows, op, users, source, images), options.ridge)
+            for site in users if options.refit_projection else []:
+                refit_projection(site, student, teacher, images, options.ridge)
+            if progress is not None:
+                progress(users[0].name if len(users) == 1 else f"{len(users)} blocks")
     return student
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from karat.models.distill.sites import Site, sites, watching
+from karat.models.evaluating import evaluating
 
 INPUTS = ("student", "teacher")
 SCOPES = ("operator", "attention")
@@ -60,7 +61,8 @@ def distill(
     The loss is Σ over blocks of |student's attention output - teacher's|² / |teacher's|², projection included.
 
     Args:
-        student, teacher: models in evaluation mode on one device; the student's parameters keep their requires_grad.
+        student, teacher: models on one device; they run in evaluation mode. The student's parameters keep their
+            requires_grad.
         images: gives the batches of an epoch.
         batches: how many it gives, for the schedule.
 
@@ -76,7 +78,8 @@ def distill(
     for epoch in range(options.epochs):
         total, seen = 0.0, 0
         for batch in images():
-            loss = _loss(student, teacher, places, batch, options.inputs)
+            with evaluating(student), evaluating(teacher):
+                loss = _loss(student, teacher, places, batch, options.inputs)
             optimizer.zero_grad(set_to_none=True)
             for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
                 parameter.grad = gradient

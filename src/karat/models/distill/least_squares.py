@@ -32,6 +32,7 @@ class Moments:
 
     def add(self, head: int, z: Tensor, y: Tensor) -> None:
         """Add rows z (rows,P) with targets y (rows,E) of one head."""
+        z, y = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (z, y))  # sums of many rows
         for total, left, right in ((self.gram, z, z), (self.cross, z, y), (self.power, y, y)):
             total[head] += (left.T @ right).to(total)
         self.rows += len(z) if head == 0 else 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from karat.models.distill.sites import Arguments, sites, watching
+from karat.models.evaluating import evaluating
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def measure_blocks(student: nn.Module, teacher: nn.Module, images: Iterable[Tens
 
 def _both(student: nn.Module, teacher: nn.Module, batch: Tensor) -> list[tuple[Any, Arguments, Tensor, Tensor]]:
     places = sites(student, teacher)
-    with watching([site.student for site in places] + [site.teacher for site in places]) as seen:
+    modules = [site.student for site in places] + [site.teacher for site in places]
+    with evaluating(student), evaluating(teacher), watching(modules) as seen:
         student(batch)
         teacher(batch)
     return [(site, *seen[site.student], seen[site.teacher][1]) for site in places]

@@ -34,8 +34,18 @@ class Site(NamedTuple):
         return self.student.operator
 
     def read(self, call: Arguments) -> tuple[AttentionInputs, AttentionInputs]:
-        """(student's, teacher's) queries, keys, values for the same input tokens."""
-        return _inputs(self.student, call), _inputs(self.teacher, call)
+        """(student's, teacher's) queries, keys, values for the same input tokens.
+
+        Raises ValueError where heads, their width or tokens differ.
+        """
+        mine, theirs = _inputs(self.student, call), _inputs(self.teacher, call)
+        if mine.k.shape != theirs.k.shape:
+            sizes = " and ".join("{1} heads of width {3} over {2} tokens".format(*x.k.shape) for x in (mine, theirs))
+            raise ValueError(
+                f"{self.name} of student and teacher have {sizes}: the student must be the teacher, its attention "
+                "converted by karat.karatize"
+            )
+        return mine, theirs
 
 
 def _inputs(module: nn.Module, call: Arguments) -> AttentionInputs:
@@ -50,10 +60,12 @@ def sites(student: nn.Module, teacher: nn.Module) -> list[Site]:
 
     Raises ValueError if the student has none, or the teacher's isn't softmax attention that karat can replace.
     """
-    found = []
+    found, others = [], dict(teacher.named_modules())
     for name, module, kind in attention_sites(student):
         if kind.learned:
-            other = teacher.get_submodule(name)
+            other = others.get(name)
+            if other is None:
+                raise ValueError(f"the teacher has no {name}: give the model that the student was converted from")
             theirs = kind_of(other)
             if theirs is None or theirs.adapter is None:
                 raise ValueError(f"the teacher's {name} is {type(other).__name__}: it must be softmax attention")

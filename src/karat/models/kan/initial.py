@@ -14,6 +14,6 @@ def mean_square(function: Callable[[Tensor], Tensor]) -> Tensor:
 
     By the trapezoid rule on [-10, 10], which converges faster than any power for such integrands.
     """
-    x = torch.linspace(-10, 10, 4001, dtype=torch.float64)
+    x = torch.linspace(-10, 10, 4001, dtype=torch.float64, device="cpu")  # numbers, wherever the layer is built
     density = torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
     return torch.trapezoid(function(x).square() * density, x)

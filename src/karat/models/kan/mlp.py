@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from karat.basis.base import check_positive
 from karat.basis.specs import parse_call
+from karat.models.exchange import exchange
 from karat.models.kan.rational import GroupRational, PublishedRational, Rational
 from karat.models.kan.rational_fit import IDENTITY
 from karat.models.kan.spline import SplineLinear
@@ -256,14 +257,12 @@ def replace_mlp(model: nn.Module, spec: str | MLPKind, *, take_over: bool = Fals
     if kind is None:
         return model
     places = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, Mlp) and name == "mlp"
+        module for name, module in model.named_modules() if isinstance(module, Mlp) and name.rpartition(".")[2] == "mlp"
     ]
     if not places:
         raise ValueError(f"{type(model).__name__} has no MLP of timm's kind (timm.layers.Mlp) to replace by {kind}")
-    for parent, name, old in places:
+    replacements: dict[nn.Module, nn.Module] = {}  # all first: an error leaves the model as it was
+    for old in places:
         if not isinstance(old.fc1, nn.Linear) or not isinstance(old.norm, nn.Identity):
             raise ValueError(f"an MLP with convolutions or a norm inside can't be replaced by {kind}")
         sizes = kind.sizes(old.fc1.in_features, old.fc1.out_features, old.fc2.out_features)
@@ -271,5 +270,6 @@ def replace_mlp(model: nn.Module, spec: str | MLPKind, *, take_over: bool = Fals
         new.train(old.training)
         if take_over and isinstance(new, GroupRationalMlp):
             new.take_over(old)
-        setattr(parent, name, new)
+        replacements[old] = new
+    exchange(model, replacements)
     return model

@@ -77,7 +77,9 @@ class SplineLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew; the knots stay."""
+        """Draw the parameters anew; the knots stay. Does nothing on the meta device."""
+        if self.knots.is_meta:
+            return
         share = 1.0 if self.base_weight is None else _SPLINE_SHARE
         basis = KnotSpline(self.knots[:1].double().cpu(), self.order)
         power = mean_square(lambda x: basis.features(x.unsqueeze(-1)).squeeze(-1).t()).sum().item()

@@ -44,6 +44,10 @@ def read(source: str | Path | Image.Image, config: ModelConfig) -> Tensor:
     that takes neither grey nor colour."""
     if config.in_chans not in (1, 3):
         raise ValueError(f"images have 1 or 3 channels, this model takes {config.in_chans}: call it with tensors")
+    if not isinstance(source, str | Path | Image.Image):
+        raise ValueError(
+            f"an image is a file or a PIL picture, got {type(source).__name__}: call the model with tensors"
+        )
     chans = config.in_chans
     picture = read_image(source, chans) if isinstance(source, Image.Image) else read_file(Path(source), chans)
     return view(config)(picture)
