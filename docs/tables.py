@@ -8,9 +8,11 @@ of TABLES. Pages that already hold their tables aren't touched.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -138,18 +140,28 @@ def layer_rates() -> str:
     return markdown(" | ".join(columns), ([kind, *cells(kind)] for kind in dict.fromkeys(row["kind"] for row in rows)))
 
 
+def printed(benchmark: str) -> str:
+    """What a benchmark prints with --table: run here, as another process would import torch anew."""
+    script, said, before = DOCS.parent / "benchmarks" / benchmark, io.StringIO(), (sys.argv, sys.path)
+    sys.argv, sys.path = [str(script), "--table"], [str(script.parent), *sys.path]
+    try:
+        with contextlib.chdir(DOCS.parent), contextlib.redirect_stdout(said):
+            runpy.run_path(str(script), run_name="__main__")
+    finally:
+        sys.argv, sys.path = before
+    return said.getvalue().strip()
+
+
 def stability() -> str:
     """Quality over learning rates, by the benchmark that measures it; a line while that is running."""
     if not (RESULTS / "stability.json").exists():
         return RUNNING
-    command = [sys.executable, str(DOCS.parent / "benchmarks" / "stability.py"), "--table"]
-    return subprocess.run(command, cwd=DOCS.parent, check=True, capture_output=True, text=True).stdout.strip()
+    return printed("stability.py")
 
 
 def score_tasks() -> str:
     """What attentions learn of tasks whose answers are functions of the scores, by the benchmark that trains them."""
-    command = [sys.executable, str(DOCS.parent / "benchmarks" / "score_tasks.py"), "--table"]
-    return subprocess.run(command, cwd=DOCS.parent, check=True, capture_output=True, text=True).stdout.strip()
+    return printed("score_tasks.py")
 
 
 def science() -> str:
