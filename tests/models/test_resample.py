@@ -183,6 +183,8 @@ def test_precision_is_kept(dtype: torch.dtype) -> None:
     [
         (((4, 4), (5, 5)), "has 20 tokens.*4x4 make 16"),
         ((OLD, (0, 5)), "at least 1"),
+        ((OLD, (4, 6.0)), r"whole numbers of at least 1, got \(4, 6.0\); a quotient"),
+        ((OLD, 6.5), r"whole numbers of at least 1, got 6.5"),
         ((OLD, (1, 2, 3)), r"\(height, width\)"),
         ((OLD, OLD, 0, -1), "prefix tokens must be >= 0"),
     ],
@@ -298,6 +300,8 @@ def test_a_model_resized_behind_our_back_says_what_to_call() -> None:
         ("deit_distilled", {"num_prefix_tokens": 1}, "distilled"),
         ("convit", {"num_prefix_tokens": 0}, "ConViT"),
         ("convit", {"img_size": (16, 32)}, "square"),
+        ("vit", {"img_size": 24.0}, "whole numbers of at least 1, got 24.0"),
+        ("vit", {"img_size": (24.0, 24)}, "whole numbers of at least 1, got"),
         ("swin", {"num_prefix_tokens": 1}, "no prefix tokens"),
     ],
 )

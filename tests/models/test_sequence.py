@@ -73,6 +73,7 @@ def masked(*shape: int) -> torch.Tensor:
         (lambda: karat.SequenceAttention(9, 3, 4, "softmax"), "MultiheadAttention"),
         (lambda: karat.SequenceAttention(9, 3, 4)(torch.zeros(1, 5, 9)), "more than the operator's 4 tokens"),
         (lambda: karat.SequenceAttention(9, 3, 4)(torch.zeros(1, 4, 9), torch.tensor([[2]])), "lengths must be"),
+        (lambda: karat.SequenceAttention(9, 3, 4)(torch.zeros(1, 4, 9), torch.tensor([0.5])), "in whole numbers, got"),
         (lambda: karat.SequenceAttention(9, 3, 4)(torch.zeros(1, 4, 9), mask=torch.zeros(1, 4)), "must be boolean"),
         (lambda: karat.CrossAttention(9, 0, 4), "num_heads=0"),
         (lambda: masked(4, 4), r"write mask\[None, None\]"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -46,9 +47,12 @@ def resample_tokens(
         ValueError: another kind of model, or a size or number of prefix tokens that it can't have.
     """
     if img_size is not None:
-        img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        if len(img_size) != 2 or any(side < 1 for side in img_size):
-            raise ValueError(f"img_size must be a side or (height, width) in pixels, got {img_size}")
+        sides = tuple(img_size) if isinstance(img_size, Iterable) else (img_size, img_size)
+        if len(sides) != 2 or any(not isinstance(side, Integral) or side < 1 for side in sides):
+            raise ValueError(
+                f"img_size must be a side or (height, width) in pixels, whole numbers of at least 1, got {img_size!r}"
+            )
+        img_size = sides
     if has_attached(model):
         if num_prefix_tokens is not None or window_size is not None:
             raise ValueError(

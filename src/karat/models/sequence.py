@@ -148,6 +148,11 @@ def _attend(
     if lengths is not None:
         if lengths.shape != (B,):
             raise ValueError(f"lengths must be one number a sequence, ({B},), got {tuple(lengths.shape)}")
+        if lengths.is_floating_point() or lengths.dtype == torch.bool:
+            raise ValueError(
+                f"lengths must count tokens in whole numbers, got {lengths.dtype}; write (share * {keys}).long() for "
+                "shares of the longest, mask=... for a mask"
+            )
         real = (torch.arange(keys, device=k.device) < lengths.to(k.device)[:, None])[:, None, None]
         mask = real if mask is None else mask & real
     if absent:

@@ -15,7 +15,8 @@ A function that all keys share (order Pointwise) has no such axis; its amplitude
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -46,10 +47,14 @@ class TokenGrid(NamedTuple):
 
 
 def token_grid(grid: int | Sequence[int], prefix: int) -> TokenGrid:
-    """A TokenGrid from (height, width), or from a length for 1-D sequences; ValueError for sizes < 1."""
-    sizes = (1, grid) if isinstance(grid, int) else (1,) * (2 - len(grid)) + tuple(grid)
-    if len(sizes) != 2 or any(size < 1 for size in sizes):
-        raise ValueError(f"a token grid is a length or (height, width), of at least 1, got {grid!r}")
+    """A TokenGrid from (height, width), or from a length for 1-D sequences; ValueError for others."""
+    some = tuple(grid) if isinstance(grid, Iterable) else (grid,)
+    sizes = (1,) * (2 - len(some)) + some
+    if len(sizes) != 2 or any(not isinstance(size, Integral) or size < 1 for size in sizes):
+        raise ValueError(
+            f"a token grid is a length or (height, width), whole numbers of at least 1, got {grid!r}; a quotient of "
+            "sizes is one by //"
+        )
     if prefix < 0:
         raise ValueError(f"the number of prefix tokens must be >= 0, got {prefix}")
     return TokenGrid(prefix, *sizes)

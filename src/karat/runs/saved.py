@@ -201,10 +201,16 @@ def load(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     difference = first_difference(model.state_dict(), weights)
     if difference is not None:
         raise ValueError(f"{source} does not fit {CONFIG}: {difference}")
-    kinds = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
-    if kinds and kinds != {torch.float32}:
-        if len(kinds) > 1:
-            listed = ", ".join(sorted(map(str, kinds)))
-            raise ValueError(f"{source} mixes precisions ({listed}), a model is of one")
-        model.to(kinds.pop())
+    kind = precision(weights, source)
+    if kind not in (None, torch.float32):
+        model.to(kind)
     model.load_state_dict(weights)
+
+
+def precision(weights: Mapping[str, Tensor], source: str) -> torch.dtype | None:
+    """That of all weights, None where no number is real. Raises ValueError, beginning with `source`, for several."""
+    kinds = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    if len(kinds) > 1:
+        listed = ", ".join(sorted(map(str, kinds)))
+        raise ValueError(f"{source} mixes precisions ({listed}), a model is of one: give it one by .float() or .to()")
+    return next(iter(kinds), None)

@@ -117,6 +117,14 @@ def test_precision_and_implementation(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
 
 
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    model = saved_model("vit", "g3b").to(torch.bfloat16)
+    model.backbone.head.float()
+    with pytest.raises(ValueError, match=r"mixes precisions \(torch.bfloat16, torch.float32\).*\.float\(\)"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_that_layers_share_come_back(tmp_path: Path) -> None:
     """The file has each name's numbers once more: safetensors refuses two names of one memory."""
     name, arguments, _, _ = SMALL["vit"]

@@ -154,7 +154,9 @@ class KArAtModel(
     def _save_pretrained(self, save_directory: Path) -> None:
         self.config = self.present_config()
         check_rebuilds(self.backbone, self.config)
-        storage.write(save_directory, self.config, self.backbone.state_dict())
+        weights = self.backbone.state_dict()
+        saved.precision(weights, "the model")
+        storage.write(save_directory, self.config, weights)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the model to the Hub as "user/name"; options as huggingface_hub's `ModelHubMixin.push_to_hub`."""
