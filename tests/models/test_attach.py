@@ -317,3 +317,12 @@ def test_folded_and_unfolded_is_what_it_was(layout: Layout, shape: tuple[int, ..
     folded = layout.fold(x)
     assert folded.shape[1] == layout.heads
     assert torch.equal(layout.unfold(folded, torch.Size(shape)), x)
+
+
+def test_nested_tensors_are_refused_with_the_remedy() -> None:
+    model = karat.karatize(nn.MultiheadAttention(24, 2, batch_first=True).eval(), "g3b", (torch.randn(2, 9, 24),) * 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them a prototype
+        x = torch.nested.nested_tensor([torch.randn(9, 24), torch.randn(4, 24)])
+    with pytest.raises(ValueError, match=r"pad nested tensors, x.to_padded_tensor\(0.0\), and mask"):
+        model(x, x, x, need_weights=False)

@@ -169,3 +169,17 @@ def test_values_are_the_fused_maps_last_third() -> None:
     assert isinstance(attention, TransferredAttention)
     assert attention.v.bias is None
     assert torch.equal(attention.v.weight, qkv[48:])
+
+
+def test_images_may_be_given_by_name() -> None:
+    """timm's models call them x."""
+    student = transfer_attention(small_model("vit"), small_model("vit"), images("vit")).eval()
+    x = images("vit")
+    assert torch.equal(student(x=x), student(x))
+
+
+def test_no_model_is_its_own_teacher() -> None:
+    model = small_model("vit")
+    with pytest.raises(ValueError, match=r"student and teacher are one model.*give copy.deepcopy\(teacher\)"):
+        transfer_attention(model, model, images("vit"))
+    assert model(images("vit")).isfinite().all()

@@ -275,6 +275,8 @@ def test_wrong_sizes_say_what_to_do() -> None:
         KArAtOperator(2, N, "g3b,softmax_heads=(5,)")
     with pytest.raises(ValueError, match="num_tokens must be >= 1"):
         KArAtOperator(2, 0, "g3b")
+    with pytest.raises(ValueError, match=r"num_tokens must be >= 1, a whole number, got 4\.0"):
+        KArAtOperator(2, 4.0, "g3b")
     with pytest.raises(ValueError, match="softmax attention has no basis"):
         KArAtOperator(2, 3, "softmax")
 

@@ -32,13 +32,13 @@ class TeacherHooks:
         self.teacher, self.blocks = teacher, blocks
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
-    def begin(self, student: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Hand the teacher's attention for these images to every block."""
-        like = next(self.teacher.parameters())
-        if like.device != args[0].device:
-            self.teacher.to(args[0].device)
-        with torch.autocast(args[0].device.type, enabled=False):  # the student's precision is not the teacher's
-            seen = look(self.teacher, args[0].to(like.dtype))
+    def begin(self, student: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        """Hand the teacher's attention for these images, the first argument, to every block."""
+        like, images = next(self.teacher.parameters()), next(iter((*args, *kwargs.values())))
+        if like.device != images.device:
+            self.teacher.to(images.device)
+        with torch.autocast(images.device.type, enabled=False):  # the student's precision is not the teacher's
+            seen = look(self.teacher, images.to(like.dtype))
         for block in self.blocks:
             block.attention.given = seen[block.source]
 
@@ -72,8 +72,9 @@ def transfer_attention(student: nn.Module, teacher: nn.Module, example: Tensor) 
         example: images (1,C,S,S) that both take, to compare their tokens with.
 
     Raises:
-        ValueError: a student without attention or with a learnable one, images that the teacher can't take, numbers of
-            tokens that differ, or a number of student heads that the teacher's does not divide.
+        ValueError: a student that is its own teacher, one without attention or with a learnable one, images that the
+            teacher can't take, numbers of tokens that differ, or a number of student heads that the teacher's does not
+            divide.
 
     >>> import karat
     >>> teacher = karat.create_model("vit_tiny_patch16_224", "g3b", img_size=32, depth=2)
@@ -82,6 +83,8 @@ def transfer_attention(student: nn.Module, teacher: nn.Module, example: Tensor) 
     >>> student(torch.zeros(4, 3, 32, 32)).shape
     torch.Size([4, 1000])
     """
+    if student is teacher:
+        raise ValueError("student and teacher are one model, which needs its attention: give copy.deepcopy(teacher)")
     sites = attention_sites(student)
     stranger = next((site for site in sites if type(site.module) in OWN), None)
     if stranger is not None and stranger.kind.learned:
@@ -99,7 +102,7 @@ def transfer_attention(student: nn.Module, teacher: nn.Module, example: Tensor) 
     ]
     exchange(student, {site.module: block.attention for (site, _), block in zip(pairs, blocks, strict=True)})
     hooks = TeacherHooks(teacher, blocks)
-    student.register_forward_pre_hook(hooks.begin)
+    student.register_forward_pre_hook(hooks.begin, with_kwargs=True)
     student.register_forward_hook(hooks.end)
     return student
 

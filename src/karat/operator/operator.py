@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -51,8 +52,8 @@ class KArAtOperator(OperatorParameters):
 
     def __init__(self, num_heads: int, num_tokens: int, config: KArAtConfig | str) -> None:
         for name, value in (("num_heads", num_heads), ("num_tokens", num_tokens)):
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} must be >= 1, a whole number, got {value!r}")
         config = KArAtConfig.parse(config)
         softmax_heads = config.softmax_head_indices(num_heads)
         if config.is_fixed and not config.has_operator:

@@ -108,6 +108,11 @@ class Attached:
             node = traced(self.module, args, kwargs, None if self.shared is None else SHARED)
             if node is not None:
                 return node
+            if any(isinstance(x, Tensor) and x.is_nested for x in (*args, *kwargs.values())):
+                raise ValueError(
+                    f"{type(self.module).__name__} has operators, whose keys have places: pad nested tensors, "
+                    "x.to_padded_tensor(0.0), and mask the padding"
+                )
         taking = Taking(self.taken_alone if self.inside else self.take, self.written, self.written_keys())
         with taking:
             if self.before is not None:
