@@ -58,6 +58,8 @@ class Compiled:
     """N"""
     batch: int = 128
     """B"""
+    instructions: bool = True
+    """Count those of the innermost loop; to disassemble takes a third of all time."""
     output: Path | None = None
     """JSON; printed otherwise"""
 
@@ -69,7 +71,7 @@ class Compiled:
             arguments.shared_memory = lambda device, chip=chip: SHARED[chip] * 1024  # type: ignore[assignment]  # no driver to ask
             for case in self.cases:
                 about = {"chip": chip, "case": case}
-                launch._launch = partial(compile_only, rows, about)  # type: ignore[assignment]  # instead of a launch
+                launch._launch = partial(compile_only, rows, about, self.instructions)  # type: ignore[assignment]  # instead of a launch
                 self.launch(case)
         return rows
 
@@ -108,7 +110,13 @@ class Chip:
 
 
 def compile_only(
-    rows: list[dict[str, Any]], about: dict[str, str], kernel: Any, programs: int, tiles: Any, **given: Any
+    rows: list[dict[str, Any]],
+    about: dict[str, str],
+    instructions: bool,
+    kernel: Any,
+    programs: int,
+    tiles: Any,
+    **given: Any,
 ) -> None:
     """In the place of a launch: as deep a pipeline as fits, as there."""
     given |= {"BM": tiles.queries, "BN": tiles.keys, "num_warps": tiles.warps}
@@ -123,26 +131,24 @@ def compile_only(
         if compiled.metadata.shared <= SHARED[about["chip"]] * 1024:
             break
     name = kernel.fn.__name__.removeprefix("basis_attention_").removesuffix("_kernel")
-    read = read_amd if amd else read_nvidia
-    found = read(compiled.asm)
-    lanes = tiles.warps * (64 if amd else 32)
-    found["instructions a score"] = round(found.pop("loop") * lanes / (tiles.queries * tiles.keys), 2)
+    found = read_amd(compiled.asm) if amd else read_nvidia(compiled.asm, instructions)
+    lanes, loop = tiles.warps * (64 if amd else 32), found.pop("loop")
+    if instructions:
+        found["instructions a score"] = round(loop * lanes / (tiles.queries * tiles.keys), 2)
     row = {"kernel": name, "tile": [tiles.queries, tiles.keys, tiles.warps, stages], "shared": compiled.metadata.shared}
     rows.append(about | row | found)
     print(json.dumps(rows[-1]), flush=True)
 
 
-def read_nvidia(asm: dict[str, Any]) -> dict[str, int]:
-    """Registers of a thread, bytes that it spills, instructions of the innermost loop."""
+def read_nvidia(asm: dict[str, Any], instructions: bool) -> dict[str, int]:
+    """Registers of a thread, bytes that it spills, instructions of the innermost loop (if they're counted)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        used, code = (
-            subprocess.run([TOOLS / "cuobjdump", what, file.name], capture_output=True, text=True, check=True).stdout
-            for what in ("-res-usage", "-sass")
-        )
-    (registers, stack), *_ = re.findall(r"REG:(\d+) STACK:(\d+)", used)
-    lines = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^/]+);", code)]
+        line = [TOOLS / "cuobjdump", "-res-usage", *(["-sass"] if instructions else []), file.name]
+        said = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    (registers, stack), *_ = re.findall(r"REG:(\d+) STACK:(\d+)", said)
+    lines = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^/]+);", said)]
     targets = [(re.findall(r"BRA\S* .*?0x([0-9a-f]+)", what), at) for at, what in lines]
     loops = [(int(to[0], 16), at) for to, at in targets if to and int(to[0], 16) < at]
     inner = [
