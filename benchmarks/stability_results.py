@@ -55,8 +55,12 @@ class Cells:
 
     def share(self, name: str, rate: float) -> tuple[float, float] | None:
         """The quality there as a share of the row's own best, and its standard error; None where no run is finished."""
-        mean, (best, _) = self.mean(name, rate), self.best(name)
-        return None if mean is None else (mean.mean / best, error(mean) / best) if best else (0.0, 0.0)
+        mean, (best, at) = self.mean(name, rate), self.best(name)
+        if mean is None or not best:
+            return None if mean is None else (0.0, 0.0)
+        top, share = self.mean(name, at), mean.mean / best
+        same = top is None or math.isclose(rate, at)
+        return share, 0.0 if same else math.hypot(error(mean), share * error(top)) / best
 
     def norms(self, name: str, rate: float) -> float:
         """The largest gradient norm of a row's runs over the largest of softmax's in the same epoch."""
@@ -129,7 +133,7 @@ def against_own_best(cells: Cells) -> str:
     """Each row at softmax's best rate, at half and, where softmax itself bears it, at twice: shares of its own best.
 
     Softmax bears twice its best rate if it keeps SHARE of its own best there. A row is "open" where a rate is missing
-    or has one run.
+    or has one run, and "within error" where it stays below SHARE by no more than the standard error of its share.
     """
     _, best = cells.best(BASELINE)
     rates = (best / 2, best, 2 * best)
@@ -141,9 +145,12 @@ def against_own_best(cells: Cells) -> str:
         shares = {rate: cells.share(name, rate) for rate in rates}
         said = ["" if found is None else f"{found[0]:.2f}{_plus(found[1], '.2f')}" for found in shares.values()]
         bad = cells.diverged(name, asked)
-        kept = all(found is not None and found[0] >= SHARE for found in (shares[rate] for rate in asked))
+        kept, near = (
+            all(found is not None and found[0] + errors * found[1] >= SHARE for found in map(shares.get, asked))
+            for errors in (0, 1)
+        )
         few = any(mean is None or mean.count < 2 for mean in (cells.mean(name, rate) for rate in asked))
-        verdict = "no" if bad else "open" if few else "yes" if kept else "no"
+        verdict = "no" if bad else "open" if few else "yes" if kept else "within error" if near else "no"
         rows.append([name, f"{top:.1f}, {number(at)}", *said, str(bad), "" if name == BASELINE else verdict])
     where = "half and at twice" if len(asked) == 3 else "half"
     asks = f"{SHARE} of its own best is asked of a row there, at {where} that rate."

@@ -122,6 +122,7 @@ def test_half_and_best_are_asked_for_and_twice_where_softmax_bears_it(shown: Mod
     rows = {
         "good": ([57.0, 57.0], [60.0, 60.0], [1.0, 1.0]),
         "slow": ([40.0, 40.0], [60.0, 60.0], [60.0, 60.0]),
+        "noisy": ([48.0, 58.0], [59.0, 61.0], [60.0, 60.0]),
         "once": ([57.0], [60.0], [60.0]),
         "dead": ([0.0, 0.0], [0.0, 0.0], [0.0, 0.0]),
     }
@@ -129,7 +130,7 @@ def test_half_and_best_are_asked_for_and_twice_where_softmax_bears_it(shown: Mod
         (name, rate): values for name, row in rows.items() for rate, values in zip((1.0, 2.0, 4.0), row, strict=True)
     }
     found = verdicts(shown.tables(results(softmax | grid)))
-    assert found == {"softmax": "", "good": "yes", "slow": "no", "once": "open", "dead": "no"}
+    assert found == {"softmax": "", "good": "yes", "slow": "no", "noisy": "within error", "once": "open", "dead": "no"}
     softmax["softmax", 4.0] = [58.0, 58.0]
     assert verdicts(shown.tables(results(softmax | grid)))["good"] == "no"
     assert verdicts(shown.tables(results(softmax | grid, good={"diverged": "nan"})))["good"] == "no"
