@@ -15,13 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from karat.basis import BASES, parse_basis
 from karat.ops import Call, Projector, attend, implementations
-from support.against_float64 import relative_error
+from support.against_float64 import relative_error, tamed
 from support.looker import Looker
 
 COMPILER = shutil.which("c++") is not None
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="building the kernel needs c++")
 KERNELS = ["tiled", pytest.param("cpp", marks=needs_compiler)]
-SPECS = ["fourier(grid=1)", "fourier(grid=3)", "fourier(grid=7)", "silu+fourier(grid=2)", "bspline(grid=4,order=2)"]
+LINEAR = ["fourier(grid=1)", "fourier(grid=3)", "fourier(grid=7)", "silu+fourier(grid=2)", "bspline(grid=4,order=2)"]
+SPECS = [*LINEAR, "silu+rational(m=3,n=2)", "mexican_hat"]
 WITH_NOTHING = [*SPECS, None]  # no features: the sums are what they begin with
 SIZES = ((2, 3, 9, 7, 8, 5, 6), (1, 2, 41, 37, 20, 12, 18), (3, 2, 70, 300, 16, 13, 16))  # B, H, M, N, D, R, Dv
 SCALE = 0.3
@@ -34,7 +35,7 @@ def draw(
     """q, k, v as models cut them from one tensor, u, w, gate, places, bias, in float64."""
     B, H, M, N, D, R, Dv = sizes
     q, k, v = (torch.randn(B, n, H, d).transpose(1, 2) for n, d in ((M, D), (N, D), (N, Dv)))
-    u = None if spec is None else torch.randn(H, parse_basis(spec).num_parameters, N, R)
+    u = None if spec is None else tamed(torch.randn(H, parse_basis(spec).num_parameters, N, R), spec)
     found = [q, k, v, u, torch.randn(H, N, R), torch.randn(H) if gate else None]
     # Alone they are small, or rounding what they mix would hide softmax, beside which they stand.
     found.append(torch.randn(H, M, R) * (0.02 if spec is None else 1) if places or spec is None else None)

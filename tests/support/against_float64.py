@@ -85,9 +85,21 @@ def assert_matches(
         assert relative_error(got, wanted) <= tolerance, name
 
 
-def make(B: int, H: int, M: int, N: int, D: int, F: int, E: int, per_image: bool = False) -> tuple[Tensor, ...]:
-    shape = (B, H, F, N, E) if per_image else (H, F, N, E)
-    return torch.randn(B, H, M, D), torch.randn(B, H, N, D), torch.randn(shape)
+def make(B: int, H: int, M: int, N: int, D: int, F: int | str, E: int, per_image: bool = False) -> tuple[Tensor, ...]:
+    """q, k and u; F is the number of parameters, or the basis itself."""
+    numbers = parameters_of(F) if isinstance(F, str) else F
+    u = torch.randn((B, H, numbers, N, E) if per_image else (H, numbers, N, E))
+    return torch.randn(B, H, M, D), torch.randn(B, H, N, D), tamed(u, F) if isinstance(F, str) else u
+
+
+def tamed(u: Tensor, spec: str) -> Tensor:
+    """u (…,F,N,E) with dilations of size 1/2 at least, and denominators as they start: where a function is steep, as a
+    rational one is near a pole, the scores' own rounding would be all that is seen."""
+    rows = [group.name for group in parse_basis(spec).parameters for _ in range(group.count)]
+    dilation, denominator = (
+        torch.tensor([row == name for row in rows])[:, None, None] for name in ("dilation", "denominator")
+    )
+    return torch.where(dilation, u + torch.sign(u) / 2, torch.where(denominator, 0.05 + 0.01 * u, u))
 
 
 def parameters_of(spec: str) -> int:

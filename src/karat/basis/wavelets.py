@@ -169,7 +169,7 @@ class Shannon(Wavelet):
             return torch.sinc(x / math.pi)
         inside = x.clamp(-5 * math.pi, 5 * math.pi)  # sin vanishes at the edge, so the function is continuous
         window = 0.54 + 0.46 * torch.cos(inside / 5)
-        return torch.where(x.abs() <= 5 * math.pi, torch.sinc(inside / math.pi) * window, 0.0)
+        return torch.where(x.abs() > 5 * math.pi, 0.0, torch.sinc(inside / math.pi) * window)  # NaN stays NaN
 
     def slope(self, x: Tensor) -> Tensor:
         inside = x if self.window == "key" else x.clamp(-5 * math.pi, 5 * math.pi)
@@ -184,7 +184,7 @@ class Shannon(Wavelet):
             return sinc_slope
         window = 0.54 + 0.46 * torch.cos(inside / 5)
         slope = sinc_slope * window - sinc * 0.46 / 5 * torch.sin(inside / 5)
-        return torch.where(x.abs() <= 5 * math.pi, slope, 0.0)
+        return torch.where(x.abs() > 5 * math.pi, 0.0, slope)
 
     def key_gain(self, num_keys: int) -> Tensor | None:
         if self.window != "key":

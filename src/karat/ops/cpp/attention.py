@@ -1,6 +1,6 @@
 """Basis and joint attention on the CPU in C++: the kernel of csrc/, built on first use (build.py), in float32.
 
-Serves the Fourier and the B-spline bases, with or without a base activation. bfloat16 is read and written as it is,
+Serves all bases of the package, with or without a base activation. bfloat16 is read and written as it is,
 float16 is converted. With the projector behind it: attend.py.
 """
 
@@ -12,7 +12,18 @@ from torch import Tensor
 from karat.basis import Basis
 from karat.ops.call import Call, Gradients, Needs, no_gradients
 from karat.ops.cpp.build import library
-from karat.ops.cpp.task import MAX_ORDER, Results, Values, as_read, basis_of, in_precision, stored, task
+from karat.ops.cpp.task import (
+    MAX_DEGREE,
+    MAX_OMEGA,
+    MAX_ORDER,
+    Results,
+    Values,
+    as_read,
+    basis_of,
+    in_precision,
+    stored,
+    task,
+)
 from karat.ops.softmax_part import SoftmaxPart
 
 
@@ -24,7 +35,10 @@ def unsupported(call: Call, u: Tensor, basis: Basis, v: Tensor | None = None) ->
     if torch.float64 in (q.dtype, u.dtype):
         return "the C++ kernel computes in float32, the tensors are float64"
     if basis_of(basis) is None:
-        return f"the C++ kernel has fourier and bspline (order <= {MAX_ORDER}) bases, not {basis}"
+        return (
+            f"the C++ kernel has bspline up to order {MAX_ORDER}, rational up to degree {MAX_DEGREE}, morlet up to "
+            f"omega {MAX_OMEGA:.0f} and no bases of others, not {basis}"
+        )
     return library().problem
 
 

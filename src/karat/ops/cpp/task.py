@@ -5,9 +5,10 @@ Packed as one string of bytes: to fill a structure field by field would take lon
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from struct import Struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 from karat.basis import Basis
 from karat.basis.bspline import BSpline
 from karat.basis.fourier import Fourier
+from karat.basis.rational import Rational
+from karat.basis.wavelets import DerivativeOfGaussian, MexicanHat, Meyer, Morlet, Shannon
 from karat.ops.cache import cache_bytes
 from karat.ops.call import Call
 from karat.ops.projector import ProjectedGradients
@@ -24,7 +27,7 @@ from karat.ops.projector import ProjectedGradients
 TILE_BYTES = cache_bytes() // 4
 TILE_KEYS = 256
 
-MAX_ORDER = 5  # of B-splines, as in features.h
+MAX_ORDER, MAX_DEGREE, MAX_OMEGA = 5, 8, 1000.0  # B-splines, rational, morlet: as in features.h and curves.h
 _ACTIVATIONS = {"zero": 0, "identity": 1, "silu": 2, "gelu": 3}
 
 # B, H, M, N, D, F, E; threads, parts, tile_queries, tile_keys, shared_u, half, softmax; basis: family, base, grid,
@@ -33,16 +36,26 @@ _LAYOUT = Struct("14q 4qf4x f4x 6q 25q 5q 4q 5q 1q 5q 12q 4q 3q 2q 5q")
 _NONE = (0, 0, 0, 0)
 
 
+# How features.h's `Basis` has a family: family, grid, order, range; None where the kernel lacks that size of it.
+_FAMILIES: dict[type[Basis], Callable[[Any], tuple[int, int, int, float] | None]] = {
+    Fourier: lambda basis: (0, basis.grid, 0, 0.0),
+    BSpline: lambda basis: (1, basis.grid, basis.order, basis.range) if basis.order <= MAX_ORDER else None,
+    Rational: lambda basis: (2, basis.m, basis.n, 0.0) if max(basis.m, basis.n) <= MAX_DEGREE else None,
+    MexicanHat: lambda basis: (3, 0, 0, 0.0),
+    Morlet: lambda basis: (4, 0, 0, basis.omega) if basis.omega <= MAX_OMEGA else None,
+    DerivativeOfGaussian: lambda basis: (5, 0, 0, 0.0),
+    Meyer: lambda basis: (6, 0, 0, 0.0),
+    Shannon: lambda basis: (7, basis.window == "score", 0, 0.0),
+}
+
+
 @lru_cache(maxsize=64)
 def basis_of(basis: Basis) -> tuple[int, int, int, int, float] | None:
-    """The C++ side's description of a basis; None if it doesn't know it."""
+    """The C++ side's description of a basis: family, base, grid, order, range; None if it doesn't know it."""
     activation, family = basis.parts
     base = _ACTIVATIONS.get(activation)
-    if base is not None and isinstance(family, Fourier):
-        return 0, base, family.grid, 0, 0.0
-    if base is not None and isinstance(family, BSpline) and family.order <= MAX_ORDER:
-        return 1, base, family.grid, family.order, family.range
-    return None
+    described = next((describe(family) for kind, describe in _FAMILIES.items() if isinstance(family, kind)), None)
+    return None if described is None or base is None else (described[0], base, *described[1:])
 
 
 def stored(q: Tensor) -> torch.dtype:

@@ -68,10 +68,10 @@ struct Work {
   explicit Work(const Call& c)
       : rows(c.tile_queries), ld(row_length(std::min(c.tile_keys, c.N))), ld_keys(row_length(c.N)),
         ld_d(odd_lines(c.D)), ld_v(c.v ? odd_lines(c.Dv) : 0), ld_e(padded(c.E)) {
-    const bool softmax = c.softmax, projector = c.w, apart = !fuses(c.basis);
+    const bool softmax = c.softmax, projector = c.w, apart = !fuses(c.basis) && !curved(c.basis);
     Plan plan;
-    plan.add(scores, rows * ld), plan.add(psi, rows * c.F * ld), plan.add(weights, softmax ? rows * ld : 0);
-    plan.add(keeps, c.mask ? rows * ld : 0), plan.add(dpsi, apart ? BLOCK_ROWS * c.F * ld : 0);
+    plan.add(scores, rows * ld), plan.add(psi, rows * (curved(c.basis) ? CURVE_FLOATS : c.F * ld));
+    plan.add(weights, softmax ? rows * ld : 0), plan.add(keeps, c.mask ? rows * ld : 0), plan.add(dpsi, apart ? BLOCK_ROWS * c.F * ld : 0);
     plan.add(dweights, softmax ? BLOCK_ROWS * ld : 0), plan.add(keys_t, c.D * ld_keys), plan.add(keys, c.N * ld_d);
     plan.add(dk, c.N * ld_d), plan.add(u, du_floats(c)), plan.add(queries, rows * ld_d), plan.add(dq, rows * ld_d);
     plan.add(grad, rows * ld_e), plan.add(values, projector ? c.N * ld_v : 0);
@@ -164,7 +164,8 @@ inline void fill_tile(const Call& c, const Task& t, const Work& x, int64_t i0, i
       for (int64_t j = 0; j < width; j += LANES) store(scores + j, keep(load(keeps + j), load(scores + j)));
     }
   }
-  if (c.F) write_features(c.basis, {x.scores, x.ld, x.psi, c.F * x.ld, x.ld, m, vectors});
+  if (!c.F || curved(c.basis)) return;
+  write_features(c.basis, {x.scores, x.ld, x.psi, c.F * x.ld, x.ld, m, vectors});
   for (int64_t i = 0; c.mask && i < m; ++i)
     for (int64_t f = 0; f < c.F; ++f)
       for (int64_t j = 0; j < width; j += LANES) {
@@ -176,13 +177,14 @@ inline void fill_tile(const Call& c, const Task& t, const Work& x, int64_t i0, i
 // Scores become their gradients dS: sum_f psi_f' (dO U_f^T), and softmax's P (dO V^T - delta).
 inline void scores_to_gradients(const Call& c, const Work& x, int64_t m, int64_t j0, int64_t n) {
   const int64_t vectors = vectors_of(n), width = vectors * LANES;
+  const bool apart = !fuses(c.basis) && !curved(c.basis);  // curves have been through
   if (c.F && fuses(c.basis))
     pull_back_fourier({c.E, c.basis.grid, x.grad, x.ld_e, x.u + j0, c.F * x.ld_keys, x.ld_keys, x.psi, c.F * x.ld, x.ld,
                        x.scores, x.ld},
                       m, vectors);
   for (int64_t i = 0; i < m; i += BLOCK_ROWS) {
     const int64_t few = std::min<int64_t>(BLOCK_ROWS, m - i);
-    for (int64_t f = 0; !fuses(c.basis) && f < c.F; ++f)
+    for (int64_t f = 0; apart && f < c.F; ++f)
       multiply(few, vectors, c.E, x.grad + i * x.ld_e, x.ld_e, 1, x.u + f * x.ld_keys + j0, c.F * x.ld_keys,
                x.dpsi + f * x.ld, c.F * x.ld, false);
     if (c.softmax)
@@ -192,7 +194,7 @@ inline void scores_to_gradients(const Call& c, const Work& x, int64_t m, int64_t
       float* scores = x.scores + (i + r) * x.ld;
       if (!c.F)
         std::fill(scores, scores + width, 0.0f);
-      else if (!fuses(c.basis))
+      else if (apart)
         pull_back(c.basis, scores, x.psi + (i + r) * c.F * x.ld, x.dpsi + r * c.F * x.ld, x.ld, vectors);
       if (c.softmax)
         add_softmax(scores, x.weights + (i + r) * x.ld, x.dweights + r * x.ld, vectors, x.delta[i + r]);
@@ -209,14 +211,18 @@ inline void add_tile(const Call& c, const Task& t, const Work& x, int64_t thread
   const int64_t vectors = vectors_of(n);
   fill_tile(c, t, x, i0, m, j0, n);
   const bool whole = n == c.N;  // then rows of all features follow each other: one product
-  for (int64_t f = 0; c.du && f < (whole ? 1 : c.F); ++f)  // dU += dPhi^T psi
+  const bool add = !first_of_group || !first;
+  for (int64_t f = 0; c.du && !curved(c.basis) && f < (whole ? 1 : c.F); ++f)  // dU += dPhi^T psi
     multiply(c.E, whole ? c.F * x.ld / LANES : vectors, m, x.grad, 1, x.ld_e, x.psi + f * x.ld, c.F * x.ld,
-             x.group + f * x.ld_keys + j0, c.F * x.ld_keys, !first_of_group || !first);
+             x.group + f * x.ld_keys + j0, c.F * x.ld_keys, add);
   const float* logsumexp = c.logsumexp + (t.b * c.H + t.h) * c.M + i0;
   for (int64_t i = 0; c.softmax && i < m; ++i)
     restore_weights(x.scores + i * x.ld, x.keeps_of(c, i), x.weights + i * x.ld, n, logsumexp[i]);
   if (c.dv && c.softmax)  // dV += P^T dO
     multiply(n, vectors_of(c.Dv), m, x.weights, 1, x.ld, x.grad_v, x.ld_v, x.dv + j0 * x.ld_v, x.ld_v, !first);
+  if (c.F && curved(c.basis))
+    curves_of(c.basis).pull_back(c.basis, {m, vectors, c.E, c.F, x.scores, x.keeps_of(c, 0), x.ld, x.grad, x.ld_e,
+                                           x.u + j0, x.group + j0, x.ld_keys, add, x.psi});
   if (!c.dq && !c.dk && !c.dbias) return;
   scores_to_gradients(c, x, m, j0, n);
   for (int64_t i = 0; c.dbias && i < m; ++i) {

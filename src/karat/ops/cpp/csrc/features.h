@@ -4,13 +4,15 @@
 
 namespace karat {
 
-enum Family : int64_t { FOURIER = 0, BSPLINE = 1 };
+// From RATIONAL on: curves.h.
+enum Family : int64_t { FOURIER, BSPLINE, RATIONAL, MEXICAN_HAT, MORLET, DOG, MEYER, SHANNON };
 enum Base : int64_t { NONE = 0, IDENTITY = 1, SILU = 2, GELU = 3 };  // the first feature, if there is one
-constexpr int MAX_ORDER = 5;
+constexpr int MAX_ORDER = 5, MAX_DEGREE = 8;
 
 struct Basis {
-  int64_t family, base, grid, order;
-  float range;
+  int64_t family, base;
+  int64_t grid, order;  // rational: m and n; shannon: whether the window is of the score
+  float range;          // morlet: omega
 };
 
 inline void base_value_and_slope(int64_t base, vf x, vf& value, vf& slope) {

@@ -44,10 +44,16 @@ inline void panel_scores(const Call& c, const Task& t, const Factors& factors, c
   }
 }
 
-// Sums over the features of the tile's keys, chunk by chunk.
+// Sums over the features of the tile's keys, chunk by chunk, or over their curves.
 inline void add_features(const Call& c, const Factors& factors, const Panel& panel, int64_t vectors, int64_t j0,
                          int64_t n) {
   const int64_t ld = vectors * LANES, row = c.F * ld;
+  if (curved(c.basis)) {
+    if (!c.places && j0 == 0) std::fill(panel.sums, panel.sums + c.E * ld, 0.0f);
+    curves_of(c.basis).add(c.basis, {n, vectors, c.E, c.F, ld, panel.scores, factors.u + j0 * c.F * c.E,
+                                     c.mask ? panel.keeps : nullptr, panel.sums});
+    return;
+  }
   for (int64_t j = 0; j < n; j += panel.chunk) {
     const int64_t some = std::min(panel.chunk, n - j);
     write_features(c.basis, {panel.scores + j * ld, ld, panel.psi, row, ld, some, vectors});

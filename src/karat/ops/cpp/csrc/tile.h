@@ -1,7 +1,7 @@
 // What a call asks for, how it is cut into tasks, and what both passes do with a tile of scores.
 #pragma once
 #include "buffers.h"
-#include "features.h"
+#include "curves.h"
 #include "gemm.h"
 
 namespace karat {
