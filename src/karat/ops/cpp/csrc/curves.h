@@ -1,8 +1,8 @@
 // Edge functions that are not linear in their parameters: every (key, sum) has a curve phi(x; p) of its own, which is
 // evaluated for each score, forward with the queries in its lanes, backward with the keys.
 //
-// A curve says how many numbers it has (`numbers`), what it needs of a score alone (`Terms`, `terms`), its value, and its
-// gradients: `pull` returns g dphi/dx and adds g dphi/dp to dp.
+// A curve says how many numbers it has (`numbers`), what it needs of them alone (`prepare`, behind them) and of a score
+// alone (`terms`), its value, and its gradients: `pull` returns g dphi/dx and adds g dphi/dp to dp.
 #pragma once
 #include "features.h"
 
@@ -22,6 +22,7 @@ struct Rational {
   int n() const { return N ? N : bottom; }
   int numbers() const { return m() + n() + 1; }
   static constexpr int MOST_NUMBERS = M ? M + N + 1 : 2 * MAX_DEGREE + 1;
+  void prepare(vf*) const {}
 
   struct Terms {
     vf power[MOST + 1];  // x^i / w^n
@@ -70,30 +71,31 @@ struct Wavelet {
   Mother mother;
   explicit Wavelet(const Basis& basis) : mother(basis) {}
   int numbers() const { return 3; }
-  static constexpr int MOST_NUMBERS = 3;
+  static constexpr int MOST_NUMBERS = 4;
+  static vi small(vf dilation) { return magnitude(dilation) < LEAST_DILATION; }
+  void prepare(vf* p) const {
+    const vf least = select(p[2] < 0.0f, splat(-LEAST_DILATION), splat(LEAST_DILATION));
+    p[3] = 1.0f / select(small(p[2]), least, p[2]);
+  }
 
   struct Terms {
     vf x;
   };
   Terms terms(vf x) const { return {x}; }
 
-  static vf kept(vf dilation) {
-    const vf least = select(dilation < 0.0f, splat(-LEAST_DILATION), splat(LEAST_DILATION));
-    return select(magnitude(dilation) < LEAST_DILATION, least, dilation);
-  }
   vf value(const Terms& t, const vf* p) const {
     vf value, slope;
-    mother((t.x - p[1]) / kept(p[2]), value, slope);
+    mother((t.x - p[1]) * p[3], value, slope);
     return p[0] * value;
   }
   vf pull(const Terms& t, const vf* p, vf g, vf* dp) const {
-    const vf dilation = kept(p[2]), moved = (t.x - p[1]) / dilation;
+    const vf moved = (t.x - p[1]) * p[3];
     vf value, slope;
     mother(moved, value, slope);
-    const vf dx = g * p[0] * slope / dilation;
+    const vf dx = g * p[0] * slope * p[3];
     dp[0] += g * value;
     dp[1] -= dx;
-    dp[2] -= keep(dilation == p[2], dx * moved);
+    dp[2] -= keep(~small(p[2]), dx * moved);
     return dx;
   }
 };
@@ -179,9 +181,11 @@ struct Shannon {
   }
 };
 
+constexpr int64_t PANEL_VECTORS = 2;  // of queries, forward
+
 // A tile of curves, forward: sums[e, i] += sum_j phi(scores[j, i]; u[j, :, e]), j over `keys`.
 struct CurveSums {
-  long keys, vectors, E, F, ld;
+  long keys, vectors, E, F, ld;  // at most PANEL_VECTORS
   const float *scores, *u;  // (keys, ld); (keys,F,E)
   const int32_t* keeps;     // like scores, or null
   float* sums;              // (E, ld)
@@ -191,21 +195,28 @@ template <class Curve>
 void add_curves(const Basis& basis, const CurveSums x) {
   const Curve curve(basis);
   const int based = basis.base != NONE;
-  for (long j = 0; j < x.keys; ++j)
-    for (long at = 0; at < x.vectors * LANES; at += LANES) {
-      const vf score = load(x.scores + j * x.ld + at);
-      const typename Curve::Terms terms = curve.terms(score);
-      vf p[Curve::MOST_NUMBERS], base = vf{}, slope;
-      if (based) base_value_and_slope(basis.base, score, base, slope);
-      for (long e = 0; e < x.E; ++e) {
-        const float* u = x.u + j * x.F * x.E + e;
-        for (int f = 0; f < curve.numbers(); ++f) p[f] = splat(u[(f + based) * x.E]);
-        vf value = curve.value(terms, p);
-        if (based) value += *u * base;
-        if (x.keeps) value = keep(load(x.keeps + j * x.ld + at), value);
-        store(x.sums + e * x.ld + at, load(x.sums + e * x.ld + at) + value);
+  for (long j = 0; j < x.keys; ++j) {
+    typename Curve::Terms terms[PANEL_VECTORS];
+    vf base[PANEL_VECTORS], slope;
+    for (long v = 0; v < x.vectors; ++v) {
+      const vf score = load(x.scores + j * x.ld + v * LANES);
+      terms[v] = curve.terms(score);
+      if (based) base_value_and_slope(basis.base, score, base[v], slope);
+    }
+    for (long e = 0; e < x.E; ++e) {
+      const float* u = x.u + j * x.F * x.E + e;
+      vf p[Curve::MOST_NUMBERS];
+      for (int f = 0; f < curve.numbers(); ++f) p[f] = splat(u[(f + based) * x.E]);
+      curve.prepare(p);
+      for (long v = 0; v < x.vectors; ++v) {
+        vf value = curve.value(terms[v], p);
+        if (based) value += *u * base[v];
+        if (x.keeps) value = keep(load(x.keeps + j * x.ld + v * LANES), value);
+        float* sum = x.sums + e * x.ld + v * LANES;
+        store(sum, load(sum) + value);
       }
     }
+  }
 }
 
 // Backward: scores[i, j] becomes sum_e phi' grad[i, e], and du[e, f, j] (+)= sum_i dphi/dp_f grad[i, e].
@@ -242,6 +253,7 @@ void pull_back_curves(const Basis& basis, const CurveGradients x) {
       vf p[Curve::MOST_NUMBERS], dp[Curve::MOST_NUMBERS], dbase = vf{};
       const float* u = x.u + e * x.F * x.ld_u + at;
       for (int f = 0; f < curve.numbers(); ++f) p[f] = load(u + (f + based) * x.ld_u), dp[f] = vf{};
+      curve.prepare(p);
       for (long i = 0; i < x.rows; ++i) {
         vf g = splat(x.grad[i * x.ld_grad + e]);
         if (x.keeps) g = keep(load(x.keeps + i * x.ld + at), g);

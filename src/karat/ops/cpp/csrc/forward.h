@@ -6,7 +6,6 @@
 
 namespace karat {
 
-constexpr int64_t PANEL_VECTORS = 2;
 constexpr int64_t CHUNK_FLOATS = 4096;  // half of a first-level cache
 
 // What a task's panel of queries is multiplied with.
