@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from karat.ops import basis_attention
-from support.against_float64 import assert_matches, make, parameters_of
+from support.against_float64 import assert_matches, make
 
 # Without a compiler the C++ kernel can't be tested; with one, a build that fails is a failure.
 COMPILER = shutil.which("c++") is not None
