@@ -13,11 +13,12 @@ from torch import Tensor, nn
 import karat
 from karat.detect.trunk import create_trunk
 from karat.models.attention import BiasedAttention
+from karat.models.backbones import backbone_of
 from karat.models.relative_bias import RelativeBias, relative_biases
 from support.small_models import SMALL, images, small_model
 
 BIASED = ["softmax,position_bias=relative", "g2b,rank=3,position_bias=relative", "g2u,position_bias=relative"]
-VITS = [name for name in SMALL if name != "swin"]
+VITS = [name for name in SMALL if backbone_of(small_model(name)).prefix is not None]
 
 
 def drawn(model: nn.Module) -> nn.Module:

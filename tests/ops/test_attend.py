@@ -4,7 +4,6 @@ what the sums begin with, softmax beside it, masks of keys, low precision."""
 from __future__ import annotations
 
 import math
-import shutil
 from contextlib import nullcontext
 from itertools import product
 
@@ -16,11 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from karat.basis import BASES, parse_basis
 from karat.ops import Call, Projector, attend, implementations
 from support.against_float64 import relative_error, tamed
+from support.implementations import ON_CPU, needs_compiler
 from support.looker import Looker
 
-COMPILER = shutil.which("c++") is not None
-needs_compiler = pytest.mark.skipif(not COMPILER, reason="building the kernel needs c++")
-KERNELS = ["tiled", pytest.param("cpp", marks=needs_compiler)]
 LINEAR = ["fourier(grid=1)", "fourier(grid=3)", "fourier(grid=7)", "silu+fourier(grid=2)", "bspline(grid=4,order=2)"]
 SPECS = [*LINEAR, "silu+rational(m=3,n=2)", "mexican_hat"]
 WITH_NOTHING = [*SPECS, None]  # no features: the sums are what they begin with
@@ -61,7 +58,7 @@ def in_precision(inputs: Inputs, dtype: torch.dtype, of_u: torch.dtype | None = 
     return [None if x is None else x.to(kind) for x, kind in zip(inputs, kinds, strict=True)]
 
 
-@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("impl", ON_CPU)
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("spec", WITH_NOTHING)
@@ -101,7 +98,7 @@ def test_gradcheck(spec: str | None, softmax: bool, impl: str) -> None:
 
 # opcheck itself looks at the gradients of tensors that are no leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("impl", ON_CPU)
 @pytest.mark.parametrize("softmax", [False, True])
 def test_operator_checks_of_torch_library(softmax: bool, impl: str) -> None:
     leaves = in_precision(draw((1, 2, 5, 6, 4, 3, 4), "fourier(grid=1)"), torch.float32)
@@ -111,7 +108,7 @@ def test_operator_checks_of_torch_library(softmax: bool, impl: str) -> None:
     torch.library.opcheck(torch.ops.karat.attend.default, arguments)
 
 
-@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("impl", ON_CPU)
 @pytest.mark.parametrize("softmax", [False, True])
 def test_looked_upon_or_not_the_bits_are_the_same(softmax: bool, impl: str) -> None:
     inputs = in_precision(draw(SIZES[1], "fourier(grid=3)"), torch.float32)
@@ -124,7 +121,7 @@ def test_looked_upon_or_not_the_bits_are_the_same(softmax: bool, impl: str) -> N
     assert all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(alone, watched, strict=True))
 
 
-@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("impl", ON_CPU)
 @pytest.mark.parametrize(("threads", "B", "H"), [(1, 2, 3), (2, 1, 1), (2, 1, 3), (3, 4, 2), (2, 5, 3)])
 @pytest.mark.parametrize("spec", ["fourier(grid=2)", None])
 def test_any_share_of_work_gives_the_same_bits_twice(spec: str | None, threads: int, B: int, H: int, impl: str) -> None:
@@ -137,7 +134,7 @@ def test_any_share_of_work_gives_the_same_bits_twice(spec: str | None, threads: 
     assert all(relative_error(x, y) < 2e-5 for x, y in zip(first, wanted, strict=True))
 
 
-@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("impl", ON_CPU)
 @pytest.mark.parametrize("spec", ["fourier(grid=2)", None])
 def test_any_subset_of_gradients(spec: str | None, impl: str) -> None:
     inputs = in_precision(draw(SIZES[1], spec), torch.float32)
@@ -151,7 +148,7 @@ def test_any_subset_of_gradients(spec: str | None, impl: str) -> None:
         torch.testing.assert_close(got, wanted[alone], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", ["reference", *KERNELS])
+@pytest.mark.parametrize("impl", ["reference", *ON_CPU])
 @pytest.mark.parametrize("spec", ["fourier(grid=3)", None])
 def test_masked_keys_may_be_anything_and_add_nothing(spec: str | None, impl: str) -> None:
     q, k, v, u, w, gate, places, _ = in_precision(draw(SIZES[0], spec, bias=False), torch.float32)
@@ -169,7 +166,7 @@ def test_masked_keys_may_be_anything_and_add_nothing(spec: str | None, impl: str
             assert all(relative_error(x, y.double()) < 2e-5 for x, y in zip(whole, kept, strict=True))
 
 
-@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("impl", ON_CPU)
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
 def test_low_precision(dtype: torch.dtype, tolerance: float, softmax: bool, impl: str) -> None:
@@ -192,7 +189,7 @@ def test_autocast_rounds_queries_keys_and_values() -> None:
     assert all(torch.equal(x, y.float()) for x, y in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("impl", ["reference", *KERNELS])
+@pytest.mark.parametrize("impl", ["reference", *ON_CPU])
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 4, 5, 6, 7), (1, 2, 0, 4, 5, 6, 7)])
 def test_nothing_is_attended_to_nothing(sizes: tuple[int, ...], impl: str) -> None:
     inputs = in_precision(draw(sizes, "fourier(grid=1)"), torch.float32)
@@ -233,7 +230,7 @@ def test_what_does_not_fit_is_refused(change: object, words: str) -> None:
         attend(call, asked["u"], "fourier(grid=1)", of)
 
 
-@pytest.mark.parametrize("impl", ["reference", *KERNELS])
+@pytest.mark.parametrize("impl", ["reference", *ON_CPU])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("spec", SPECS)
@@ -312,7 +309,7 @@ def test_second_derivatives_are_refused_with_the_remedy(spec: str | None) -> Non
         first.sum().backward()
 
 
-@pytest.mark.parametrize("impl", ["reference", *KERNELS])
+@pytest.mark.parametrize("impl", ["reference", *ON_CPU])
 @pytest.mark.parametrize("name", ["w", "gate", "places", "bias", "mask"])
 def test_what_lies_elsewhere_or_is_complex_is_refused(name: str, impl: str) -> None:
     q, k, v, u, w, gate, places, bias = in_precision(draw((2, 2, 5, 5, 4, 3, 4), SPECS[0]), torch.float32)
@@ -334,7 +331,7 @@ def test_what_lies_elsewhere_or_is_complex_is_refused(name: str, impl: str) -> N
             )  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("impl", ON_CPU)
 @pytest.mark.parametrize("place", range(5))
 def test_numbers_that_are_not_in_memory_yet_are_read_right(place: int, impl: str) -> None:
     inputs = in_precision(draw((2, 2, 5, 5, 4, 3, 4), SPECS[0], gate=False, bias=False), torch.float32)

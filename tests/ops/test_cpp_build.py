@@ -20,9 +20,8 @@ from karat.ops.call import Call
 from karat.ops.cpp import build
 from karat.ops.cpp.attention import unsupported
 from karat.ops.cpp.compiler import OPENMP, compile_library
+from support.implementations import needs_compiler
 from support.processes import Started
-
-needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="building the C++ kernel needs c++")
 
 
 @pytest.fixture

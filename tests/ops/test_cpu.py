@@ -1,8 +1,6 @@
-"""The two implementations for the CPU, tested alike: outputs and gradients against float64, repeatability, masks."""
+"""The implementations for the CPU, tested alike: outputs and gradients against float64, repeatability, masks."""
 
 from __future__ import annotations
-
-import shutil
 
 import pytest
 import torch
@@ -11,13 +9,8 @@ from hypothesis import strategies as st
 
 from karat.ops import basis_attention
 from support.against_float64 import assert_matches, make
+from support.implementations import ON_CPU
 
-# Without a compiler the C++ kernel can't be tested; with one, a build that fails is a failure.
-COMPILER = shutil.which("c++") is not None
-IMPLS = [
-    "tiled",
-    pytest.param("cpp", marks=pytest.mark.skipif(not COMPILER, reason="building the kernel needs c++")),
-]
 FOURIER = [f"fourier(grid={grid})" for grid in (1, 3, 5, 11)]
 OTHERS = [
     "bspline(grid=5)",
@@ -41,7 +34,7 @@ CURVES = [
 ]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ON_CPU)
 @pytest.mark.parametrize("spec", FOURIER + OTHERS + CURVES)
 @pytest.mark.parametrize("per_image", [False, True])
 def test_matches_the_definition(impl: str, spec: str, per_image: bool) -> None:
@@ -49,13 +42,13 @@ def test_matches_the_definition(impl: str, spec: str, per_image: bool) -> None:
     assert_matches(q, k, u, spec, impl, bias=torch.randn(1, 3, 33, 37), mask=torch.rand(2, 1, 33, 37) > 0.3)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ON_CPU)
 @pytest.mark.parametrize("E", [1, 2, 12, 16, 17, 24, 64])
 def test_any_width(impl: str, E: int) -> None:
     assert_matches(*make(2, 2, 30, 29, 16, 2, E), "fourier(grid=1)", impl)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ON_CPU)
 @pytest.mark.parametrize("spec", ["fourier(grid=2)", "dog"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("B", "H"), [(1, 1), (1, 3), (5, 3)])
@@ -75,7 +68,7 @@ def test_any_share_of_work(impl: str, spec: str, threads: int, B: int, H: int, p
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ON_CPU)
 @settings(deadline=None, max_examples=25)
 @given(data=st.data())
 def test_random_shapes(impl: str, data: st.DataObject) -> None:
@@ -104,7 +97,7 @@ def test_random_shapes(impl: str, data: st.DataObject) -> None:
     assert_matches(q, k, u, spec, impl, bias=bias, mask=mask)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ON_CPU)
 @pytest.mark.parametrize("spec", ["fourier(grid=3)", "rational", "morlet"])
 def test_masked_pairs_add_exactly_nothing(impl: str, spec: str) -> None:
     q, k, u = make(1, 2, 9, 21, 8, spec, 4)
@@ -121,7 +114,7 @@ def test_masked_pairs_add_exactly_nothing(impl: str, spec: str) -> None:
     assert not u.grad[:, :, 13:].any()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ON_CPU)
 @pytest.mark.parametrize("spec", ["fourier(grid=3)", *CURVES])
 def test_a_query_that_is_nan_spoils_its_own_row_only(impl: str, spec: str) -> None:
     q, k, u = make(1, 1, 9, 21, 8, spec, 4)
@@ -130,7 +123,7 @@ def test_a_query_that_is_nan_spoils_its_own_row_only(impl: str, spec: str) -> No
     assert finite.tolist() == [row != 3 for row in range(9)]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ON_CPU)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(impl: str, dtype: torch.dtype) -> None:
     q, k, u = make(2, 2, 17, 19, 16, 2, 12)
@@ -141,7 +134,7 @@ def test_half_precision_is_computed_in_float32(impl: str, dtype: torch.dtype) ->
     assert torch.equal(out, full.to(dtype))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ON_CPU)
 @pytest.mark.parametrize("grid", [1, 3])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_error_at_the_size_of_a_vit(impl: str, grid: int, dtype: torch.dtype, tolerance: float) -> None:
@@ -156,7 +149,7 @@ def test_error_at_the_size_of_a_vit(impl: str, grid: int, dtype: torch.dtype, to
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ON_CPU)
 def test_gradients_that_nobody_wants_change_nothing(impl: str) -> None:
     q, k, u = make(1, 2, 40, 41, 16, 6, 12)
     everything = [x.detach().requires_grad_() for x in (q, k, u)]
@@ -167,7 +160,7 @@ def test_gradients_that_nobody_wants_change_nothing(impl: str) -> None:
         assert torch.equal(got, wanted[alone])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ON_CPU)
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 4, 5), (1, 2, 0, 4, 5), (1, 2, 3, 0, 5)])
 def test_empty_inputs(impl: str, sizes: tuple[int, ...]) -> None:
     B, H, M, N, D = sizes

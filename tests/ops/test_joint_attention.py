@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 
 import pytest
 import torch
@@ -19,10 +18,9 @@ from karat.ops.cpp import task as cpp_task
 from karat.ops.tiled import attention as tiled
 from karat.ops.tiled.softmax import RunningSoftmax
 from support.against_float64 import relative_error
+from support.implementations import COMPILER, ON_CPU, needs_compiler
 from support.joint_apart import check, make, some_mask, together, weights_of, well_posed
 
-COMPILER = shutil.which("c++") is not None
-needs_compiler = pytest.mark.skipif(not COMPILER, reason="building the kernel needs c++")
 LINEAR = ["fourier(grid=1)", "fourier(grid=3)", "bspline(grid=4,order=2)", "silu+fourier(grid=2)", "identity+bspline"]
 OTHERS = ["dog", "gelu+morlet", "rational(m=2,n=2)"]
 
@@ -83,10 +81,7 @@ def test_gradcheck(spec: str, impl: str) -> None:
     assert torch.autograd.gradcheck(f, leaves, eps=1e-6, atol=1e-4)
 
 
-IMPLS = ["reference", "tiled", pytest.param("cpp", marks=needs_compiler)]
-
-
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["reference", *ON_CPU])
 def test_rows_without_a_key_are_zero_and_masked_scores_may_be_anything(impl: str) -> None:
     q, k, v, u = make("fourier(grid=2)", dtype=torch.float32)
     mask = torch.rand(7, 9) > 0.4
@@ -104,7 +99,7 @@ def test_rows_without_a_key_are_zero_and_masked_scores_may_be_anything(impl: str
     assert not gradients[-1][..., ~mask].any()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["reference", *ON_CPU])
 def test_scores_far_apart(impl: str) -> None:
     """Without its running maximum the softmax would overflow."""
     leaves = make("fourier(grid=1)", (1, 1, 5, 300, 4, 2, 3), dtype=torch.float32)
@@ -115,14 +110,14 @@ def test_scores_far_apart(impl: str) -> None:
     assert relative_error(attended, scores.softmax(-1) @ leaves[2].double()) < 2e-5
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["reference", *ON_CPU])
 def test_probabilities_sum_to_one(impl: str) -> None:
     q, k, v, u = make("fourier(grid=1)", dtype=torch.float32)
     attended, _ = joint_attention(q, k, torch.ones_like(v), u, "fourier(grid=1)", impl=impl)
     torch.testing.assert_close(attended, torch.ones_like(attended))
 
 
-@pytest.mark.parametrize("impl", ["tiled", pytest.param("cpp", marks=needs_compiler)])
+@pytest.mark.parametrize("impl", ON_CPU)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(impl: str, dtype: torch.dtype) -> None:
     q, k, v, u = (x.to(dtype) for x in make("fourier(grid=1)", dtype=torch.float32))
@@ -133,7 +128,7 @@ def test_half_precision_is_computed_in_float32(impl: str, dtype: torch.dtype) ->
     check(leaves, "fourier(grid=1)", impl, tolerance=2e-2 if dtype == torch.bfloat16 else 4e-3)
 
 
-@pytest.mark.parametrize("impl", ["tiled", pytest.param("cpp", marks=needs_compiler)])
+@pytest.mark.parametrize("impl", ON_CPU)
 def test_any_subset_of_gradients_and_twice_the_same_bits(impl: str) -> None:
     torch.set_num_threads(2)
     leaves = make("fourier(grid=2)", (3, 2, 40, 41, 16, 12, 16), bias=(1, 2, 1, 41), dtype=torch.float32)
@@ -146,7 +141,7 @@ def test_any_subset_of_gradients_and_twice_the_same_bits(impl: str) -> None:
         assert torch.equal(got, wanted[2 + alone])
 
 
-@pytest.mark.parametrize("impl", ["tiled", pytest.param("cpp", marks=needs_compiler)])
+@pytest.mark.parametrize("impl", ON_CPU)
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 4, 5, 2, 3), (1, 2, 0, 4, 5, 2, 3), (1, 2, 3, 0, 5, 2, 3)])
 def test_empty_inputs(impl: str, sizes: tuple[int, ...]) -> None:
     results = together(make("fourier(grid=1)", sizes, dtype=torch.float32), "fourier(grid=1)", None, impl)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from karat import basis_attention
-from karat.basis import BASES, Basis, LinearBasis, parse_basis
+from karat.basis import Basis, LinearBasis, parse_basis
+from karat.ops.triton.attention import FAMILIES
 from support.triton import (  # pytest finds the mark and the fixture
     DEVICE,
     TOLERANCE,
@@ -32,7 +33,7 @@ SPECS = [
     "bspline(grid=4)",
     "bspline(grid=2,order=1)",
     "rational(m=3,n=2)",
-    *(name for name in BASES if name not in ("fourier", "bspline", "rational")),
+    *(name for name in FAMILIES if name not in ("fourier", "bspline", "rational")),
     "shannon(window=key)",
 ]
 WITH_BASE = ["identity+bspline(grid=2,order=2)", "silu+fourier(grid=2)", "gelu+dog"]

@@ -22,7 +22,7 @@ from karat.paper.setup import PROGRAMS, read_setup
 from karat.runs.classification import Settings
 from karat.train.commands import defaults
 
-# How many figures each table has: 468 in all.
+# How many figures each table has.
 COUNTS = {
     1: 63,
     2: 27,
@@ -42,9 +42,9 @@ COUNTS = {
 }
 
 
-def test_all_468_figures_are_here():
+def test_all_figures_are_here():
     assert {number: len(rows(number)) for number in TABLES} == COUNTS
-    assert len(rows()) == sum(COUNTS.values()) == 468
+    assert len(rows()) == sum(COUNTS.values())
     assert all([entry.row for entry in rows(n)] == list(range(1, COUNTS[n] + 1)) for n in TABLES)
 
 
@@ -274,7 +274,7 @@ def test_dataset_names():
 def test_the_command_prints_tables_rows_and_results(tmp_path, capsys):
     paper([])
     out = capsys.readouterr().out
-    assert "468" in out
+    assert str(sum(COUNTS.values())) in out
     assert "table20" in out
     paper(["table19"])
     out = capsys.readouterr().out

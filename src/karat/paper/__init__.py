@@ -1,6 +1,6 @@
 """The paper as data: every published figure, the settings behind it, the command that repeats it.
 
-The figures are those of arXiv 2503.10632v3, 468 of them by table (published.csv beside this file).
+The figures are those of arXiv 2503.10632v3, by table (published.csv beside this file).
 
 >>> row = rows("table1", 8)[0]
 >>> row.model, row.variant, row.dataset, row.metric, row.value

@@ -72,7 +72,7 @@ def table_number(table: str | int) -> int:
 
 
 def rows(table: str | int | None = None, row: int | None = None) -> list[Entry]:
-    """The published figures: all 468, those of one table ("table1" or 1), or one row of it (counted from 1).
+    """The published figures: all, those of one table ("table1" or 1), or one row of it (counted from 1).
 
     Raises ValueError for a table or row that isn't there.
     """

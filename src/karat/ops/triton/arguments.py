@@ -11,11 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from karat.basis import Basis
+from karat.basis import Basis, LinearBasis
 from karat.ops.call import Call
 from karat.ops.softmax_part import SoftmaxPart
-
-LINEAR = ("fourier", "bspline")
 
 
 class Tiles(NamedTuple):
@@ -90,7 +88,7 @@ class Arguments:
 
     @property
     def linear(self) -> bool:
-        return self.family.name in LINEAR
+        return isinstance(self.family, LinearBasis)
 
     @property
     def settings(self) -> tuple[int | float | bool, ...]:
