@@ -137,6 +137,8 @@ def test_find_columns_prefers_the_usual_names():
         }
     )
     assert find_columns(features, "cifar100") == ("img", "fine_label")
+    masked = datasets.Features({"mask": datasets.Image(), "depth": datasets.Image()} | features)
+    assert find_columns(masked, "scenes") == ("img", "fine_label")
 
 
 def test_a_broken_image_in_a_row_is_named(tmp_path):

@@ -168,11 +168,12 @@ def test_sets_that_were_saved_to_disk(tmp_path, prefix, feature):
         rows = {"image": [{"bytes": encoded(), "path": None}] * len(names), "label": values}
         return datasets.Dataset.from_dict(rows, features=features)
 
-    saved = datasets.DatasetDict(train=part("cat", "owl", "cat"), test=part("owl", "owl"))
+    saved = datasets.DatasetDict(train=part("cat", "owl", "cat"), test=part("owl", "owl"), train_2=part("cat"))
     saved.save_to_disk(tmp_path / "d")
     splits = open_splits(f"{prefix}{tmp_path / 'd'}")
     assert named(splits) == ["owl", "owl"]
     assert sorted(named(splits, "train")) == ["cat", "cat", "owl"]
+    assert splits.found.endswith("trained on train, evaluated on test; not used: train_2")
 
 
 def test_folders_whose_parts_name_classes_in_another_form(tmp_path):
@@ -203,6 +204,15 @@ def test_shards_whose_classes_are_text(tmp_path, kind):
     write_shard(tmp_path / "x-val-0.tar", [text(name) for name in ("owl", "emu")])
     with pytest.raises(ValueError, match="has the class 'emu', which training lacks"):
         open_splits(f"wds/{tmp_path}")
+
+
+@pytest.mark.parametrize("names", [("01", "02"), ("3000000", "3000001"), ("٣", "٤")])
+def test_digits_that_are_no_classs_number_are_its_name(tmp_path, names):
+    for part in ("train", "val"):
+        write_shard(tmp_path / f"x-{part}-0.tar", [TEXTS["json"](name) for name in names])
+    splits = open_splits(f"wds/{tmp_path}")
+    assert splits.class_names == names
+    assert named(splits) == list(names)
 
 
 @pytest.mark.parametrize(

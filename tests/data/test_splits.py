@@ -1,5 +1,6 @@
 """What comes out of every kind of data: shapes, splits, classes; and clear errors for what can't be read."""
 
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
+from karat.data.folder import in_order
 from karat.data.sources import ArraySource, hold_out
 from karat.data.splits import open_splits
 from karat.runs.recipes import RECIPES
@@ -81,6 +83,11 @@ def test_images_have_the_order_of_timms_reader_and_the_classes_of_their_folders(
         for record in records:  # the class is the folder right below the part; timm's is the one around the image
             class_name = Path(record.name).relative_to(tmp_path / part).parts[0]
             assert splits.class_names[record.label] == class_name
+
+
+@pytest.mark.parametrize("names", list(permutations(["2", "01", "1", "²", "cat", "Cat"], 6))[::97])
+def test_names_that_differ_in_case_or_leading_zeros_have_one_order(names):
+    assert sorted(names, key=in_order) == ["01", "1", "2", "Cat", "cat", "²"]
 
 
 def test_one_folder_is_split_alike_everywhere(tmp_path):

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import torch
 from PIL import Image
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
-from timm.data.auto_augment import posterize as timm_posterize
 from timm.data.transforms import str_to_interp_mode
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
@@ -140,7 +139,6 @@ def train_transform(augmentation: Augmentation, img_size: int, in_chans: int, *,
         re_mode=augmentation.remode,
         re_count=augmentation.recount,
     )
-    _mend_posterize(view)
     if grey:  # timm's colour operations fill with a colour: a grey image goes through as three equal channels
         return transforms.Compose([transforms.Grayscale(3), *before, view, _first_channel])
     return transforms.Compose([*before, view])
@@ -151,23 +149,6 @@ def _resize(img_size: int, interpolation: str) -> Callable[[Image.Image], Image.
     names = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
     ways = [transforms.Resize(img_size, interpolation=str_to_interp_mode(name)) for name in names]
     return transforms.RandomChoice(ways) if len(ways) > 1 else ways[0]
-
-
-def _mend_posterize(view: transforms.Compose) -> None:
-    """Let RandAugment's posterize keep 0 bits, a black image, as it could before Pillow refused that.
-
-    The published rand-m15-n2-mstd1.0-inc1 comes to 0 bits at magnitude 10, which m15 nearly always is.
-    """
-    for step in view.transforms:
-        for operation in getattr(step, "ops", ()):
-            if operation.aug_fn is timm_posterize:
-                operation.aug_fn = _posterize
-
-
-def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
-    if bits_to_keep < 1:
-        return Image.new(image.mode, image.size)
-    return timm_posterize(image, bits_to_keep, **options)
 
 
 def _first_channel(image: Tensor) -> Tensor:

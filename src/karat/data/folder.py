@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 from PIL import Image
 from PIL.ImageFile import StubImageFile
-from timm.utils.misc import natural_key
 
 from karat.data.labels import positions
 from karat.data.sources import FileSource, Source, Splits, hold_out
@@ -73,6 +72,11 @@ def local_path(text: str | Path) -> Path:
         return path
 
 
+def in_order(name: str) -> tuple[list[int | str], str]:
+    """What names are sorted by: numbers in them count as such, case only between equals (timm leaves these open)."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
+
+
 class Listing(NamedTuple):
     """The names in one directory."""
 
@@ -111,7 +115,7 @@ class Tree:
             return
         found = self.names(folder)
         yield folder, found
-        for name in sorted(found.folders, key=natural_key):
+        for name in sorted(found.folders, key=in_order):
             yield from self.walk(os.path.join(folder, name), (*above, here))
 
     def has_parquet(self, folder: str) -> bool:
@@ -179,7 +183,7 @@ def open_folder(root: Path, tree: Tree | None = None, *, whole: bool = False) ->
         left.count(str(root), tree.names(str(root)), ())
         left.folders += [f"{path.name}/" for path in parts.values() if path not in (folder, own)]
     found = _images(folder, tree, left)
-    names = sorted({name for _, name in found}, key=natural_key)
+    names = sorted({name for _, name in found}, key=in_order)
     if whole:
         part = _source(found, names)
         return Splits(part, part, tuple(names), found=said(len(found), names, left))
@@ -211,7 +215,7 @@ def find_parts(root: Path, tree: Tree, left: LeftOut, *, training: bool) -> dict
     Raises ValueError where two have one meaning, where class folders stand beside a part that is evaluated on, and
     where there is nothing to train on, so that no image of a test set is trained on.
     """
-    folders = sorted(tree.names(str(root)).folders, key=natural_key)
+    folders = sorted(tree.names(str(root)).folders, key=in_order)
     parts: dict[str, Path] = {}
     others = [name for name in folders if not part_of(name)]
     filled = [name for name in others if tree.has_images(str(root / name))]
@@ -264,12 +268,12 @@ def _images(root: Path, tree: Tree, left: LeftOut) -> list[tuple[str, str]]:
     """The images below a folder in the order of their paths, numbers counting as such, with their classes."""
     here, place = tree.names(str(root)), os.path.realpath(root)
     above = (place, *map(str, Path(place).parents))
-    loose = sorted(filter(is_image, here.files), key=natural_key)
+    loose = sorted(filter(is_image, here.files), key=in_order)
     left.count(str(root), here, loose)
     found: list[tuple[str, str]] = []
     owned = {os.path.realpath(root / name) for name in here.folders}
     inner: dict[str, set[str]] = {}  # class folders -> the folders right in them that images lie in, "" for themselves
-    for name in sorted(here.folders, key=natural_key):
+    for name in sorted(here.folders, key=in_order):
         before = len(found)
         top = str(root / name)
         for folder, listing in tree.walk(top, above):
@@ -293,7 +297,7 @@ def _images(root: Path, tree: Tree, left: LeftOut) -> list[tuple[str, str]]:
     if loose:
         raise ValueError(f"{root / loose[0]} lies in no class subfolder; move it into {root}/CLASS/")
     _check_levels(root, inner)
-    return sorted(found, key=lambda image: natural_key(image[0]))
+    return sorted(found, key=lambda image: in_order(image[0]))
 
 
 def _is_anothers(folder: str, top: str, owned: set[str]) -> bool:
@@ -322,7 +326,7 @@ def _check_levels(root: Path, inner: dict[str, set[str]]) -> None:
     counts = Counter(below for folders in inner.values() for below in folders)
     several = next((name for name, folders in inner.items() if len(folders) > 1), None)
     if several is not None and not counts[""] and max(counts.values()) == 1:
-        first, second = sorted(inner[several], key=natural_key)[:2]
+        first, second = sorted(inner[several], key=in_order)[:2]
         raise ValueError(
             f"{root / several} holds {first}/, {second}/ and no images: move the images up if the class is {several}, "
             "or these folders if they are classes"

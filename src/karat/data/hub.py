@@ -151,7 +151,11 @@ def open_hub(
     if saved and streaming:
         counts = {split: len(part.rows) for split, part in opened.items()}
         opened = {split: part._replace(rows=part.rows.to_iterable_dataset()) for split, part in opened.items()}
-    return _splits(opened, counts, title, streaming)
+    unused = ", ".join(name for name in loaded if name not in named.values())
+    shares = f"trained on {train_name}, evaluated on {chosen or 'a tenth of it'}"
+    return replace(
+        _splits(opened, counts, title, streaming), found=f"{title}: {shares}{unused and f'; not used: {unused}'}"
+    )
 
 
 class Part(NamedTuple):

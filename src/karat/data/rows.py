@@ -16,6 +16,7 @@ from karat.errors import brief
 
 SHUFFLE_BUFFER = 2048  # encoded images kept at a time; ImageNet's are 110 kB each on average
 LONGEST = 255  # characters of a path in a message: what is no path may be a whole file
+IMAGE_KEYS = ("image", "img")
 LABEL_KEYS = ("label", "labels", "fine_label", "cls", "target", "class")
 
 
@@ -98,17 +99,17 @@ def find_columns(features: Any, where: str) -> tuple[str, str]:
     if features is None:
         raise ValueError(f"{where} does not say what its columns are; use hfds/ or a folder of parquet files")
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    structs = [name for name in ("image", "img") if name in features and not images]
+    images = images or [name for name in IMAGE_KEYS if name in features]
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    labels += [name for name in LABEL_KEYS if name in features and name not in labels]
-    for name in LABEL_KEYS:  # where there are several, the usual name goes first
-        if name in labels:
-            labels.insert(0, labels.pop(labels.index(name)))
-            break
-    if not (images or structs) or not labels:
+    labels += [name for name in LABEL_KEYS if name in features]
+    if not images or not labels:
         missing = "image" if labels else "label"
         raise ValueError(f"{where} has no {missing} column; its columns are {', '.join(features)}")
-    image, label = (images or structs)[0], labels[0]
+    # where there are several, the usual name goes first
+    image, label = (
+        next((key for key in usual if key in found), found[0])
+        for usual, found in ((IMAGE_KEYS, images), (LABEL_KEYS, labels))
+    )
     for name in (image, label):
         kind = features.arrow_schema.field(name).type
         if str(kind).endswith("_view"):

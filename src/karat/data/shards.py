@@ -23,7 +23,7 @@ import numpy as np
 from karat.data.files import find_shards
 from karat.data.folder import is_image
 from karat.data.images import reason_of
-from karat.data.labels import Column, name_of, positions
+from karat.data.labels import MOST_NUMBERS, Column, name_of, positions
 from karat.data.rows import LABEL_KEYS, RowStream
 from karat.data.sources import Splits
 
@@ -46,7 +46,7 @@ def open_shards(pattern: str, *, num_samples: int | None, whole: bool = False) -
     counts = {split: _noted(paths) for split, paths in shards.items()}
     first = next(_samples(shards["train"][:1], kind, images=False))["label"]
     classes: tuple[str, ...] | None = None
-    if not all(counts.values()) or not first.isdecimal():
+    if not all(counts.values()) or not _is_number(first):
         found = {
             split: [row["label"] for row in _samples(paths, kind, images=False)] for split, paths in shards.items()
         }
@@ -54,7 +54,7 @@ def open_shards(pattern: str, *, num_samples: int | None, whole: bool = False) -
         known = tuple(dict.fromkeys(found["train"]))
         if kind == "txt" and 2 < len(known) == counts["train"]:
             raise ValueError(f"wds/{pattern}: each .txt says something else: captions, no classes; add .cls")
-        classes = Column(known, np.zeros(0), numbered=all(name.isdecimal() for name in known)).classes
+        classes = Column(known, np.zeros(0), numbered=all(map(_is_number, known))).classes
         positions(dict.fromkeys(found["eval"]), classes, f"wds/{pattern}:eval")
     if num_samples:
         counts["train"] = num_samples
@@ -72,6 +72,11 @@ def open_shards(pattern: str, *, num_samples: int | None, whole: bool = False) -
         for split, paths in shards.items()
     }
     return Splits(streams["train"], streams["eval"], classes or ())  # none: the caller's num_classes decides
+
+
+def _is_number(name: str) -> bool:
+    """Whether a class's name is the number of one: JSON's text may be "01", or an identifier of many digits."""
+    return name.isascii() and name.isdecimal() and len(name) < 8 and str(int(name)) == name and int(name) < MOST_NUMBERS
 
 
 def _noted(paths: list[str]) -> int | None:
