@@ -87,6 +87,13 @@ def test_a_class_that_the_model_lacks_is_refused(
         evaluate_run(finished, data=str(folder(tmp_path, names)))
 
 
+def test_other_data_is_measured_whole_whatever_the_run_held_out(tmp_path: Path) -> None:
+    data = folder(tmp_path / "d", ["cat", "dog", "owl"])
+    train(settings(tmp_path / "r", data, held_out=5, data_fraction=0.9))
+    measured = [evaluate_run(tmp_path / "r", data=other)["images"] for other in (None, str(data), str(data / "val"))]
+    assert measured == [4, 12, 12]
+
+
 def test_numbers_are_no_names(finished: Path, tmp_path: Path) -> None:
     pictures = [{"bytes": (folder(tmp_path / "f", ["cat"]) / "val/cat/0.png").read_bytes()}] * 2
     pq.write_table(pa.table({"image": pictures, "label": [0, 1]}), tmp_path / "test.parquet")

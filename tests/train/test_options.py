@@ -14,6 +14,7 @@ from karat.runs.recipes import RECIPES
 from karat.train import step
 from karat.train.classify import Classification, train
 from karat.train.engine import Trainer
+from karat.train.measure import evaluate_run
 from karat.train.optim import create_optimizer, parameter_groups
 from karat.train.snapshot import give
 from support.pictures import images
@@ -159,7 +160,15 @@ def test_the_scale_of_float16_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_a_precision_that_the_device_lacks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"float16 needs a GPU.*bfloat16"):
         Trainer(Classification(), tiny(tmp_path / "run", amp_dtype="float16"))
-    Trainer(Classification(), tiny(tmp_path / "run"))  # and the next run is none the worse
+    train(tiny(tmp_path / "run", epochs=1))  # and the next run is none the worse
+    config = files.read_json(tmp_path / "run" / runs.CONFIG)
+    found = []
+    for kind in ("float32", "float16"):  # of a run that was trained elsewhere
+        files.write_json(
+            tmp_path / "run" / runs.CONFIG, config | {"settings": config["settings"] | {"amp_dtype": kind}}
+        )
+        found.append(evaluate_run(tmp_path / "run"))
+    assert found[0] == found[1]
 
 
 def test_a_folder_of_images_needs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

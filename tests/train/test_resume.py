@@ -163,16 +163,30 @@ def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert outcome(tmp_path / "run") == before
 
 
-def test_resume_before_the_first_checkpoint_begins_again(tmp_path: Path) -> None:
-    doomed = Doomed(Classification(), tiny(tmp_path / "run", epochs=1))
+@pytest.mark.parametrize("start", [{}, {"attn_init": "mimetic"}], ids=str)
+def test_resume_before_the_first_checkpoint_begins_again(tmp_path: Path, start: dict[str, str]) -> None:
+    doomed = Doomed(Classification(), tiny(tmp_path / "run", epochs=1, **start))
     doomed.lives = 1
     with pytest.raises(CutOff):
         doomed.fit()
-    resumed = Trainer(Classification(), tiny(tmp_path / "run", epochs=1, resume="auto"))
+    resumed = Trainer(Classification(), tiny(tmp_path / "run", epochs=1, resume="auto", **start))
     assert "before its first checkpoint" in resumed.notes[0]
     resumed.fit()
-    train(tiny(tmp_path / "fresh", epochs=1))
+    train(tiny(tmp_path / "fresh", epochs=1, **start))
     assert outcome(tmp_path / "run") == outcome(tmp_path / "fresh")
+
+
+def test_a_run_with_a_checkpoint_goes_on_without_what_it_started_from(tmp_path: Path) -> None:
+    train(tiny(tmp_path / "source", epochs=1))
+    settings = {"init": str(tmp_path / "source"), "recipe": "quick", "epochs": 2}
+    train(tiny(tmp_path / "whole", **settings))
+    doomed = Doomed(Classification(), tiny(tmp_path / "run", **settings))
+    doomed.lives = 12
+    with pytest.raises(CutOff):
+        doomed.fit()
+    (tmp_path / "source").rename(tmp_path / "gone")
+    train(tiny(tmp_path / "run", resume="auto", **settings))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
 def test_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:

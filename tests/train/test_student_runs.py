@@ -142,6 +142,11 @@ def test_what_a_run_starts_from_is_never_overwritten(
             Trainer(Classification(), tiny(mine, overwrite=True, **start))
     assert cli.main(["transfer", str(mine), "--output", str(mine), "--overwrite"]) == 2
     assert "give another --output" in capsys.readouterr().err
+    (mine / runs.CONFIG).unlink()  # no run, and yet a new one would write in the place of its files
+    for start in ("model.safetensors", "checkpoints"):
+        with pytest.raises(ValueError, match="is what this run starts from: give another --output"):
+            Trainer(Classification(), tiny(mine, init=str(mine / start)))
+    (mine / runs.CONFIG).write_bytes(before[mine / runs.CONFIG])
     assert {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()} == before
     settings = runs.read_config(mine)[0].as_dict() | {"attention": "softmax", "teacher": str(mine)}
     config = files.read_json(mine / "config.json")

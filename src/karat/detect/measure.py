@@ -71,7 +71,7 @@ def evaluate_run(
     detector, settings, categories = load_run(run, weights)
     changes: dict[str, Any] = {"workers": workers, "device": device, "images": images}
     settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
-    accelerator = create_accelerator(settings)
+    accelerator = create_accelerator(settings, training=False)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     if data is None:
         loaded = load_data(settings, rank, world_size)

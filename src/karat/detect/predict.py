@@ -47,7 +47,7 @@ def predict_images(
     detector, settings, categories = load_run(run, weights)
     if device is not None:
         settings = replace(settings, device=device)
-    accelerator = create_accelerator(settings)
+    accelerator = create_accelerator(settings, training=False)
     detector.to(accelerator.device)
     target = output or run / runs.PREDICTIONS
     target.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,9 @@ class Detection(Task[DetectSettings, DetectData]):
             before = categories_of(runs.read_config(folder, DetectSettings)[1], folder)
             check_unchanged(before.values(), data.categories.values(), folder)
         detector = build_detector(settings, data.num_classes)
-        return detector, [] if settings.init is None else load_init(detector, settings, list(data.categories.values()))
+        if settings.init is None or runs.holds_weights(folder):
+            return detector, []
+        return detector, load_init(detector, settings, list(data.categories.values()))
 
     def objective(self, settings: DetectSettings, data: DetectData) -> Objective:
         return total_loss

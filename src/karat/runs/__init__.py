@@ -20,6 +20,7 @@ from karat.runs.folder import (
     compare_folder,
     default_folder,
     holds_settings,
+    holds_weights,
     is_run,
     publish_weights,
     read_config,

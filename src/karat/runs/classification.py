@@ -26,6 +26,8 @@ SMALL_MODEL = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "nu
 DIGITS_MODEL = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 3, "num_heads": 4}
 SMALL_DATA = ("digits", "torch/cifar10", "torch/cifar100", "torch/mnist", "torch/fashion_mnist", "torch/svhn")
 SMALL_SIDE = 64
+# Of other data all is taken, from where such data usually lies.
+OTHER_DATA: dict[str, Any] = {"data_fraction": 1.0, "data_dir": None, "num_samples": None, "held_out": 0}
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,11 @@ def is_run(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
+def holds_weights(folder: Path | None) -> bool:
+    """Whether a run was saved already: then how it started is past, and what it started from may be gone."""
+    return folder is not None and bool(checkpoint.listed(folder))
+
+
 def holds_settings(folder: Path) -> bool:
     """Whether a folder's config.json is a run's: others write files of that name too."""
     config = files.read_json(folder / CONFIG)
@@ -85,12 +90,13 @@ def versions() -> dict[str, str]:
 
 
 def spare(folder: Path, *sources: str | Path | None) -> None:
-    """Raise ValueError where a new run in `folder` would remove what it starts from: that run, or a file in it."""
+    """Raise ValueError where a new run in `folder` would remove what it starts from, or write in its place."""
     for source in sources:
         if source is None:
             continue
         path, target = Path(source).expanduser().resolve(), folder.resolve()
-        if path == target or (target in path.parents and is_run(folder)):
+        within = path.relative_to(target).parts[0] if target in path.parents else None
+        if path == target or within in (*_FOLDERS, *_FILES):
             raise ValueError(f"{source} is what this run starts from: give another --output than {folder}")
 
 

@@ -27,10 +27,10 @@ from karat.train.watch import GradientWatch
 PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def create_accelerator(settings: RunSettings) -> Accelerator:
+def create_accelerator(settings: RunSettings, *, training: bool = True) -> Accelerator:
     """accelerate's view of this process: device, precision, and DDP or FSDP as the launcher says.
 
-    ValueError when the precision needs a device that is not there.
+    ValueError when `training` in a precision that needs a device which is not there; else float32 stands in for it.
     """
     # A second run in the same process may ask for another precision; the process group stays.
     AcceleratorState._reset_state()
@@ -46,7 +46,8 @@ def create_accelerator(settings: RunSettings) -> Accelerator:
         kwargs_handlers=handlers,
         step_scheduler_with_optimizer=False,
     )
-    if settings.amp_dtype == "float16" and accelerator.device.type == "cpu":  # accelerate would go on in float32
+    # accelerate would go on in float32
+    if training and settings.amp_dtype == "float16" and accelerator.device.type == "cpu":
         raise ValueError("amp_dtype=float16 needs a GPU: on the CPU give bfloat16 or float32")
     return accelerator
 

@@ -111,8 +111,9 @@ class Classification(Task[Settings, Data]):
         """As Task.build. Raises ValueError for a run to go on with whose classes had other names."""
         if folder is not None and (before := class_names(runs.read_config(folder)[1])):
             check_unchanged(before, data.class_names, folder)
-        model = plain_model(settings, data.num_classes, data.in_chans, saved=folder is not None)
-        loaded = [] if settings.init is None else load_init(model, settings, data.class_names)
+        saved = runs.holds_weights(folder)
+        model = plain_model(settings, data.num_classes, data.in_chans, saved=saved)
+        loaded = [] if saved or settings.init is None else load_init(model, settings, data.class_names)
         model = with_teacher(model, settings, data.in_chans, folder)
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)

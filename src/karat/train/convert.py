@@ -27,7 +27,7 @@ from karat.models.karatize import karatize
 from karat.models.resample import resample_tokens
 from karat.operator.config import KArAtConfig
 from karat.runs import files
-from karat.runs.classification import AUTO, Settings, preset_for, resolve
+from karat.runs.classification import AUTO, OTHER_DATA, Settings, preset_for, resolve
 from karat.runs.model import class_names, data_options, input_size
 from karat.runs.recipes import get_recipe
 from karat.runs.settings import Device
@@ -117,7 +117,7 @@ def convert_run(options: Convert, console: Console | None = None) -> dict[str, A
     settings, teacher, facts = _teacher(options)
     folder = runs.choose_folder(settings, runs.default_folder(settings))
     runs.spare(folder, options.teacher, options.checkpoint)
-    accelerator = create_accelerator(settings)
+    accelerator = create_accelerator(settings, training=False)
     few, data = _data(settings, options, class_names(facts or {}))
     if facts is not None and (data.num_classes, data.in_chans) != (facts["num_classes"], facts["in_chans"]):
         raise ValueError(
@@ -181,14 +181,8 @@ def _teacher(options: Convert) -> tuple[Settings, nn.Module | None, dict[str, An
         if options.checkpoint is not None:
             raise ValueError("--checkpoint belongs to a timm model; a run has its own weights")
         teacher, theirs, facts = softmax_run(path, options.weights)
-        if options.data not in (None, theirs.data):  # how much of their data they took, and where it lay, goes with it
-            changed |= {
-                "data": options.data,
-                "data_fraction": 1.0,
-                "num_samples": None,
-                "data_dir": None,
-                "held_out": 0,
-            }
+        if options.data not in (None, theirs.data):
+            changed |= {"data": options.data, **OTHER_DATA}
         if options.img_size not in (None, theirs.img_size or input_size(theirs.model)):
             resample_tokens(teacher, img_size=options.img_size)
             changed["img_size"] = options.img_size

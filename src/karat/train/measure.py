@@ -10,6 +10,7 @@ from karat import runs
 from karat.data.splits import load_data, same_data
 from karat.models.resample import resample_tokens
 from karat.models.transfer import teacher_of
+from karat.runs.classification import OTHER_DATA
 from karat.runs.files import write_json
 from karat.runs.model import class_names, data_options, input_size, load_run
 from karat.runs.settings import Device
@@ -38,7 +39,7 @@ def evaluate_run(
     settings, facts = runs.read_config(run)
     if device is not None:
         settings = replace(settings, device=device)
-    accelerator = create_accelerator(settings)
+    accelerator = create_accelerator(settings, training=False)
     model = load_run(run, weights)
     side = settings.img_size or input_size(settings.model)
     if img_size is not None and img_size != side:
@@ -48,15 +49,16 @@ def evaluate_run(
             resample_tokens(teacher, img_size=img_size)
     changed: dict[str, Any] = {"img_size": side, "num_classes": facts["num_classes"], "classes": class_names(facts)}
     changed |= {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    given = {"spec": data, "batch_size": batch_size, "workers": workers}
+    given = {"batch_size": batch_size, "workers": workers}
     changed |= {name: value for name, value in given.items() if value is not None}
     if data is not None:
-        changed |= {"fraction": 1.0, "num_samples": None, "whole": not same_data(data, settings.data)}
+        changed["whole"] = not same_data(data, settings.data)
+        settings = replace(settings, data=data, **OTHER_DATA | {"data_dir": settings.data_dir})
     loaded = load_data(data_options(settings, **changed))
     if loaded.in_chans != facts["in_chans"]:
         raise ValueError(f"{data} has {loaded.in_chans} channels, the model takes {facts['in_chans']}")
     measured = evaluate(model.to(accelerator.device), loaded.eval, accelerator)
-    result = {"run": str(run), "weights": weights, "data": data or settings.data, "img_size": side, **measured}
+    result = {"run": str(run), "weights": weights, "data": settings.data, "img_size": side, **measured}
     if accelerator.is_main_process:
         write_json(run / runs.EVAL, result)
     return result

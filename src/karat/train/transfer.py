@@ -14,7 +14,7 @@ from pathlib import Path
 from karat import runs
 from karat.models.kan.peers import DEEP_KAN
 from karat.runs import checkpoint, files
-from karat.runs.classification import AUTO, Settings
+from karat.runs.classification import AUTO, OTHER_DATA, Settings
 from karat.runs.model import teacher_folder
 
 
@@ -63,5 +63,5 @@ def student_defaults(teacher: Path, given: Sequence[str], model: str | None = No
     if model is not None and model.partition("(")[0] == DEEP_KAN:
         fresh = replace(fresh, patch_size=None)
     if "data" in given:
-        fresh = replace(fresh, data_fraction=1.0, data_dir=None, num_samples=None, held_out=0)
+        fresh = replace(fresh, **OTHER_DATA)
     return replace(fresh, preset=AUTO) if {"data", "recipe"} & set(given) else fresh
