@@ -67,10 +67,9 @@ class Place:
 
     def holds(self, value: Path) -> bool:
         """Whether it is there as such, or can be made."""
-        path = value.expanduser()
-        parents = path.parents if not self.folder else (path, *path.parents)
+        parents = value.parents if not self.folder else (value, *value.parents)
         there = next((one for one in parents if one.exists()), None)
-        return (there is None or there.is_dir()) and (self.folder or not path.is_dir())
+        return (there is None or there.is_dir()) and (self.folder or not value.is_dir())
 
 
 LARGEST = 2**31 - 1
@@ -157,7 +156,8 @@ def _admit(value: Any, kind: Any) -> tuple[Any, str]:
     if kind is Path and isinstance(value, str):
         value = Path(value)
     complaint = "" if _is(value, kind) else f"give {_words(kind)}"
-    return value, complaint or _TROUBLE.get(kind, lambda value: "")(value)
+    complaint = complaint or _TROUBLE.get(kind, lambda value: "")(value)
+    return value if complaint or kind is not Path else value.expanduser(), complaint
 
 
 def _admit_several(value: Any, kind: Any) -> tuple[Any, str]:

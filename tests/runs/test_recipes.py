@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from karat.runs.recipes import QUICK, RECIPES, Recipe, get_recipe
-from karat.train.optim import create_schedule
+from karat.train.optim import create_schedule, rate_note
 
 
 def test_vit_is_table_5():
@@ -91,6 +91,39 @@ def test_one_cycle_rises_to_the_peak_and_falls_by_a_cosine_from_there() -> None:
     rise = [1e-4 + (1e-2 - 1e-4) * update / 15 for update in range(15)]
     fall = [1e-5 + (1e-2 - 1e-5) * (1 + math.cos(math.pi * (update - 15) / 25)) / 2 for update in range(15, 41)]
     assert found == pytest.approx(rise + fall)
+
+
+def test_steps_are_of_ninety_epochs_as_timm_has_them() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
+    schedule = create_schedule(optimizer, QUICK.override(sched="step", epochs=200, warmup_epochs=0), 100)
+    for update, rate in ((0, 1e-2), (8999, 1e-2), (9000, 1e-3), (18000, 1e-4)):
+        schedule.step_update(update)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("sched", ["plateau", "none", "cosin"])
+def test_what_is_no_schedule_of_updates_is_refused(sched: str) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
+    with pytest.raises(ValueError, match=rf"sched.*{sched}.*use cosine, or constant"):
+        create_schedule(optimizer, QUICK.override(sched=sched), 10)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({}, False),
+        ({"min_lr": 1e-2}, False),
+        ({"min_lr": 2e-2}, True),
+        ({"min_lr": 2e-2, "sched": "constant"}, False),
+        ({"warmup_lr": 2e-2}, True),
+        ({"warmup_lr": 2e-2, "warmup_epochs": 0}, False),
+    ],
+    ids=str,
+)
+def test_a_rate_above_its_peak_is_told_of(values, said: bool) -> None:
+    optimizer = torch.optim.SGD([{"params": torch.nn.Parameter(torch.zeros(1)), "lr_scale": 0.1}], lr=1e-2)
+    recipe = QUICK.override(**values)
+    assert (rate_note(create_schedule(optimizer, recipe, 50), recipe.epochs * 50) is not None) == said
 
 
 @pytest.mark.parametrize("prefix", [False, True])

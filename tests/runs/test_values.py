@@ -62,6 +62,14 @@ def test_a_policy_that_timm_reads_is_accepted(aa: str) -> None:
     assert Recipe(aa=aa).aa == aa
 
 
+@pytest.mark.parametrize("kind", [Path, Path | None, Folder | None, tuple[Path, ...]])
+def test_a_path_below_home_is_there(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given, meant = Path("~/runs/a"), tmp_path / "runs" / "a"
+    several = get_args(kind)[1:] == (...,)
+    assert convert("output", (given,) if several else given, kind) == ((meant,) if several else meant)
+
+
 @pytest.mark.parametrize(
     ("kind", "place", "right"),
     [

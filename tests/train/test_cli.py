@@ -57,11 +57,12 @@ def test_every_setting_and_recipe_value_is_documented() -> None:
 
 
 def test_train_evaluate_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = tmp_path / "run"
+    run = tmp_path / "run[lr=0.1]"  # no markup of rich's
     assert cli.main(["train", *options(run, attention="g3b", epochs=2, model_ema_decay=0.9)]) == 0
     said = capsys.readouterr().out
     assert "epoch 2/2" in said
     assert "finished: top-1" in said
+    assert f"run: {run}\n" in said
     for name in ("config.json", "metrics.jsonl", "model.safetensors", "ema.safetensors", "summary.json"):
         assert (run / name).is_file()
     last = runs.read_history(run)[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -19,10 +20,11 @@ from karat import runs
 from karat.errors import TrainingDiverged
 from karat.runs import checkpoint, files
 from karat.runs.model import plain_model
-from karat.train import step, watch
+from karat.train import faults, step, watch
 from karat.train.classify import Classification, train
 from karat.train.engine import Trainer
 from karat.train.snapshot import take
+from support.interrupted import CutOff
 from support.pictures import images
 from support.processes import python
 from support.training import NOISY, outcome, tiny
@@ -66,6 +68,38 @@ def test_a_skipped_step_leaves_weights_and_moments_alone(tmp_path: Path) -> None
     after = take(trainer.parts, trainer.progress)
     for name, tensor in {**after.model, **after.optimizer}.items():
         assert torch.equal(tensor, kept[name]), name
+
+
+def test_a_skipped_step_leaves_running_statistics_alone(tmp_path: Path) -> None:
+    sizes = {"model": "xcit_nano_12_p8_224", "img_size": 16, "patch_size": None, "depth": 1}
+    trainer = Trainer(Classification(), tiny(tmp_path / "run", **sizes))
+    images, labels = next(iter(trainer.data.train))
+    kept = {name: tensor.clone() for name, tensor in trainer.parts.bare.named_buffers()}
+    for batch, moved in ((images * torch.inf, False), (images, True)):
+        assert step.update(trainer.parts, 5, [(batch, labels)]).applied == moved
+        found = {name for name, tensor in trainer.parts.bare.named_buffers() if not torch.equal(tensor, kept[name])}
+        assert any("running_mean" in name for name in found) == moved
+
+
+def test_an_epoch_without_an_update_has_no_training_loss(tmp_path: Path) -> None:
+    doomed = Poisoned(Classification(), tiny(tmp_path / "run", epochs=1))
+    doomed.start, doomed.period = 0, 1
+    doomed.fit()
+    assert math.isnan(runs.read_history(tmp_path / "run")[-1]["train_loss"])
+
+
+def test_a_diagnosis_that_fails_comes_after_the_last_good_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> str:
+        raise MemoryError
+
+    monkeypatch.setattr(faults, "diagnose", broken)
+    with pytest.raises(MemoryError):
+        Poisoned(Classification(), tiny(tmp_path / "run", max_bad_steps=0)).fit()
+    found = checkpoint.newest(tmp_path / "run")
+    assert found is not None
+    assert found[0].state["step"] == 2
 
 
 def test_too_many_non_finite_steps_stop_with_a_diagnosis_and_the_last_good_state(tmp_path: Path) -> None:
@@ -166,6 +200,24 @@ def test_trajectory_keeps_every_epoch_from_the_start(tmp_path: Path) -> None:
     assert [path.stem for path in kept] == [f"epoch-{number:04d}" for number in range(4)]
     last = files.read_tensors(kept[-1])
     assert all(torch.equal(last[n], t) for n, t in files.read_tensors(tmp_path / "run" / "model.safetensors").items())
+
+
+def test_a_trajectory_lacks_no_epoch_of_its_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    doomed = Trainer(Classification(), tiny(tmp_path / "run", checkpoints="trajectory"))
+    saved = doomed.save
+
+    def dying() -> None:
+        saved()
+        raise CutOff
+
+    monkeypatch.setattr(doomed, "save", dying)
+    with pytest.raises(CutOff):
+        doomed.fit()
+    assert len(checkpoint.listed(tmp_path / "run")) == 1
+    assert [path.stem for path in sorted((tmp_path / "run" / runs.TRAJECTORY).iterdir())] == [
+        "epoch-0000",
+        "epoch-0001",
+    ]
 
 
 def test_universal_operator_is_saved_once(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from karat.train import step
 from karat.train.classify import Classification, train
 from karat.train.engine import Trainer
 from karat.train.measure import evaluate_run
-from karat.train.optim import create_optimizer, parameter_groups
+from karat.train.optim import base_rate, create_optimizer, create_schedule, parameter_groups
 from karat.train.snapshot import give
 from support.pictures import images
 from support.processes import python
@@ -60,6 +60,17 @@ def test_rates_and_decay_of_the_optimiser() -> None:
             assert group["lr"] * group.get("lr_scale", 1.0) == pytest.approx(2.5e-4 if "operator" in name else 5e-5)
             decayed = parameter.ndim > 1 and "operator" not in name and name not in ("pos_embed", "cls_token")
             assert group["weight_decay"] == (recipe.weight_decay if decayed else 0), name
+
+
+def test_the_rate_that_is_reported_is_that_of_the_rest(tmp_path: Path) -> None:
+    found = []
+    for name, values in (("plain", {}), ("by layer", {"layer_decay": 0.5}), ("both", {"operator_lr_scale": 3.0})):
+        settings = tiny(tmp_path / name, attention="g3b", **values)
+        model = create_model("vit_tiny_patch16_224", "g3b", depth=1, num_classes=4, **SIZES)
+        optimizer = create_optimizer(model, settings.recipe, 16)
+        create_schedule(optimizer, settings.recipe, 3).step_update(4)
+        found.append(base_rate(optimizer))
+    assert found == pytest.approx([found[0]] * 3, rel=1e-12)
 
 
 class Noting(Trainer):

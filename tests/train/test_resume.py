@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from karat import runs
@@ -187,6 +188,20 @@ def test_a_run_with_a_checkpoint_goes_on_without_what_it_started_from(tmp_path: 
     (tmp_path / "source").rename(tmp_path / "gone")
     train(tiny(tmp_path / "run", resume="auto", **settings))
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_events_of_every_epoch_are_seen_after_a_resumption(tmp_path: Path) -> None:
+    settings = {"track": ("tensorboard",), "epochs": 4}
+    doomed = Doomed(Classification(), tiny(tmp_path / "run", **settings))
+    doomed.lives = 20
+    with pytest.raises(CutOff):
+        doomed.fit()
+    resumed = Trainer(Classification(), tiny(tmp_path / "run", resume="auto", **settings))
+    assert resumed.progress.epoch == 2
+    resumed.fit()
+    events = EventAccumulator(str(tmp_path / "run" / runs.TENSORBOARD))
+    events.Reload()
+    assert [event.step for event in events.Scalars("top1")] == [1, 2, 3, 4]
 
 
 def test_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def print_cost_table(costs: list[ModelCost]) -> None:
             f"{cost.multiply_adds / 1e9:.3f}",
             f"{cost.published['GFLOPs']:.3f}",
         )
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 _CAPTION = (

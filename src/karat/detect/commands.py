@@ -92,7 +92,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     from karat.detect.measure import evaluate_run
 
     result = evaluate_run(**vars(parsed))
-    console = Console()
+    console = Console(markup=False)
     console.print(precision_table(result))
     if "mask_AP" not in result:
         console.print("the objects have no masks: boxes alone are measured")
@@ -119,7 +119,7 @@ def predict(arguments: Sequence[str]) -> None:
     parsed = parse(lambda: tyro.cli(Predict, args=arguments, prog="karat detect predict"), "karat detect predict")
     from karat.detect.predict import predict_images
 
-    console = Console()
+    console = Console(markup=False)
     for path, count in predict_images(**vars(parsed)):
         console.print(f"{path}: {count} found", highlight=False, soft_wrap=True)
 
@@ -130,7 +130,7 @@ def compare(arguments: Sequence[str]) -> None:
     from karat.detect.compare import FIGURE, RESULT, compare_runs, table
 
     rows = compare_runs(parsed.runs, parsed.output)
-    console = Console()
+    console = Console(markup=False)
     console.print(table(rows))
     places = f"curves: {parsed.output / FIGURE}\ntable:  {parsed.output / RESULT}"
     console.print(places, highlight=False, soft_wrap=True)

@@ -73,7 +73,7 @@ def paper(arguments: Sequence[str]) -> None:
     parsed = parse(lambda: tyro.cli(Paper, args=arguments, prog="karat paper"), "karat paper")
     given = {f"--{n.replace('_', '-')}": str(v) for n in OF_A_RUN if (v := getattr(parsed, n)) is not None}
     _check(parsed, given)
-    console = Console()
+    console = Console(markup=False)
     if parsed.run is not None:
         if parsed.table is None:
             raise ValueError(f"--run {parsed.run}: of which table? e.g. karat paper table1 --run {parsed.run}")

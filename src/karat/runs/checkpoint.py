@@ -61,10 +61,12 @@ def write(run: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         files.write_json(draft / STATE, checkpoint.state)
         files.write_manifest(draft)
         files.sync(draft)
-        if target.exists():  # the same step again: after a resume from an older one, bit-equal by construction
-            shutil.rmtree(target)
+        aside = folder / f".{target.name}.old.tmp"
+        if target.exists():  # the same step again, of an epoch that was ended since or a run resumed from before
+            target.rename(aside)  # removing it takes longer than no checkpoint of the step may be there
         draft.rename(target)
         files.sync(folder)
+        shutil.rmtree(aside, ignore_errors=True)
         for later in [path for path in listed(run) if path.name > target.name]:
             shutil.rmtree(later, ignore_errors=True)  # refused when the run resumed from before them
     except OSError as error:

@@ -54,7 +54,8 @@ def draft_of(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # nor may its folder be one
+            draft.unlink()
 
 
 def sweep(folder: Path, names: Collection[str] = ()) -> None:
@@ -66,7 +67,8 @@ def sweep(folder: Path, names: Collection[str] = ()) -> None:
     for path in folder.glob(".*"):
         found = re.match(r"\.karat-(\d+)\.", path.name) or (names and re.match(rf"\.(?:{earlier})", path.name))
         if found and not path.is_dir() and not any(_runs(number) for number in found.groups() if number):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another user's stays
+                path.unlink()
 
 
 @functools.lru_cache

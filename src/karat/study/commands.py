@@ -68,7 +68,7 @@ def compare(arguments: Sequence[str]) -> None:
     from karat.study.compare import compare as run
 
     seeds = 1 if parsed.seeds is None else parsed.seeds
-    run(parsed.attentions, settings, seeds=seeds, console=Console(), opened=opened)
+    run(parsed.attentions, settings, seeds=seeds, console=Console(markup=False), opened=opened)
 
 
 def _common(document: Document, arguments: Sequence[str], opened: Opener) -> Settings:
@@ -116,7 +116,7 @@ def _study(parsed: CompareSettings, document: Document, common: Settings, opened
     if not parsed.time:
         plan = settle(plan, read_times(plan))
     chosen = plan.only(parsed.attentions)
-    console = Console()
+    console = Console(markup=False)
     failed: dict[str, str] = {}
     if parsed.time:
         measure_times(plan, only=parsed.attentions, rounds=9 if parsed.rounds is None else parsed.rounds)
@@ -153,7 +153,7 @@ def _tried(plan: Plan, asked: Trials, parsed: CompareSettings, opened: Opener) -
 
     chosen, runs, failed = choose(plan, asked), trial_plan(plan, asked), dict[str, str]()
     while chosen is None and not (parsed.only_table or parsed.time):
-        failed |= train_all(runs, console=Console(), measure=False, before=runs.write, opened=opened)
+        failed |= train_all(runs, console=Console(markup=False), measure=False, before=runs.write, opened=opened)
         chosen = choose(plan, asked, failed)
         if chosen is None:
             time.sleep(5)  # another process trains the last ones

@@ -11,7 +11,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 
 from karat.operator.config import KArAtConfig
 from karat.runs.settings import RunSettings
@@ -24,6 +24,7 @@ from karat.train.state import bare
 from karat.train.task import Objective, Task
 from karat.train.watch import GradientWatch
 
+STATISTICS = ("running_", "num_batches_")
 PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -76,6 +77,7 @@ class Parts:
     ema: WeightAverage | None
     objective: Objective  # of the model and a batch on its device
     watch: GradientWatch
+    statistics: list[Tensor]  # the model's buffers that a forward pass changes: means and variances of batches
     parameters: int
     loaded: list[Transplanted]  # what --init took over, kept or dropped
 
@@ -116,6 +118,7 @@ def assemble(
         ema=None if recipe.model_ema_decay is None else WeightAverage(plain, recipe.model_ema_decay),
         objective=task.objective(settings, data),
         watch=GradientWatch(plain),
+        statistics=[x for n, x in plain.named_buffers() if n.rpartition(".")[2].startswith(STATISTICS)],
         parameters=count,
         loaded=loaded,
     )

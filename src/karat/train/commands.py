@@ -101,7 +101,7 @@ def train_and_say(task: Task[Any, Any], settings: RunSettings) -> None:
     """Train to the end on the terminal, and say how it ended."""
     from karat.train.engine import Trainer
 
-    trainer = Trainer(task, settings, console=Console())
+    trainer = Trainer(task, settings, console=Console(markup=False))
     summary = trainer.fit()
     trainer.say(f"finished: {task.result(summary)}, {summary['parameters']:,} parameters\nrun: {summary['folder']}")
 
@@ -150,7 +150,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     from karat.train.measure import evaluate_run
 
     result = evaluate_run(**vars(parsed))
-    Console().print(
+    Console(markup=False).print(
         f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  loss {result['eval_loss']:.4f}  "
         f"({result['images']} images)\nsaved: {parsed.run / runs.EVAL}",
         highlight=False,

@@ -239,7 +239,7 @@ def _write(
 def convert(arguments: Sequence[str]) -> None:
     """karat convert."""
     options = parse(lambda: tyro.cli(Convert, args=arguments, prog="karat convert"), "karat convert")
-    console = Console()
+    console = Console(markup=False)
     report = convert_run(options, console)
     console.print(f"run: {report['folder']}", highlight=False, soft_wrap=True)
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from karat import runs
 from karat.runs import checkpoint, files
 from karat.runs.settings import RunSettings
-from karat.train import faults, init, memory, randomness, reports, state, step, track, watch
+from karat.train import faults, init, memory, optim, randomness, reports, state, step, track, watch
 from karat.train.build import assemble, create_accelerator
 from karat.train.snapshot import Progress, give, take
 from karat.train.task import Batch, Task
@@ -71,8 +71,7 @@ class Trainer:
         self.changing = False  # weights and progress are being changed: not a moment to save
         self.notes = task.notes(self.data)
         self.step_seconds: list[float] = []  # of this epoch's updates since the start or the resumption
-        begin = self._resume if resuming else self._begin
-        begin()
+        (self._resume if resuming else self._begin)()
         if self.main:
             task.keep(settings, self.folder)
 
@@ -92,8 +91,8 @@ class Trainer:
     def _note_the_start(self) -> None:
         """What is kept of the untrained model: the sizes of its operators, and its weights where a path is wanted."""
         self.progress.operators = watch.sizes(self.parts.bare)
-        if self.progress.operators and (warning := watch.rate_warning(self.recipe)):
-            self.notes.append(warning)
+        own = watch.rate_warning(self.recipe) if self.progress.operators else None
+        self.notes += filter(None, (own, optim.rate_note(self.parts.schedule, self.total_steps)))
         if self.settings.checkpoints == "trajectory":
             self._save_trajectory()
 
@@ -175,7 +174,7 @@ class Trainer:
 
     def say(self, text: str) -> None:
         """Print a text as it stands."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _open_loader(self) -> Iterator[Batch]:
         """This epoch's batches from where the run stands, without touching the training's random states."""
@@ -254,9 +253,9 @@ class Trainer:
         if p.bad_steps < self.settings.max_bad_steps:
             p.bad_steps += 1
             return
+        self.save()  # before a look at the batch, which may need more memory than there is
         images = send_to_device(group[-1][0], self.accelerator.device)
         why = faults.diagnose(self.parts.bare, images, step.bad_gradients(self.parts))
-        self.save()
         found = f"now loss {outcome.loss:.4g}, gradient norm {outcome.norm:.4g}; {why}"
         raise faults.diverged(p.step, p.bad_steps + 1, found, self.folder)
 
@@ -308,7 +307,7 @@ class Trainer:
         line = reports.epoch_line(
             p,
             measured,
-            lr=self.parts.optimizer.param_groups[0]["lr"],
+            lr=optim.base_rate(self.parts.optimizer),
             images=self.data.train.num_samples,
             bad_images=self.data.bad_images,
             step_seconds=self.step_seconds,
@@ -324,10 +323,10 @@ class Trainer:
         metric = self.task.metric
         if not p.best or line[metric] > p.best[metric]:
             p.best = {metric: line[metric], "epoch": p.epoch, "checkpoint": checkpoint.name_of(p.step)}
+        if self.settings.checkpoints == "trajectory":  # first: a run that goes on from the checkpoint lacks none
+            self._save_trajectory()
         self.changing = False
         self.save()
-        if self.settings.checkpoints == "trajectory":
-            self._save_trajectory()
         if self.main:
             runs.write_history(self.folder, p.history)
             runs.publish_weights(self.folder, self.saved)

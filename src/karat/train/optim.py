@@ -24,6 +24,8 @@ from karat.operator.operator import KArAtOperator
 from karat.runs.checkpoint import pack_optimizer, unpack_optimizer
 from karat.runs.optimisation import Optimisation
 
+STEP_EPOCHS = 90  # timm's: under sched step the rate falls tenfold every so many epochs
+
 
 def operator_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The learnable parameters of every KArAt operator in `model`, each once, by name."""
@@ -124,25 +126,54 @@ def _try_out(recipe: Optimisation, total_batch: int, device: torch.device) -> An
 def create_schedule(optimizer: torch.optim.Optimizer, recipe: Optimisation, updates_per_epoch: int) -> Scheduler:
     """timm's schedule, stepped per update: it is a function of the number of updates and keeps no state.
 
-    Raises ValueError for a schedule that timm doesn't have, and a milestone inside a warm-up that comes before it.
+    Raises ValueError for a schedule that timm doesn't have or steps by epochs only, and a milestone inside a warm-up
+    that comes before it.
     """
     total = recipe.epochs * updates_per_epoch
     warmup = min(math.ceil(recipe.warmup_epochs * updates_per_epoch), max(total - 1, 0))
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=recipe.sched,
-        num_epochs=max(total - warmup if recipe.warmup_prefix else total, 1),  # timm's decay would end beyond the run
-        warmup_epochs=warmup,
-        warmup_prefix=recipe.warmup_prefix,
-        warmup_lr=recipe.warmup_lr,
-        min_lr=recipe.min_lr,
-        decay_milestones=_milestones(recipe, total, warmup),
-        step_on_epochs=False,
-        updates_per_epoch=1,
-    )
+    milestones = _milestones(recipe, total, warmup)
+    step: Any = {"decay_epochs": STEP_EPOCHS * updates_per_epoch} if recipe.sched == "step" else {}
+    why = "is no schedule"
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=recipe.sched,
+            # timm's decay would end beyond the run
+            num_epochs=max(total - warmup if recipe.warmup_prefix else total, 1),
+            warmup_epochs=warmup,
+            warmup_prefix=recipe.warmup_prefix,
+            warmup_lr=recipe.warmup_lr,
+            min_lr=recipe.min_lr,
+            decay_milestones=milestones,
+            step_on_epochs=False,
+            updates_per_epoch=1,
+            **step,
+        )
+    except (AssertionError, ValueError) as error:
+        scheduler, why = None, f"can't be used ({first_line(error).rstrip('.')})"
     if scheduler is None:
-        raise ValueError(f"sched {recipe.sched!r} is no schedule: use cosine, or constant for an unchanging rate")
+        raise ValueError(f"sched {recipe.sched!r} {why}: use cosine, or constant for an unchanging rate")
     return scheduler
+
+
+def base_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The present rate of the parameters that have neither layer decay nor a factor of their own."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"] / group.get("lr_scale", 1.0))
+
+
+def rate_note(schedule: Scheduler, updates: int) -> str | None:
+    """What to say of a run whose rate begins or ends above its peak; None where there is nothing to say."""
+    peak, ends = schedule.base_values[0], []
+    for update in (0, updates - 1):
+        schedule.step_update(update)
+        ends.append(base_rate(schedule.optimizer))
+    if max(ends) <= 1.001 * peak:
+        return None
+    return (
+        f"the learning rate begins at {ends[0]:.3g} and ends at {ends[1]:.3g}, its peak is {peak:.3g}: raise --lr or "
+        "the batch, or lower --warmup-lr and --min-lr"
+    )
 
 
 def _milestones(recipe: Optimisation, total: int, warmup: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ def epoch_line(
         "epoch": progress.epoch,
         "step": progress.step,
         "lr": lr,
-        "train_loss": progress.loss_sum / max(progress.applied, 1),
+        "train_loss": progress.loss_sum / progress.applied if progress.applied else math.nan,
         **measured,
         "seconds": progress.seconds,
         "ms_per_step": 1e3 * statistics.median(step_seconds or [0.0]),

@@ -37,7 +37,8 @@ class Outcome:
 def update(parts: Parts, step: int, group: list[Batch]) -> Outcome:
     """Update the weights from a group of batches whose gradients are averaged; a non-finite one leaves them alone.
 
-    Where nothing was applied the gradients stay in place, for a diagnosis; the next update clears them.
+    So it does the running statistics of layers that keep such. Where nothing was applied the gradients stay in place,
+    for a diagnosis; the next update clears them.
 
     Args:
         step: how many updates came before, which fixes the learning rate.
@@ -46,7 +47,7 @@ def update(parts: Parts, step: int, group: list[Batch]) -> Outcome:
     accelerator, recipe = parts.accelerator, parts.settings.recipe
     parts.optimizer.zero_grad()
     parts.schedule.step_update(step)
-    losses = []
+    losses, statistics = [], [tensor.clone() for tensor in parts.statistics]
     for index, batch in enumerate(group):
         moved = send_to_device(batch, accelerator.device, non_blocking=True)
         last = index == len(group) - 1
@@ -72,6 +73,8 @@ def update(parts: Parts, step: int, group: list[Batch]) -> Outcome:
             parts.ema.update()
         note = None if median is None else burst_warning(step, norm_value, median, recipe)
         return Outcome(loss_value, norm_value, applied=True, fault=False, operator_norm=own, note=note)
+    for tensor, before in zip(parts.statistics, statistics, strict=True):
+        tensor.copy_(before)
     scaler = accelerator.scaler
     harmless = scaler is not None and math.isfinite(loss_value) and scaler.get_scale() > 1
     if scaler is not None:

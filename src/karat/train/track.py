@@ -21,12 +21,12 @@ class Tracker(Protocol):
 
 
 class TensorBoardTracker:
-    """Event files in RUN/tensorboard; events from `first_epoch` on are replaced when a run resumes."""
+    """Event files in RUN/tensorboard; events after the epochs that are `done` are replaced when a run resumes."""
 
-    def __init__(self, run: Path, first_epoch: int) -> None:
+    def __init__(self, run: Path, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run / runs.TENSORBOARD), purge_step=first_epoch or None)
+        self.writer = SummaryWriter(str(run / runs.TENSORBOARD), purge_step=done + 1 if done else None)
 
     def log(self, values: Mapping[str, float], epoch: int) -> None:
         for name, value in values.items():
@@ -53,11 +53,10 @@ class HostedTracker:
         self.library.finish()
 
 
-def trackers(names: tuple[str, ...], run: Path, config: Mapping[str, Any], first_epoch: int) -> list[Tracker]:
+def trackers(names: tuple[str, ...], run: Path, config: Mapping[str, Any], done: int) -> list[Tracker]:
     """The trackers of these names, which the settings have checked; ValueError for one that is not installed."""
     return [
-        TensorBoardTracker(run, first_epoch) if name == "tensorboard" else HostedTracker(name, run, config)
-        for name in names
+        TensorBoardTracker(run, done) if name == "tensorboard" else HostedTracker(name, run, config) for name in names
     ]
 
 
@@ -100,4 +99,5 @@ class Bar:
             f"{measured}  {line['images_per_second']:.0f} images/s  {minutes}:{seconds:02d} left",
             highlight=False,
             soft_wrap=True,
+            markup=False,
         )

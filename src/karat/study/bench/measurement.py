@@ -25,7 +25,7 @@ class Measurement:
 
     def show(self) -> None:
         """Print the environment and the table."""
-        console = Console(width=None if sys.stdout.isatty() else 140)
+        console = Console(markup=False, width=None if sys.stdout.isatty() else 140)
         console.print(", ".join(f"{key} {value}" for key, value in environment().items()), highlight=False)
         table = Table(title=self.title)
         for i, column in enumerate(self.rows[0]):
