@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -104,6 +106,30 @@ def test_class_maps_take_the_class_tokens_row(prefix: int) -> None:
     assert torch.equal(maps, row[..., prefix:].reshape(2, 3, 2, 3))
     assert torch.equal(class_maps(sigma, (2, 3)), maps.clamp_min(0))
     assert rollout_maps(sigma[:, 0], (2, 3)).shape == (2, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prefix", "pooled"),
+    [
+        ({}, 1, False),
+        ({"global_pool": "avg"}, 1, True),
+        ({"class_token": False, "global_pool": "avg"}, 0, True),
+        ({"class_token": False, "reg_tokens": 4, "no_embed_class": True, "global_pool": "avg"}, 4, True),
+        ({"reg_tokens": 4, "no_embed_class": True}, 5, False),
+    ],
+)
+def test_maps_are_of_the_tokens_that_the_head_reads(arguments: dict[str, Any], prefix: int, pooled: bool) -> None:
+    """The class token's row where the output hangs on that row alone, else the mean over the patches'."""
+    model = karat.create_model("vit_tiny_patch16_224", attention="softmax", **SMALL, **arguments).eval()
+    grid = grid_of(model)
+    sigma = attention_of(model, torch.randn(2, 3, 16, 16))[-1].sigma
+    assert grid == (4, 4)
+    assert sigma.shape[-1] == prefix + 16
+    row = sigma[:, :, prefix:].mean(2) if pooled else sigma[:, :, 0]
+    torch.testing.assert_close(class_maps(sigma, grid).flatten(-2), row[..., prefix:])
+    flow = rollout([sigma, sigma])
+    row = flow[:, prefix:].mean(1) if pooled else flow[:, 0]
+    torch.testing.assert_close(rollout_maps(flow, grid).flatten(-2), row[..., prefix:])
 
 
 def test_region_is_the_smallest_one() -> None:

@@ -7,8 +7,19 @@ import pytest
 import torch
 
 import karat
-from karat.analyze.functions import coefficients, curves, learned_head, operator_of_block, operators_of, score_range
+from karat.analyze.attention import attention_of
+from karat.analyze.functions import (
+    arguments_of,
+    coefficients,
+    curves,
+    instead_of_edges,
+    learned_head,
+    operator_of_block,
+    operators_of,
+    score_range,
+)
 from karat.analyze.symbolic import fit_formula
+from support.small_models import small_model
 
 X = np.linspace(-3, 3, 201)
 
@@ -36,6 +47,43 @@ def test_all_edges_come_when_none_are_chosen() -> None:
     found = curves(op, 0, torch.linspace(-1, 1, 4))
     assert torch.equal(found.values, op.edges(found.x)[:, 0].flatten(1).T.detach())
     assert found.joined(found).values.shape == (30, 4)
+
+
+@pytest.mark.parametrize(("N", "count"), [(17, 40), (5, 14), (7, 20), (1, 2)])
+def test_no_edge_comes_twice(N: int, count: int) -> None:
+    found = curves(karat.KArAtOperator(2, N, "g1b,rank=3"), 0, torch.linspace(-1, 1, 4), edges=count)
+    assert len(set(zip(found.outputs.tolist(), found.inputs.tolist(), strict=True))) == count
+    assert set(found.outputs.tolist()) == {0, 1, 2} or count < 3
+
+
+@pytest.mark.parametrize("order", ["WPhi", "PhiPhi", "PhiW"])
+def test_edges_act_on_scores_or_on_what_w_makes_of_them(order: str) -> None:
+    """Σ_q φ_nq of the arguments is what the first layer gives."""
+    small = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 3}
+    attention = f"g2b,rank=2,softmax_heads=(0,),order={order}"
+    model = karat.create_model("vit_tiny_patch16_224", attention=attention, **small).eval()
+    (block,), op = attention_of(model, torch.randn(2, 3, 8, 8)), operator_of_block(model, 0)
+    assert op is not None
+    arguments = arguments_of(op, block)  # (B,H',M,Q)
+    each = torch.stack([op.edges(arguments[:, h])[..., h, :, :].diagonal(dim1=-3, dim2=-1) for h in range(2)], 1)
+    sums = each.sum(-1)  # (B,H',M,P)
+    if order == "PhiW":
+        torch.testing.assert_close(sums, block.sigma[:, 1:], atol=1e-5, rtol=1e-4)
+    else:
+        assert torch.equal(arguments, block.scores[:, 1:])
+
+
+def test_what_has_no_edges_is_called_by_its_name() -> None:
+    names = {}
+    for name, attention in (("vit", "softmax"), ("vit", "diff"), ("convit", "g1b"), ("vit", "sigmoid")):
+        model = small_model(name, attention, **({"num_heads": 2} if attention == "diff" else {}))
+        names[name, attention] = instead_of_edges(model, 0, operator_of_block(model, 0))
+    assert list(names.values()) == [
+        "keeps softmax",
+        "keeps differential attention",
+        "keeps gated positional attention (GPSA)",
+        "keeps sigmoid",
+    ]
 
 
 def test_heads_and_blocks_that_are_not_there() -> None:

@@ -55,6 +55,16 @@ def test_parameters_that_do_not_matter_and_linear_losses_have_zeros() -> None:
     assert Hessian(lambda: x.sum(), [x]).times(torch.ones(2, dtype=torch.float64)).tolist() == [0, 0]
 
 
+def test_no_curvature_has_zeros_and_none_that_is_finite_is_said() -> None:
+    x = nn.Parameter(torch.ones(4, dtype=torch.float64))
+    assert top_eigenvalues(Hessian(lambda: x.sum(), [x]), 2).tolist() == [0, 0]
+    one_class = nn.Linear(3, 1)
+    images, labels = torch.randn(5, 3), torch.zeros(5, dtype=torch.long)
+    assert curvature(one_class, images, labels, count=1, samples=2).eigenvalues.tolist() == [0]
+    with pytest.raises(ValueError, match="no finite second derivatives"):
+        top_eigenvalues(Hessian(lambda: (x**2).sum() * torch.nan, [x]), 1)
+
+
 def test_bad_counts_are_refused() -> None:
     hessian, _ = hessian_of_quadratic()
     with pytest.raises(ValueError, match="between 1 and 5, got 6"):

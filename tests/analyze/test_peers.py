@@ -42,6 +42,13 @@ def test_points_of_comparisons_and_runs(tmp_path: Path) -> None:
     ]
 
 
+def test_a_studys_comparison_has_the_data_of_each_variants_runs(tmp_path: Path) -> None:
+    row = {"attention": "small", "parameters": 1_000_000, "top1": 40.5, "runs": ["elsewhere/one"]}
+    run(tmp_path / "study" / "one")
+    (tmp_path / "study" / runs.COMPARISON).write_text(json.dumps({"rows": [row]}))
+    assert [(p.label, p.dataset) for p in measured_points([tmp_path / "study"])] == [("small", "digits")]
+
+
 def test_published_points_are_those_of_the_tables() -> None:
     by_label = {point.label: point for point in published_points()}
     assert [by_label[f"KAT-{size}"].top1 for size in "TSB"] == [74.6, 81.2, 82.3]

@@ -11,6 +11,7 @@ def test_settings_are_read_from_a_contenders_name() -> None:
     found = settings_of("bspline(grid=4,order=2)-u,rank=4/grkan")
     assert (found["basis"], found["grid"], found["bspline order"], found["order"]) == ("bspline", 4, 2, "WPhi")
     assert (found["rank"], found["sharing"], found["mlp"]) == (4, "universal", "grkan")
+    assert settings_of("g1b/mimetic")["attn_init"] == "mimetic"
 
 
 def test_seeds_are_averaged_and_values_ordered() -> None:
@@ -43,3 +44,11 @@ def test_a_setting_that_does_not_differ_is_refused() -> None:
         sweep([("g1b", 1.0), ("g3b", 2.0)], "rank")
     with pytest.raises(ValueError, match="these differ in nothing"):
         sweep([("g1b", 1.0), ("softmax", 2.0)])
+
+
+def test_runs_of_another_model_are_no_seeds() -> None:
+    named = [("g1b", 1.0), ("g1b", 5.0), ("g3b", 2.0), ("softmax", 4.0), ("softmax", 8.0)]
+    found = sweep(named, beside=["", "model other", "", "", "model other"])
+    assert found.lines[""].mean == (1.0, 2.0)
+    assert found.lines["model other"].mean == (5.0, None)
+    assert found.reference == {"softmax": 4.0, "softmax, model other": 8.0}

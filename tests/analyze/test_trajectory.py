@@ -78,6 +78,12 @@ def test_distance_from_the_plane_is_reported(tmp_path: Path) -> None:
     assert found.distances[0] == pytest.approx(0, abs=3e-4)
 
 
+def test_checkpoints_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    checkpoints, centre = planted(tmp_path, torch.tensor([[3.0, 1.0], [1.0, torch.nan], [0.0, 0.0]]))
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        principal_plane(checkpoints, centre)
+
+
 def test_a_line_and_foreign_weights_are_refused(tmp_path: Path) -> None:
     checkpoints, centre = planted(tmp_path, torch.tensor([[1.0, 0.0], [2.0, 0.0], [4.0, 0.0]]))
     with pytest.raises(ValueError, match="span no plane"):

@@ -35,6 +35,12 @@ def test_histograms_along_checkpoints(tmp_path: Path) -> None:
     assert found["operator coefficients"].steps.tolist() == pytest.approx([0, 1, 1])
 
 
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "0.safetensors", {"head.weight": torch.tensor([1.0, torch.nan])})
+    with pytest.raises(ValueError, match=r"head\.weight holds NaN or Inf"):
+        histograms([(0, tmp_path / "0.safetensors")])
+
+
 def test_every_kind_is_told_by_name() -> None:
     kinds = {
         "blocks.3.attn.operator.gate": "operator gates",

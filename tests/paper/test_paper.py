@@ -221,6 +221,13 @@ def test_results_find_their_rows(tmp_path):
         compare(rows(), [tmp_path / "nowhere"])
 
 
+def test_a_shorter_run_and_other_images_are_told_beside_the_published_figure(tmp_path):
+    values = {"model": "vit_tiny_patch16_224", "recipe": "vit", "data": "torch/cifar10", "attention": "g3b"}
+    ours = make_run(tmp_path / "a", 70.5, **values, epochs=2, held_out=500)
+    (_, run), *_ = compare(rows(1), [ours])
+    assert run.caveat == "2 of 100 epochs done, measured on 500 training images held out"
+
+
 def test_a_detector_finds_its_rows(tmp_path):
     for name, init in (("random", None), ("started", "x")):
         settings = DetectSettings.make(model="vit_base_patch16_224", attention="g1u", data="coco", init=init)

@@ -69,12 +69,18 @@ def check_head(head: int, num_heads: int) -> int:
     return head
 
 
+class PooledGrid(tuple[int, int]):
+    """(h, w) of a model whose head reads the patches: it has no class token, or one that it leaves aside."""
+
+
 def grid_of(model: nn.Module) -> tuple[int, int]:
-    """(h, w): the patches of an image. Raises ValueError for a model without patches."""
+    """(h, w): the patches of an image, a `PooledGrid` where the head reads them. ValueError for a model without any."""
     size = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if size is None:
         raise ValueError(f"{type(model).__name__} has no grid of patches; maps need a ViT, DeiT or ConViT")
-    return int(size[0]), int(size[1])
+    grid = int(size[0]), int(size[1])
+    pooled = getattr(model, "cls_token", "elsewhere") is None or getattr(model, "global_pool", "") not in ("token", "")
+    return PooledGrid(grid) if pooled else grid
 
 
 def num_prefix_tokens(sigma: Tensor, grid: tuple[int, int]) -> int:
@@ -92,11 +98,12 @@ def num_prefix_tokens(sigma: Tensor, grid: tuple[int, int]) -> int:
 def class_maps(sigma: Tensor, grid: tuple[int, int], *, signed: bool = False) -> Tensor:
     """How strongly the class token looks at each patch: σ (B,H,N,N) -> (B,H,h,w).
 
-    Row 0 of σ over the patch keys; without a class token the mean over all queries. Negative values, which KArAt
-    has, are clipped to zero as in the paper's figures, or kept with `signed`.
+    Row 0 of σ over the patch keys; where the head reads the patches (no class token, a `PooledGrid`) the mean over
+    theirs. Negative values, which KArAt has, are clipped to zero as in the paper's figures, or kept with `signed`.
     """
     prefix = num_prefix_tokens(sigma, grid)
-    row = sigma[..., 0, :] if prefix else sigma.mean(-2)
+    pooled = not prefix or isinstance(grid, PooledGrid)
+    row = sigma[..., prefix:, :].mean(-2) if pooled else sigma[..., 0, :]
     maps = row[..., prefix:].unflatten(-1, grid)
     return maps if signed else maps.clamp_min(0)
 
@@ -128,7 +135,7 @@ def rollout(blocks: list[Tensor], *, residual: float = 0.5) -> Tensor:
 
 
 def rollout_maps(flow: Tensor, grid: tuple[int, int]) -> Tensor:
-    """What reaches the class token (all tokens, without one) from each patch: (B,N,N) -> (B,h,w)."""
+    """What reaches the class token, or the patches where the head reads them, from each patch: (B,N,N) -> (B,h,w)."""
     return class_maps(flow.unsqueeze(1), grid).squeeze(1)
 
 

@@ -26,7 +26,7 @@ from karat.analyze.attention import (
     rollout,
     rollout_maps,
 )
-from karat.analyze.functions import drawn_curves, operator_of_block
+from karat.analyze.functions import arguments_of, drawn_curves, instead_of_edges, operator_of_block
 from karat.analyze.loading import Run, Samples, open_run
 from karat.analyze.quality import measures
 from karat.operator.operator import KArAtOperator
@@ -49,18 +49,6 @@ class HeadView:
     note: str
 
 
-# What is said of a head without edge functions, by whether it learns.
-NO_EDGES = {
-    False: "This head keeps {kept}: it has no edge functions.",
-    True: "This head mixes tokens by a learned matrix, blind to the scores: it has no edge functions.",
-}
-
-
-def _no_edges(learned: KArAtOperator | None) -> str:
-    fixed = learned is None or learned.config.is_fixed
-    return NO_EDGES[not fixed].format(kept="softmax" if learned is None else learned.config)
-
-
 class Explorer:
     """A run's model and what it does to an image; without the browser, so that it can be scripted."""
 
@@ -81,20 +69,25 @@ class Explorer:
         chosen = choose_block(blocks, block)
         check_head(head, chosen.sigma.shape[1])
         scores, sigma = chosen.scores[:1, head : head + 1], chosen.sigma[:1, head : head + 1]
-        learned = operator_of_block(self.model, block)
-        learns = learned is not None and head in learned.karat_heads
-        has_edges = learned is not None and learns and learned.config.has_edges
+        op = operator_of_block(self.model, block)
+        op = op if op is not None and head in op.karat_heads else None  # the head's
         softmax = chosen.softmax[:1, head : head + 1]
-        shown = {"σ(A)": sigma[0, 0]} | ({"softmax(A)": softmax[0, 0]} if learns else {})
+        shown = {"σ(A)": sigma[0, 0]} | ({} if op is None else {"softmax(A)": softmax[0, 0]})
         own, fixed = measures(sigma), measures(softmax)
         names = [name for name in own if name != "head_diversity"]
-        drawn, note = self._maps(samples, blocks, sigma, softmax if learns else None, signed)
+        drawn, note = self._maps(samples, blocks, sigma, None if op is None else softmax, signed)
+        functions = None
+        if op is not None and op.config.has_edges:
+            functions = self._functions(op, block, head, chosen)
+        else:
+            blind = ", blind to the scores" if op is not None and op.config.is_static else ""
+            note += f" This head {instead_of_edges(self.model, block, op)}{blind}: it has no edge functions."
         return HeadView(
             maps=drawn,
             matrices=figures.draw_matrices(scores[0, 0], shown),
-            functions=self._functions(learned, block, head, scores) if has_edges else None,
+            functions=functions,
             numbers={name: (float(own[name][0]), float(fixed[name][0])) for name in names},
-            note=note if has_edges else f"{note} {_no_edges(learned if learns else None)}".strip(),
+            note=note.strip(),
         )
 
     def _record(self, path: Path, stamp: tuple[int, int]) -> tuple[Samples, list[BlockAttention]]:
@@ -115,10 +108,12 @@ class Explorer:
         regions = {name: region(maps) for name, maps in found.items()}
         return figures.draw_regions(samples.pixels, found, regions, scale=1.2, maps_too=True), ""
 
-    def _functions(self, op: Any, block: int, head: int, scores: Tensor) -> Figure:
+    def _functions(self, op: KArAtOperator, block: int, head: int, seen: BlockAttention) -> Figure:
         title = f"block {block}, head {head}"
-        found, near = drawn_curves(op, head, scores)
-        return figures.draw_functions({title: found}, {title: near}, {title: scores}, scale=1.4)
+        arguments = arguments_of(op, seen)[:1, op.karat_heads.index(head)]
+        found, near = drawn_curves(op, head, arguments)
+        shown = {title: found}, {title: near}, {title: arguments}
+        return figures.draw_functions(*shown, argument=op.order.argument, scale=1.4)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

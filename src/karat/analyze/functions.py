@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from karat.analyze.attention import check_head, choose_block
+from karat.analyze.attention import BlockAttention, check_head, choose_block
 from karat.analyze.symbolic import Formula, fit_formula
 from karat.models.record import recorded
 from karat.operator.edges import EdgeLayer
@@ -52,6 +54,13 @@ def operator_of_block(model: nn.Module, block: int) -> KArAtOperator | None:
     return choose_block(recorded(model), block)[1]
 
 
+def instead_of_edges(model: nn.Module, block: int, op: KArAtOperator | None) -> str:
+    """What a block, or a head of it, without edge functions does, in words; `op` is the operator that serves it."""
+    if op is None:
+        return f"keeps {choose_block(recorded(model), block)[0].kind.stays or 'softmax'}"
+    return "mixes tokens by a learned matrix" if op.config.is_static else f"keeps {op.config}"
+
+
 def learned_head(op: KArAtOperator, head: int) -> int:
     """The place of a head of the model among those that learn. Raises ValueError for one that keeps softmax."""
     check_head(head, op.num_heads)
@@ -75,28 +84,35 @@ def curves(
     Raises ValueError for a head that isn't there or keeps softmax, or a layer that isn't there.
     """
     place = learned_head(op, head)
-    width = len(op.karat_heads) * _layer(op, layer).inputs * _layer(op, layer).outputs
-    step = max(1, CHUNK_NUMBERS // width)
-    P, Q = _layer(op, layer).outputs, _layer(op, layer).inputs
+    edges_of = _layer(op, layer)
+    P, Q = edges_of.outputs, edges_of.inputs
+    rows = max(1, CHUNK_NUMBERS // (len(op.karat_heads) * P * Q))
     count = P * Q if edges is None else min(edges, P * Q)
     if count < 1:
         raise ValueError(f"edges must be >= 1, got {edges}")
     if spread:
-        chosen = torch.linspace(0, P * Q - 1, count).round().long()
-        # Evenly through the flat list would visit one input again and again where Q divides the step.
-        chosen = (chosen + torch.arange(count)) % (P * Q) if count < P * Q else chosen
+        # By a step without a factor in common with P·Q, about a golden section: no edge comes twice, and no input or
+        # output again and again.
+        step = next(s for s in itertools.count(round(0.618 * P * Q)) if math.gcd(s, P * Q) == 1)
+        chosen = torch.arange(count) * step % (P * Q) if count < P * Q else torch.arange(count)
     else:
-        energy = sum(op.edges(part, layer)[..., place, :, :].square().sum(0) for part in x.split(step))
+        energy = sum(op.edges(part, layer)[..., place, :, :].square().sum(0) for part in x.split(rows))
         assert isinstance(energy, Tensor)
         chosen = energy.flatten().topk(count).indices
-    parts = [op.edges(part, layer)[..., place, :, :].flatten(-2)[:, chosen] for part in x.split(step)]
+    parts = [op.edges(part, layer)[..., place, :, :].flatten(-2)[:, chosen] for part in x.split(rows)]
     return Curves(x, torch.cat(parts).T.contiguous(), chosen // Q, chosen % Q)
 
 
-def drawn_curves(op: KArAtOperator, head: int, scores: Tensor) -> tuple[Curves, list[Formula]]:
-    """What is drawn of a head over the stretch where `scores` lie: its strongest edges, first, with the nearest formula
-    of each, and more that are spread over the layer."""
-    x = torch.linspace(*score_range(scores), CURVE_POINTS)
+@torch.no_grad()
+def arguments_of(op: KArAtOperator, block: BlockAttention) -> Tensor:
+    """What a block's edge functions act on, (B,H',M,Q) of the heads that learn: its scores, but for order PhiW."""
+    return op.arguments(block.scores, block.mask)
+
+
+def drawn_curves(op: KArAtOperator, head: int, arguments: Tensor) -> tuple[Curves, list[Formula]]:
+    """What is drawn of a head over the stretch where `arguments` lie: its strongest edges, first, with the nearest
+    formula of each, and more that are spread over the layer."""
+    x = torch.linspace(*score_range(arguments), CURVE_POINTS)
     strong = curves(op, head, x, edges=NAMED_EDGES, spread=False)
     formulas = [fit_formula(x.numpy(), values.numpy()) for values in strong.values]
     return strong.joined(curves(op, head, x, edges=DRAWN_EDGES)), formulas
@@ -127,6 +143,8 @@ def coefficients(op: KArAtOperator, *, bins: int = 50) -> list[Distribution]:
     found = []
     for name, parameter in groups.items():
         values = parameter.detach().float().cpu()
+        if not values.isfinite().all():
+            raise ValueError(f"the operator's {name} holds NaN or Inf: the training diverged")
         low, high = float(values.min()), float(values.max())
         if low == high:
             low, high = low - 0.5, high + 0.5

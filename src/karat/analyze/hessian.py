@@ -77,7 +77,10 @@ class Hessian:
             retain_graph=True,
             materialize_grads=True,
         )
-        return torch.cat([product.detach().flatten().double() for product in products])
+        found = torch.cat([product.detach().flatten().double() for product in products])
+        if not found.isfinite().all():
+            raise ValueError("the loss has no finite second derivatives at these weights")
+        return found
 
 
 def top_eigenvalues(
@@ -97,6 +100,8 @@ def top_eigenvalues(
 
     operator = LinearOperator((hessian.size,) * 2, matvec=product, dtype=np.float64)
     start = np.random.default_rng(seed).standard_normal(hessian.size)
+    if not product(start).any():  # H = 0, as with one class: nothing for Lanczos to begin with
+        return torch.zeros(count, dtype=torch.float64)
     values = eigsh(operator, k=count, which=which, tol=tolerance, v0=start, return_eigenvectors=False)
     return torch.from_numpy(np.sort(values)[::-1].copy())
 

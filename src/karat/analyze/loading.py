@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from karat import runs
 from karat.data.images import Fit, Normalise, read_file, statistics
-from karat.data.sources import size_of
+from karat.data.sources import set_aside, size_of
 from karat.data.splits import Data, Opener
 from karat.runs.classification import Settings
 from karat.runs.files import read_json
 from karat.runs.model import class_names, data_options, input_size, load_run
+from karat.runs.settings import slug
 
 WEIGHTS = ("last", "best", "ema")
 SPLITS = ("eval", "train")
@@ -58,18 +60,22 @@ class Run:
         return load_run(self.folder, weights)
 
     def data(self, split: str = "eval", count: int | None = None) -> Data:
-        """The run's data, seen as in evaluation; `split` is what its `eval` holds, `count` images of it at most."""
+        """The run's data, seen as in evaluation; `split` is what its `eval` holds, `count` images of it at most.
+
+        "train": images that the run was trained on; "eval": those that it wasn't, held out where it held some out.
+        """
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
         s = self.settings
         splits = self.opened.splits(s.data, s.data_dir, s.num_samples)
-        splits = splits if split == "eval" else replace(splits, eval=splits.train)
-        total = size_of(splits.eval)
-        fraction = 1.0 if count is None or count >= total else count / total
-        classes = int(self.facts["num_classes"])
-        options = data_options(s, batch_size=128, workers=0, seed=0, num_classes=classes, fraction=fraction)
-        options = replace(options, classes=class_names(self.facts))
-        return Data(options, splits)
+        train, part = set_aside(splits.train, s.held_out) if s.held_out else (splits.train, splits.eval)
+        part = part if split == "eval" else train
+        total = size_of(part)
+        most = total if split == "eval" else max(1, round(s.data_fraction * total))  # `fixed_part` begins with those
+        options = data_options(s, batch_size=128, workers=0, seed=0, num_classes=int(self.facts["num_classes"]))
+        fraction = min(count or most, most) / total
+        options = replace(options, fraction=fraction, held_out=0, classes=class_names(self.facts))
+        return Data(options, replace(splits, eval=part))
 
     def samples(self, count: int, split: str = "eval") -> Samples:
         """`count` images, the same ones each time (all of them where the data has fewer)."""
@@ -122,12 +128,17 @@ def runs_in(folder: Path) -> list[Path]:
 
 
 def labels_of(opened: list[Run]) -> list[str]:
-    """One label a run, the folder's name added where two would be called alike."""
-    labels = [run.label for run in opened]
-    return [
-        f"{label} ({run.folder.name})" if labels.count(label) > 1 else label
-        for run, label in zip(opened, labels, strict=True)
-    ]
+    """One label a run; as much of the folder's path is added as tells apart two that would be called alike."""
+    paths = [run.folder.resolve().parts for run in opened]
+    alike = Counter(slug(run.label) for run in opened)
+    for depth in range(1, max(map(len, paths)) + 1):
+        labels = [
+            f"{run.label} ({'/'.join(path[-depth:])})" if alike[slug(run.label)] > 1 else run.label
+            for run, path in zip(opened, paths, strict=True)
+        ]
+        if len(set(map(slug, labels))) == len(labels):
+            return labels
+    return [f"{label} {number}" for number, label in enumerate(labels, start=1)]  # "run 1" beside "run-1"
 
 
 def trajectory(folder: Path) -> list[tuple[int, Path]]:

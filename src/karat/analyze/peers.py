@@ -60,11 +60,13 @@ def measured_points(folders: Sequence[Path | str]) -> list[Point]:
     for folder in map(Path, folders):
         if (folder / runs.COMPARISON).is_file():
             found = files.read_json(folder / runs.COMPARISON)
-            data = _name(found["settings"]["data"])
-            points += [
-                Point(row["attention"], "measured", row["parameters"] / 1e6, row["top1"], data, str(folder))
-                for row in found["rows"]
-            ]
+            for row in found["rows"]:
+                if "settings" in found:
+                    data = found["settings"]["data"]
+                else:  # a study's, whose variants have their own
+                    data = runs.read_config(folder / Path(row["runs"][0]).name)[0].data
+                size = row["parameters"] / 1e6
+                points.append(Point(row["attention"], "measured", size, row["top1"], _name(data), str(folder)))
             continue
         settings, _ = runs.read_config(folder)
         if not (folder / runs.SUMMARY).is_file():

@@ -17,7 +17,7 @@ from karat.analyze.analyses import analysis_of
 from karat.analyze.analysis import Analysis, as_json
 from karat.analyze.figures import encode
 from karat.analyze.loading import trajectory
-from karat.analyze.subject import Options, Subject, open_subjects
+from karat.analyze.subject import Options, Subject, open_subjects, shown_settings
 from karat.runs.files import write_text
 
 REPORT = "report.html"
@@ -48,14 +48,6 @@ SECTIONS: dict[str, str] = {
     "hessian": "Top eigenvalues and trace of the loss's Hessian on a small subset of images: larger is sharper.",
 }
 TITLES = {"hessian": "curvature", "functions": "edge functions"}  # of sections that have nothing to show
-SHOWN_SETTINGS = (
-    *("model", "attention", "mlp", "data", "img_size", "patch_size", "embed_dim", "depth", "num_heads"),
-    *("init", "seed", "amp_dtype", "grad_accum_steps", "preset"),
-)
-SHOWN_RECIPE = (
-    *("opt", "lr", "operator_lr_scale", "weight_decay", "clip_grad", "sched", "epochs", "warmup_epochs", "min_lr"),
-    *("batch_size", "model_ema_decay", "aa", "mixup", "cutmix", "smoothing", "drop_path"),
-)
 
 
 @dataclass(frozen=True)
@@ -107,7 +99,7 @@ def build_report(
         title=", ".join(s.label for s in subjects),
         labels=[s.label for s in subjects],
         results=_results(subjects),
-        settings=_settings(subjects),
+        settings=shown_settings(subjects),
         sections=made,
         version=metadata.version("karat"),
     )
@@ -151,7 +143,8 @@ def _pictures(analysis: Analysis, subjects: Sequence[Subject]) -> list[list[Embe
     """The figures by kind: one that each run has stands beside those of the others."""
     kinds: dict[str, list[EmbeddedFigure]] = {}
     for name, figure in analysis.figures.items():
-        run = next((s for s in subjects if name.endswith(f"-{s.key}")), None)
+        ends = [s for s in subjects if name.endswith(f"-{s.key}")]
+        run = max(ends, key=lambda s: len(s.key), default=None)  # one key may be the end of another
         half = run is not None and len(subjects) > 1 and figure.get_figwidth() <= MOST_HALF_INCHES
         kind = name if run is None else name.removesuffix(f"-{run.key}")
         title = kind if run is None else f"{kind}, {run.label}"
@@ -198,13 +191,3 @@ def _results(subjects: Sequence[Subject]) -> dict[str, list[str]]:
             cells["seconds an epoch"] = f"{fmean(line['seconds'] for line in history):.2f}"
         columns.append(cells | {"parameters": f"{s.run.facts.get('parameters', 0):,}", "epochs": str(len(history))})
     return {name: [cells[name] for cells in columns] for name in columns[0]}
-
-
-def _settings(subjects: Sequence[Subject]) -> dict[str, list[str]]:
-    found = [s.run.settings.as_dict() for s in subjects]
-    rows = {name: [_cell(one[name]) for one in found] for name in SHOWN_SETTINGS}
-    return rows | {name: [_cell(one["recipe"][name]) for one in found] for name in SHOWN_RECIPE}
-
-
-def _cell(value: Any) -> str:
-    return "–" if value is None else str(value)

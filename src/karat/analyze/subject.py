@@ -19,6 +19,16 @@ from karat.operator.config import KArAtConfig
 from karat.runs.settings import slug
 from karat.values import Count, Natural, Positive, Range, Seed
 
+# What is shown of a run's settings, and of its recipe.
+SHOWN_SETTINGS = (
+    *("model", "attention", "mlp", "data", "img_size", "patch_size", "embed_dim", "depth", "num_heads"),
+    *("init", "seed", "amp_dtype", "grad_accum_steps", "preset"),
+)
+SHOWN_RECIPE = (
+    *("opt", "lr", "operator_lr_scale", "weight_decay", "clip_grad", "sched", "epochs", "warmup_epochs", "min_lr"),
+    *("batch_size", "model_ema_decay", "aa", "mixup", "cutmix", "smoothing", "drop_path"),
+)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -108,10 +118,11 @@ def open_subjects(folders: Sequence[Path], options: Options, progress: Progress 
 
     Raises ValueError for no folder, one that is no run's, or a run that is named twice.
     """
-    if not folders:
-        raise ValueError("name at least one run's folder")
     chosen = [run for folder in folders for run in runs_in(folder)]
-    twice = next((run for run in chosen if chosen.count(run) > 1), None)
+    if not chosen:
+        raise ValueError("name at least one run's folder")
+    places = [run.resolve() for run in chosen]
+    twice = next((run for run, place in zip(chosen, places, strict=True) if places.count(place) > 1), None)
     if twice is not None:
         raise ValueError(f"{twice} is named twice: name each run once")
     _check_object(options)
@@ -121,6 +132,16 @@ def open_subjects(folders: Sequence[Path], options: Options, progress: Progress 
         for s in found:
             check_head(options.head or 0, choose_block(s.attention, options.block).sigma.shape[1])
     return found
+
+
+def shown_settings(subjects: Sequence[Subject]) -> dict[str, list[str]]:
+    """The settings of runs that are worth showing, in words: one text a run."""
+    plain = [s.run.settings.as_dict() for s in subjects]
+    plain = [one | one["recipe"] for one in plain]
+    return {
+        name: ["–" if one[name] is None else str(one[name]) for one in plain]
+        for name in (*SHOWN_SETTINGS, *SHOWN_RECIPE)
+    }
 
 
 def _check_object(options: Options) -> None:

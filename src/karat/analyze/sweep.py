@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from karat.basis.specs import parse_call
+from karat.models.starts import STARTS
 from karat.operator.config import KArAtConfig
 
 
@@ -39,9 +40,9 @@ def settings_of(attention: str) -> dict[str, Any]:
     >>> settings_of("g5u,rank=4")["grid"], settings_of("g5u,rank=4")["sharing"]
     (5, 'universal')
     """
-    attention, _, mlp = attention.partition("/")
+    attention, *beside = attention.split("/")
     config = KArAtConfig.parse(attention)
-    flat = dataclasses.asdict(config) | ({"mlp": mlp} if mlp else {})
+    flat = dataclasses.asdict(config) | {"attn_init" if name in STARTS else "mlp": name for name in beside}
     if config.is_softmax:
         return flat
     flat["basis"] = config.basis.partition("(")[0]
@@ -49,21 +50,24 @@ def settings_of(attention: str) -> dict[str, Any]:
     return flat | {f"{family} {name}" if name in flat else name: value for name, value in options.items()}
 
 
-def sweep(results: Sequence[tuple[str, float]], setting: str | None = None) -> Sweep:
+def sweep(results: Sequence[tuple[str, float]], setting: str | None = None, beside: Sequence[str] = ()) -> Sweep:
     """Curves from (contender, top-1) of any number of runs; contenders as in `karat compare`: "g3b", "g3b/grkan".
 
     `setting` is the one to draw along, such as "grid", "rank", "order", "basis" or "sharing"; None takes the one
-    with the most values.
+    with the most values. `beside`, a text for each run, tells apart what else runs differ in: it gives lines of their
+    own.
 
     Raises ValueError where no setting differs, or the named one doesn't.
     """
-    learned = [(settings_of(name), top1) for name, top1 in results if not _is_softmax(name)]
+    learned: list[tuple[dict[str, Any], str, float]] = []
     fixed: dict[str, list[float]] = {}
-    for name, top1 in results:
+    for (name, top1), more in zip(results, beside or [""] * len(results), strict=True):
         if _is_softmax(name):
-            fixed.setdefault(name, []).append(top1)
-    names = dict.fromkeys(name for settings, _ in learned for name in settings)
-    taken = {name: {repr(settings.get(name)) for settings, _ in learned} for name in names}
+            fixed.setdefault(", ".join(filter(None, (name, more))), []).append(top1)
+        else:
+            learned.append((settings_of(name), more, top1))
+    names = dict.fromkeys(name for settings, *_ in learned for name in settings)
+    taken = {name: {repr(settings.get(name)) for settings, *_ in learned} for name in names}
     varied = {name: len(values) for name, values in taken.items() if len(values) > 1}
     if setting is None and varied:
         setting = max(varied, key=lambda name: varied[name])
@@ -71,12 +75,12 @@ def sweep(results: Sequence[tuple[str, float]], setting: str | None = None) -> S
         differing = ", ".join(varied) or "nothing"
         asked = "a sweep" if setting is None else f"a sweep over {setting!r}"
         raise ValueError(f"{asked} needs runs that differ in it; these differ in {differing}")
-    learned = [(settings, top1) for settings, top1 in learned if setting in settings]
-    values = _ordered([settings[setting] for settings, _ in learned])
+    learned = [one for one in learned if setting in one[0]]
+    values = _ordered([settings[setting] for settings, *_ in learned])
     others = [name for name in varied if name != setting]
     groups: dict[str, dict[str, list[float]]] = {}
-    for settings, top1 in learned:
-        group = ", ".join(f"{name} {settings[name]}" for name in others if name in settings)
+    for settings, more, top1 in learned:
+        group = ", ".join([f"{name} {settings[name]}" for name in others if name in settings] + [more] * bool(more))
         groups.setdefault(group, {}).setdefault(repr(settings[setting]), []).append(top1)
     lines = {}
     for group, found in groups.items():

@@ -56,6 +56,8 @@ def principal_plane(checkpoints: Sequence[tuple[int, Path]], centre: Weights) ->
     """
     paths = [path for _, path in checkpoints]
     G = gram(paths, centre)
+    if not G.isfinite().all():
+        raise ValueError("the trajectory's checkpoints hold NaN or Inf: they span no plane")
     T = len(paths)
     centring = torch.eye(T, dtype=torch.float64) - 1 / T
     values, vectors = torch.linalg.eigh(centring @ G @ centring)

@@ -87,6 +87,8 @@ def _by_kind(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     groups: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not name.endswith(FIXED):
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} holds NaN or Inf: the training diverged, and there is nothing to count")
             groups.setdefault(kind_of(name), []).append(tensor.flatten().float())
     return {kind: torch.cat(parts) for kind, parts in groups.items()}
 

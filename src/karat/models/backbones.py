@@ -90,10 +90,12 @@ GATED = AttentionKind(  # SPEC §3
 # karat's own modules, in the places of others.
 OWN: dict[type[nn.Module], AttentionKind] = {
     BiasedAttention: AttentionKind(token_inputs),
-    DifferentialAttention: AttentionKind(None, observe=differential),
+    DifferentialAttention: AttentionKind(None, observe=differential, stays="differential attention"),
     KArAtAttention: AttentionKind(token_inputs, learned=True),
     KArAtWindowAttention: AttentionKind(window_inputs, learned=True, windows=True),
-    TransferredAttention: AttentionKind(None, observe=lambda attn, *args, **kwargs: attn.given),
+    TransferredAttention: AttentionKind(
+        None, observe=lambda attn, *args, **kwargs: attn.given, stays="its teacher's attention"
+    ),
 }
 
 

@@ -87,6 +87,14 @@ class KArAtOperator(OperatorParameters):
             raise ValueError(f"layer must be 0 to {len(self.layers) - 1} in order {self.config.order}, got {layer}")
         return self.edge_layers[layer].edges(x)
 
+    def arguments(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the first edge functions act on, in the heads that learn: (B,H,M,N), mask as in `forward` -> (B,H',M,Q).
+
+        The scores themselves, but for order PhiW.
+        """
+        some = _places(self.karat_heads)
+        return self.order.arguments(self, scores[:, some], _heads(as_mask(mask), some))
+
     def forward(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
         """σ(scores): (B,H,M,N) -> (B,H,M,N), in the scores' precision.
 

@@ -35,6 +35,7 @@ class Order(ABC):
     layout: ClassVar[Layout]
     gives_sigma: ClassVar[bool] = False  # whether the sums, v aside, are σ itself
     own_key: ClassVar[bool] = False  # whether each query has a key of its own, as in self-attention alone
+    argument: ClassVar[str] = "score"  # what the first edge functions act on, as an axis is called
 
     def refuses(self, config: Settings) -> str | None:
         """Why these settings don't go with the order; None if they do."""
@@ -62,6 +63,10 @@ class Order(ABC):
         summed = self.to_sum(parameters)
         assert summed is not None, "an order that sums nothing has its own"
         return sums_of_scores(*summed, scores, mask)
+
+    def arguments(self, parameters: OperatorParameters, scores: Tensor, mask: Tensor | None) -> Tensor:
+        """What the first edge functions act on for given scores (B,H,M,N): (B,H,M,·)."""
+        return scores
 
     @abstractmethod
     def finish(self, parameters: OperatorParameters, sums: Tensor, v: Tensor | None) -> Tensor:

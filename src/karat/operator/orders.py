@@ -137,6 +137,7 @@ class PhiW(_EdgesLast):
     """
 
     name: ClassVar[str] = "PhiW"
+    argument: ClassVar[str] = "(W·scores)_q"
     layout: ClassVar[Layout] = Layout(((RANK, TOKENS),), W=(RANK, TOKENS))
 
     def to_sum(self, parameters: OperatorParameters, v: Tensor | None = None) -> tuple[Tensor, Basis] | None:
@@ -158,6 +159,8 @@ class PhiW(_EdgesLast):
     def of_scores(self, parameters: OperatorParameters, scores: Tensor, mask: Tensor | None) -> Tensor:
         scores = scores if mask is None else torch.where(mask, scores, 0)
         return scores @ parameters.projector_as(scores).transpose(-2, -1)
+
+    arguments = of_scores
 
     def gains(self, parameters: OperatorParameters, size: float) -> Gains:
         layer, N = parameters.edge_layers[0], parameters.num_tokens

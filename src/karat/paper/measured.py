@@ -30,16 +30,20 @@ class Measured:
     settings: RunSettings
     figures: dict[str, float]
     epochs: int
+    published_epochs: int | None = None  # of the row that it is set beside; none: those of its own recipe
     teacher: Settings | None = None  # the teacher's, of a run on transferred attention
 
     @property
     def caveat(self) -> str:
         """In what the extent of the run differs from the published one's; empty if in nothing."""
         s, parts = self.settings, []
-        if self.epochs < s.recipe.epochs:
-            parts.append(f"{self.epochs} of {s.recipe.epochs} epochs done")
+        planned = self.published_epochs or s.recipe.epochs
+        if self.epochs < planned:
+            parts.append(f"{self.epochs} of {planned} epochs done")
         if s.data_fraction < 1:
             parts.append(f"{s.data_fraction:.2g} of the data")
+        if isinstance(s, Settings) and s.held_out:
+            parts.append(f"measured on {s.held_out:,} training images held out")
         if s.sizes:
             parts.append("another size of model")
         if isinstance(s, DetectSettings):
@@ -67,7 +71,7 @@ def read_run(folder: str | Path) -> Measured:
     if isinstance(settings, Settings) and settings.teacher is not None:
         teacher, _ = runs.read_config(path / runs.TEACHER)
     figures = {name: float(value) for name, value in last.items() if name in FIGURES}
-    return Measured(str(folder), dataset_of(settings.data), settings, figures, len(history), teacher)
+    return Measured(str(folder), dataset_of(settings.data), settings, figures, len(history), teacher=teacher)
 
 
 def dataset_of(data: str) -> str:
@@ -119,4 +123,8 @@ def plain(config: KArAtConfig) -> KArAtConfig:
 def compare(entries: Sequence[Entry], folders: Sequence[str | Path]) -> list[tuple[Entry, Measured]]:
     """Every (published figure, run) that belong together. Raises ValueError for a folder that is no run."""
     measured = [read_run(folder) for folder in folders]
-    return [(entry, run) for entry in entries for run in matching(entry, measured)]
+    return [
+        (entry, replace(run, published_epochs=entry.setup.epochs))
+        for entry in entries
+        for run in matching(entry, measured)
+    ]

@@ -96,7 +96,8 @@ def _same_images(picked: dict[str, _Picked]) -> list[list[str]]:
     """Runs grouped by the images they see."""
     groups: dict[Any, list[str]] = {}
     for name, one in picked.items():
-        groups.setdefault((one.subject.run.settings.data, tuple(one.subject.samples.pixels.shape)), []).append(name)
+        pixels = one.subject.samples.pixels
+        groups.setdefault((tuple(pixels.shape), pixels.numpy().tobytes()), []).append(name)
     return list(groups.values())
 
 

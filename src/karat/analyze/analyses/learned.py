@@ -8,7 +8,15 @@ from typing import Any
 from karat.analyze import figures
 from karat.analyze.ablation import ablate
 from karat.analyze.analysis import Analysis, rounded
-from karat.analyze.functions import Curves, coefficients, drawn_curves, operator_of_block, operators_of
+from karat.analyze.functions import (
+    Curves,
+    arguments_of,
+    coefficients,
+    drawn_curves,
+    instead_of_edges,
+    operator_of_block,
+    operators_of,
+)
 from karat.analyze.parts import AttentionParts, parts_of
 from karat.analyze.subject import Subject, learning
 from karat.analyze.symbolic import Formula
@@ -23,23 +31,23 @@ def analyse_functions(subjects: Sequence[Subject]) -> Analysis:
         index = len(s.attention) - 1 if s.options.block is None else s.options.block
         op = operator_of_block(s.model, index)
         if op is None or not op.config.has_edges:
-            fixed = op is None or op.config.is_fixed
-            instead = f"keeps {op.config if op else 'softmax'}" if fixed else "mixes tokens by a learned matrix"
+            instead = instead_of_edges(s.model, index, op)
             analysis.notes.append(f"{s.label}: block {index} {instead} and has no edge functions")
             continue
+        arguments = arguments_of(op, s.attention[index])
         heads = op.karat_heads if s.options.head is None else (s.options.head,)
         drawn: dict[str, Curves] = {}
         named: dict[str, list[Formula]] = {}
         for head in heads[:MOST_HEADS]:
             title = f"block {index}, head {head}"
-            found, near = drawn_curves(op, head, s.attention[index].scores)
+            found, near = drawn_curves(op, head, arguments)
             drawn[title], named[title] = found, near
             analysis.numbers.setdefault(s.label, {})[title] = [
                 {"p": int(p), "q": int(q), "formula": one.text, "family": one.family, "error": one.error}
                 for p, q, one in zip(found.outputs, found.inputs, near, strict=False)
             ]
             analysis.arrays |= {f"{s.key}/{title}": found.values, f"{s.key}/x": found.x}
-        analysis.figures[f"functions-{s.key}"] = figures.draw_functions(drawn, named)
+        analysis.figures[f"functions-{s.key}"] = figures.draw_functions(drawn, named, argument=op.order.argument)
         operators = operators_of(s.model)
         first_and_last = dict.fromkeys([next(iter(operators)), next(reversed(operators))])
         rows = {name.replace(".attn.operator", ""): coefficients(operators[name]) for name in first_and_last}

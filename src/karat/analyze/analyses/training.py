@@ -9,12 +9,14 @@ from karat.analyze.analysis import Analysis
 from karat.analyze.averaging import averaged
 from karat.analyze.landscape import evaluate
 from karat.analyze.loading import moments, trajectory
-from karat.analyze.subject import Subject
+from karat.analyze.subject import Subject, shown_settings
 from karat.analyze.sweep import sweep
 from karat.analyze.weights import histograms
 from karat.runs.checkpoint import load_weights
 from karat.runs.files import read_tensors
 
+OF_A_RUN = ("attention", "mlp", "seed", "init")  # what its name says, and what each seed has of its own
+OF_THE_TASK = ("model", "data", "img_size", "patch_size", "embed_dim", "depth", "num_heads")
 EVERY = 4  # epochs from one point of the curve of averaging to the next; the last epoch is one too
 
 
@@ -68,8 +70,9 @@ def _averaging(s: Subject) -> list[dict[str, float]]:
 
 def analyse_sweep(subjects: Sequence[Subject]) -> Analysis:
     """Top-1 over the setting that the runs differ in."""
-    results = [(s.run.settings.label, float(s.run.history[-1]["top1"])) for s in subjects if s.run.history]
-    found = sweep(results, subjects[0].options.sweep)
+    trained = [s for s in subjects if s.run.history]
+    results = [(s.run.settings.label, float(s.run.history[-1]["top1"])) for s in trained]
+    found = sweep(results, subjects[0].options.sweep, _beside(trained))
     analysis = Analysis(f"sweep over {found.setting}")
     analysis.figures["sweep"] = figures.draw_sweep(found)
     analysis.numbers = {
@@ -79,3 +82,14 @@ def analyse_sweep(subjects: Sequence[Subject]) -> Analysis:
         "reference": found.reference,
     }
     return analysis
+
+
+def _beside(subjects: Sequence[Subject]) -> list[str]:
+    """What sets each run apart beside its name: another model or data; among runs of one name, all but the seed."""
+    names = [s.run.settings.label for s in subjects]
+    apart = dict[str, list[str]]()
+    for setting, values in shown_settings(subjects).items():
+        among = [""] * len(names) if setting in OF_THE_TASK else names
+        if setting not in OF_A_RUN and len(set(zip(among, values, strict=True))) > len(set(among)):
+            apart[setting] = values
+    return [", ".join(f"{setting} {values[i]}" for setting, values in apart.items()) for i in range(len(names))]

@@ -23,11 +23,12 @@ def draw_functions(
     formulas: Mapping[str, Sequence[Formula]] | None = None,
     scores: Mapping[str, Tensor] | None = None,
     *,
+    argument: str = "score",
     scale: float = 1.0,
 ) -> Figure:
     """One panel a head: some of its edge functions φ_pq; the first ones' nearest formulas dotted, where given.
 
-    `scores`, by head as well, are those that the functions act on: their histogram stands behind.
+    `scores`, by head as well, are what the functions act on, called `argument`: their histogram stands behind.
     """
     with drawing(3.1 * scale * len(heads), 2.7 * scale, columns=len(heads), sharey=True) as (figure, axes):
         for panel, (title, found) in zip(axes, heads.items(), strict=True):
@@ -42,7 +43,7 @@ def draw_functions(
                     label = rf"$\varphi_{{{p},{q}}}$ ≈ {near[edge].text} ({100 * near[edge].error:.0f} %)"
                     panel.plot(x, near[edge].values, color=INK, linewidth=0.8, linestyle=":", zorder=4)
                 panel.plot(x, values.numpy(), color=colour, linewidth=1.3 if named else 0.6, label=label, zorder=3)
-            finish(panel, title, "score", "φ(score)")
+            finish(panel, title, argument, f"φ({argument})")
             if scores is not None:
                 behind = panel.twinx()
                 seen = scores[title].flatten().numpy()
