@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from karat.runs import checkpoint, files
 from karat.runs.model import load_run
 from karat.train.classify import Classification, train
 from karat.train.engine import Trainer
+from support.interrupted import CutOff, Doomed
 from support.training import tiny
 
 
@@ -84,6 +86,20 @@ def test_full_disk_loses_nothing_that_was_saved(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
+def test_a_checkpoint_in_the_place_of_another_is_never_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.write(tmp_path, some_checkpoint(), keep=1)
+
+    def cut_off(path: Path, **options: object) -> None:
+        remove(path)
+        raise CutOff
+
+    remove = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", cut_off)
+    with pytest.raises(CutOff):
+        checkpoint.write(tmp_path, some_checkpoint(), keep=1)
+    assert checkpoint.newest(tmp_path) is not None
+
+
 def test_what_fails_leaves_the_old_file_and_no_draft(tmp_path: Path) -> None:
     def cut_off() -> None:
         with files.draft_of(tmp_path / "x") as draft:
@@ -109,11 +125,11 @@ def test_the_draft_of_a_killed_process_is_no_way_into_the_file_that_it_links(tmp
 def test_weights_that_do_not_fit_are_refused_by_the_first_difference() -> None:
     model = nn.Sequential(nn.Linear(3, 2))
     good = model.state_dict()
-    with pytest.raises(ValueError, match=r"no '0.bias'"):
+    with pytest.raises(ValueError, match=r"file does not fit the model: '0.bias' is missing"):
         checkpoint.load_weights(model, {"0.weight": good["0.weight"]}, "file")
     with pytest.raises(ValueError, match=r"'0.weight' is \(3, 2\) there, \(2, 3\) in the model"):
         checkpoint.load_weights(model, {**good, "0.weight": torch.zeros(3, 2)}, "file")
-    with pytest.raises(ValueError, match=r"has '1.weight'"):
+    with pytest.raises(ValueError, match=r"'1.weight' has no place"):
         checkpoint.load_weights(model, {**good, "1.weight": torch.zeros(1)}, "file")
 
 
@@ -132,7 +148,14 @@ def test_what_killed_processes_left_goes_and_nothing_else(tmp_path: Path) -> Non
     """Of this version and those before, in every folder of a run; never what a running process writes or a user has."""
     gone = [".karat-999999999.metrics.jsonl", ".999999999.config.json", ".metrics.jsonl.ab12.tmp"]
     gone += ["trajectory/.karat-999999999.epoch-1.safetensors"]
-    kept = ["metrics.jsonl", ".999999999.notes", ".mine.tmp", f".karat-{os.getpid()}.eval.json", ".karat-notes"]
+    kept = [
+        "config.json",
+        "metrics.jsonl",
+        ".999999999.notes",
+        ".mine.tmp",
+        f".karat-{os.getpid()}.eval.json",
+        ".karat-notes",
+    ]
     for name in gone + kept:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -141,6 +164,52 @@ def test_what_killed_processes_left_goes_and_nothing_else(tmp_path: Path) -> Non
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == set(kept)
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_run_is_trained_by_one_process(tmp_path: Path) -> None:
+    settings = {"epochs": 1, "recovery_interval": 3}
+    doomed = Doomed(Classification(), tiny(tmp_path / "run", **settings))
+    doomed.lives = 4
+    with pytest.raises(CutOff):
+        doomed.fit()
+    (held, tell), (wait, end) = os.pipe(), os.pipe()
+    if not (child := os.fork()):
+        with runs.claimed(tmp_path / "run"):
+            os.write(tell, b"x")
+            os.read(wait, 1)
+        os._exit(0)
+    os.read(held, 1)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for how in ({"resume": "auto"}, {"overwrite": True}):
+        with pytest.raises(ValueError, match="run is trained by another process now"):
+            Trainer(Classification(), tiny(tmp_path / "run", **settings, **how))
+    assert {path: path.read_bytes() for path in before} == before
+    os.write(end, b"x")
+    os.waitpid(child, 0)
+    assert train(tiny(tmp_path / "run", resume="auto", **settings))["finished"]
+
+
+def test_checkpoints_that_stay_are_no_new_runs(tmp_path: Path) -> None:
+    train(tiny(tmp_path / "run", epochs=1))
+    (tmp_path / "run" / checkpoint.FOLDER).rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / checkpoint.FOLDER).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="checkpoints can't be removed, perhaps it is a link"):
+        train(tiny(tmp_path / "run", epochs=1, overwrite=True))
+    assert runs.is_run(tmp_path / "run")
+
+
+def test_what_cannot_be_removed_stands_in_no_ones_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, unlink = tmp_path / ".karat-999999999.other", Path.unlink
+    left.write_text("x")
+
+    def refused(path: Path, **options: bool) -> None:
+        if path == left:
+            raise PermissionError
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    files.write_text(tmp_path / "file", "y")
+    assert (tmp_path / "file").read_text() == "y"
 
 
 def test_a_write_removes_drafts_of_killed_processes_beside_it(tmp_path: Path) -> None:

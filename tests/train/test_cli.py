@@ -75,6 +75,11 @@ def test_train_evaluate_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str
             assert measured["eval_loss"] == pytest.approx(last["eval_loss"], abs=1e-7)
         if weights == "ema":
             assert measured["top1"] == last["ema_top1"]
+    (run / "eval.json").unlink()
+    (run / "eval.json").mkdir()  # as good as a folder that may only be read
+    capsys.readouterr()
+    assert cli.main(["eval", str(run)]) == 0
+    assert f"({measured['images']} images)\nnot saved: cannot write {run / 'eval.json'}" in capsys.readouterr().out
     assert cli.main(["train", "--resume", str(run)]) == 0  # everything comes from config.json; nothing is left to do
     assert cli.main(["train", *options(run, attention="g3b", epochs=2, model_ema_decay=0.9)]) == 2
     assert "--resume auto" in capsys.readouterr().err

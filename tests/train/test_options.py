@@ -279,7 +279,7 @@ if rank == 0:
     assert abs(watches[1].own / watches[0].own - 1) < 1e-4 and watches[1].median == 1e-9
     for name, size in watch.sizes(whole[0]).items():
         assert abs(grown[name] - size) < 1e-5
-    assert "does not fit the model at" in refused
+    assert "does not fit the model: " in refused
     assert os.waitpid(child, 0)[1] == 0
     print("equal")
 """

@@ -11,7 +11,6 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from karat import runs
 from karat.detect.recipes import get_recipe
 from karat.detect.settings import DetectSettings
 from karat.errors import parse
@@ -96,7 +95,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     console.print(precision_table(result))
     if "mask_AP" not in result:
         console.print("the objects have no masks: boxes alone are measured")
-    console.print(f"{result['images']} images\nsaved: {parsed.run / runs.EVAL}", highlight=False, soft_wrap=True)
+    console.print(f"{result['images']} images\n{result['said']}", highlight=False, soft_wrap=True)
 
 
 def precision_table(figures: dict[str, Any]) -> Table:

@@ -15,7 +15,6 @@ from karat.detect.evaluate import measure
 from karat.detect.settings import DetectSettings
 from karat.errors import brief
 from karat.runs.checkpoint import load_weights
-from karat.runs.files import write_json
 from karat.runs.settings import Device
 from karat.train.build import create_accelerator
 
@@ -64,7 +63,7 @@ def evaluate_run(
     Of other `data`, a folder with a training and an evaluation JSON, `part` says which; where there is one, all of it.
     `images` is the folder of the images of what is measured; None: the run's own, of other data beside its JSON.
 
-    Also saved as eval.json, the detections as detections.json (COCO's results format).
+    Also saved as eval.json, the detections as detections.json (COCO's results format); `said` is where, or why not.
     Categories are matched by name. Raises ValueError for data with objects of others than the run's, a batch_size
     below 1, and as `load_run` does.
     """
@@ -85,10 +84,8 @@ def evaluate_run(
     )
     name = data if data is not None else part
     result = {"run": str(run), "weights": weights, "data": name, "img_size": settings.recipe.img_size, **figures}
-    if accelerator.is_main_process:
-        write_json(run / runs.EVAL, result)
-        write_json(run / runs.DETECTIONS, results)
-    return result
+    found = {runs.EVAL: result, runs.DETECTIONS: results}
+    return result | {"said": runs.keep_measured(run, found) if accelerator.is_main_process else ""}
 
 
 def _other(data: str, images: str | None, part: str, settings: DetectSettings) -> CocoPart:

@@ -171,16 +171,25 @@ def unpack_counters(
             group["step"] = group["step"] * 0 + updates
 
 
+def first_difference(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
+    """What differs first between a model's weights and others by name and shape, in words; None where nothing does."""
+    for name, tensor in wanted.items():
+        if name not in found:
+            return f"{name!r} is missing"
+        if found[name].shape != tensor.shape:
+            return f"{name!r} is {tuple(found[name].shape)} there, {tuple(tensor.shape)} in the model"
+    extra = next((name for name in found if name not in wanted), None)
+    return None if extra is None else f"{extra!r} has no place in the model"
+
+
+def check_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:
+    """Raise ValueError where what was found in `source` isn't what a model wants, naming the first difference."""
+    if (difference := first_difference(wanted, found)) is not None:
+        raise ValueError(f"{source} does not fit the model: {difference}")
+
+
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Load named weights exactly: same names, shapes and dtypes; ValueError names the first difference."""
-    own, weights = model.state_dict(), with_factors(model, weights)
-    for name, tensor in own.items():
-        if name not in weights:
-            raise ValueError(f"{source} has no {name!r}, which the model needs")
-        if weights[name].shape != tensor.shape:
-            shapes = f"{tuple(weights[name].shape)} there, {tuple(tensor.shape)} in the model"
-            raise ValueError(f"{source} does not fit: {name!r} is {shapes}")
-    extra = next((name for name in weights if name not in own), None)
-    if extra is not None:
-        raise ValueError(f"{source} has {extra!r}, which the model does not have")
+    """Load named weights exactly: same names and shapes; ValueError names the first difference."""
+    weights = with_factors(model, weights)
+    check_fit(model.state_dict(), weights, source)
     model.load_state_dict(weights)

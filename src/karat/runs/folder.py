@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from itertools import count
 from pathlib import Path
@@ -135,22 +136,45 @@ def begin(folder: Path, settings: RunSettings, facts: dict[str, Any]) -> None:
     )
 
 
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Within, no other process may train in a run's folder. Raises ValueError where one does.
+
+    The system holds the claim, a lock on config.json: it ends with the process, however that ends.
+    """
+    import fcntl  # no system without it makes a folder's entries last, as runs need
+
+    with (folder / CONFIG).open("r+b") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(
+                f"{folder} is trained by another process now: let it end, or give another --output"
+            ) from None
+        except OSError:  # of a file system without locks
+            pass
+        yield
+
+
 def remove(folder: Path) -> None:
     """Remove what a run wrote, and nothing else that lies in its folder."""
     tidy(folder)
     for name in _FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
+    if checkpoint.listed(folder):  # a new run would go on from them
+        raise OSError(f"{folder / checkpoint.FOLDER} can't be removed, perhaps it is a link: empty it first")
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
 
 
 def tidy(folder: Path) -> None:
-    """Remove what killed processes left half written in a run's folder; of no process that still writes there."""
-    for inner in (folder, *(folder / name for name in _FOLDERS)):
-        files.sweep(inner, _FILES)
-    for draft in (*folder.glob(".*.tmp"), *(folder / checkpoint.FOLDER).glob(".*.tmp")):
-        if draft.is_dir():
-            shutil.rmtree(draft, ignore_errors=True)
+    """Remove what killed processes left half written in a run's folder. Raises ValueError where one trains there."""
+    with claimed(folder):
+        for inner in (folder, *(folder / name for name in _FOLDERS)):
+            files.sweep(inner, _FILES)
+        for draft in (*folder.glob(".*.tmp"), *(folder / checkpoint.FOLDER).glob(".*.tmp")):
+            if draft.is_dir():
+                shutil.rmtree(draft, ignore_errors=True)
 
 
 def _check_is_run(folder: Path) -> None:
@@ -219,6 +243,16 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
     return lines
+
+
+def keep_measured(folder: Path, found: Mapping[str, Any]) -> str:
+    """Write files of what was measured of a run, and say where, or why not: some runs may only be read."""
+    try:
+        for name, value in found.items():
+            files.write_json(folder / name, value)
+    except OSError as error:
+        return f"not saved: {error}"
+    return f"saved: {folder / next(iter(found))}"
 
 
 def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from karat.models.kan.mlp import parse_mlp
 from karat.operator.config import KArAtConfig
 from karat.operator.operator import with_factors
 from karat.runs import files
+from karat.runs.checkpoint import check_fit
 from karat.values import Count, Label, Natural, OneOf, Positive, Share, check
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -184,23 +185,10 @@ def build(config: ModelConfig, **sources: Any) -> nn.Module:
     return rebuild_model(config.model, **config.arguments(), **sources)
 
 
-def first_difference(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
-    """What differs first between two sets of weights by name and shape, in words; None where nothing does."""
-    for name, tensor in wanted.items():
-        if name not in found:
-            return f"{name!r} is missing"
-        if found[name].shape != tensor.shape:
-            return f"{name!r} is {tuple(found[name].shape)}, the config gives {tuple(tensor.shape)}"
-    extra = next((name for name in found if name not in wanted), None)
-    return None if extra is None else f"{extra!r} has no place in the model that the config gives"
-
-
 def load(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Give the model these weights, in their own precision; ValueError names the first difference."""
     weights = with_factors(model, weights)
-    difference = first_difference(model.state_dict(), weights)
-    if difference is not None:
-        raise ValueError(f"{source} does not fit {CONFIG}: {difference}")
+    check_fit(model.state_dict(), weights, source)
     kind = precision(weights, source)
     if kind not in (None, torch.float32):
         model.to(kind)

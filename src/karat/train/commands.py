@@ -152,7 +152,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     result = evaluate_run(**vars(parsed))
     Console(markup=False).print(
         f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  loss {result['eval_loss']:.4f}  "
-        f"({result['images']} images)\nsaved: {parsed.run / runs.EVAL}",
+        f"({result['images']} images)\n{result['said']}",
         highlight=False,
         soft_wrap=True,
     )

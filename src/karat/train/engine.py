@@ -97,7 +97,6 @@ class Trainer:
             self._save_trajectory()
 
     def _resume(self) -> None:
-        runs.tidy(self.folder)
         self.notes += runs.changed_counts(self.folder, self.settings, self.task.facts(self.data))
         found = checkpoint.newest(self.folder)
         if found is None:
@@ -109,6 +108,7 @@ class Trainer:
         self.progress = give(self.parts, saved)
         self.parts.schedule.step_update(max(self.progress.step - 1, 0))  # the rate that an epoch's line reports
         if self.main:
+            runs.tidy(self.folder)
             runs.write_history(self.folder, self.progress.history)
 
     def save(self) -> None:
@@ -140,13 +140,14 @@ class Trainer:
         if p.epoch >= epochs:
             self._complete()
             return self._summary()
-        names = self.settings.track if self.main else ()
         memory.reset_peak()
         with contextlib.ExitStack() as stack:
             self.stop = stack.enter_context(faults.StopRequest())
-            self.trackers = track.trackers(names, self.folder, self.settings.as_dict(), p.epoch)
-            for tracker in self.trackers:
-                stack.callback(tracker.close)
+            if self.main:
+                stack.enter_context(runs.claimed(self.folder))
+                self.trackers = track.trackers(self.settings.track, self.folder, self.settings.as_dict(), p.epoch)
+                for tracker in self.trackers:
+                    stack.callback(tracker.close)
             bar = track.Bar(self.console, self.settings.label, total=self.total_steps, done=p.step, epochs=epochs)
             self.bar = stack.enter_context(bar)
             try:

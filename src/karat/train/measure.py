@@ -11,7 +11,6 @@ from karat.data.splits import load_data, same_data
 from karat.models.resample import resample_tokens
 from karat.models.transfer import teacher_of
 from karat.runs.classification import OTHER_DATA
-from karat.runs.files import write_json
 from karat.runs.model import class_names, data_options, input_size, load_run
 from karat.runs.settings import Device
 from karat.train.build import create_accelerator
@@ -29,6 +28,8 @@ def evaluate_run(
     device: Device | None = None,
 ) -> dict[str, Any]:
     """Top-1, top-5 and loss of a run on its evaluation images, or on another data set's; also saved as eval.json.
+
+    `said` among them is where they were saved, or why they could not be.
 
     Of another folder its evaluation part is measured, or all of it where it has none.
     Another `img_size` resamples position embeddings and operators to the new token grid (SPEC §9).
@@ -59,6 +60,5 @@ def evaluate_run(
         raise ValueError(f"{data} has {loaded.in_chans} channels, the model takes {facts['in_chans']}")
     measured = evaluate(model.to(accelerator.device), loaded.eval, accelerator)
     result = {"run": str(run), "weights": weights, "data": settings.data, "img_size": side, **measured}
-    if accelerator.is_main_process:
-        write_json(run / runs.EVAL, result)
-    return result
+    said = runs.keep_measured(run, {runs.EVAL: result}) if accelerator.is_main_process else ""
+    return result | {"said": said}

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint import state_dict as sharded
 from karat.operator.operator import with_factors
 from karat.runs.checkpoint import (
     COUNTER,
+    check_fit,
     load_weights,
     pack_counters,
     pack_optimizer,
@@ -58,10 +59,7 @@ def load_model_state(accelerator: Accelerator, model: nn.Module, weights: dict[s
     """Give the model the weights read from `source`; ValueError names the first difference."""
     if is_sharded(accelerator):
         weights = with_factors(model, weights)
-        expected: dict[str, Any] = dict(sharded.get_model_state_dict(model))
-        for name, tensor in expected.items():
-            if name not in weights or weights[name].shape != tensor.shape:
-                raise ValueError(f"{source} does not fit the model at {name!r}")
+        check_fit(dict[str, Any](sharded.get_model_state_dict(model)), weights, source)
         sharded.set_model_state_dict(model, dict[str, Any](weights), options=WHOLE)
         return
     load_weights(bare(accelerator, model), weights, source)

@@ -18,6 +18,7 @@ from karat.models.backbones import backbone_of
 from karat.models.create import PREFIX, REGISTERED
 from karat.models.regrid import check_patches
 from karat.runs import saved
+from karat.runs.checkpoint import first_difference
 from karat.runs.saved import ModelConfig
 from karat.share.hub import card, storage
 
@@ -214,7 +215,7 @@ def check_rebuilds(backbone: nn.Module, config: ModelConfig) -> None:
     """Raise ValueError unless `config` gives a model with the weights of this one, name by name, shape by shape."""
     with torch.random.fork_rng(devices=()):
         again = saved.build(config).state_dict()
-    difference = saved.first_difference(again, backbone.state_dict())
+    difference = first_difference(again, backbone.state_dict())
     if difference is not None:
         raise ValueError(f"the config does not describe this model, which could not be loaded again: {difference}")
 
