@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from karat import cli
+from karat import cli, runs
 from karat.data.sources import ArraySource, set_aside
+from karat.data.splits import Opener
+from karat.errors import TrainingDiverged
+from karat.runs import files
+from karat.study import timing, work
+from karat.study.commands import CompareSettings, _tried
 from karat.study.document import parse_document
-from karat.study.effects import Fit, effects
-from karat.study.plan import common_settings, make_plan
+from karat.study.effects import Fit, effects, markdown
+from karat.study.plan import Job, Plan, common_settings, make_plan
 from karat.study.rows import VariantRow
 from karat.study.statistics import Mean
 from karat.study.trials import choose, settle, trial_plan, trials_of
@@ -232,6 +239,62 @@ def test_the_least_that_is_seen_has_the_power_that_is_said() -> None:
     errors = random.normal(0, (2 / 3) ** 0.5, 100_000)
     scale = np.sqrt(random.chisquare(fit.freedom, 100_000) / fit.freedom)
     assert np.mean(shift + errors > sure * scale) == pytest.approx(0.8, abs=0.005)
+
+
+def test_effects_are_a_table_whatever_levels_are_called() -> None:
+    rows = [made("a|b", (0, 1), [10.0, 11.0]), made("c", (0, 1), [20.0, 21.5])]
+    heading, rule, line = (re.split(r"(?<!\\)\|", text) for text in markdown(effects(rows)).splitlines())
+    assert len(heading) == len(rule) == len(line) == 8
+
+
+def done(plan: Plan, top1: float = 50.0) -> None:
+    """Leave a finished run of every job."""
+    for job in plan.jobs():
+        runs.begin(job.folder, job.settings, {"num_classes": 10, "in_chans": 1})
+        files.write_json(job.folder / runs.SUMMARY, {"finished": True, "top1": top1})
+
+
+def test_trials_stay_the_same_when_step_times_give_epochs(tmp_path: Path) -> None:
+    rows = [{"attention": "softmax", "name": "longer", "equal_time_to": "g3b"}, {"attention": "g3b"}]
+    settings = {"data": "digits", "epochs": 4, "warmup_epochs": 1.2}
+    document = parse_document({"settings": settings, "trials": {"lr": [1e-3], "held_out": 9}, "variants": rows})
+    assert document.trials is not None
+    plan = make_plan(document, common_settings(document.settings), tmp_path)
+    done(trial_plan(plan, document.trials))
+    chosen = choose(plan, document.trials)
+    assert chosen is not None
+    timed = timing.settle(settle(plan, chosen), {"longer": {"float32": 0.1}, "g3b": {"float32": 0.2}})
+    done(timed)
+    again = make_plan(document, common_settings(document.settings), tmp_path)
+    assert choose(again, document.trials) == chosen
+    assert settle(again, chosen) == timed
+    assert timed.variants[0].settings.recipe.epochs == 8
+    other = make_plan(document, common_settings(settings | {"weight_decay": 0.3}), tmp_path)
+    with pytest.raises(ValueError, match=r"remove that folder and \S+trials\.json"):
+        choose(other, document.trials)
+
+
+def test_a_diverged_trial_is_not_tried_again_while_another_process_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = STUDY[: STUDY.index("[factors.attention]")].replace('together = ["width"]\n', "")
+    document = parse_document(tomllib.loads(text + '[[variants]]\nattention = "softmax"'))
+    assert document.trials is not None
+    plan = make_plan(document, common_settings(document.settings), tmp_path)
+    tried = trial_plan(plan, document.trials)
+    trained: list[str] = []
+
+    def diverge(job: Job, *_: Any) -> None:
+        trained.append(job.folder.name)
+        raise TrainingDiverged("it diverged")
+
+    monkeypatch.setattr(work, "_train", diverge)
+    monkeypatch.setattr("time.sleep", lambda _: done(replace(tried, variants=tried.variants[1:])))
+    with work.claimed(tried.jobs()[1].folder):
+        settled = _tried(plan, document.trials, CompareSettings(), Opener())
+    assert settled is not None
+    assert trained == [tried.jobs()[0].folder.name]
+    assert settled.variants[0].settings.recipe.lr == 1e-2
 
 
 def test_trials_follow_what_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,11 @@ def test_rows_override_what_is_common_for_themselves_only() -> None:
     assert all(job.settings.seed == job.seed and job.settings.output == job.folder for job in plan.jobs())
 
 
+def test_a_row_has_no_more_seeds_than_the_study() -> None:
+    with pytest.raises(ValueError, match="seeds=3, and the study has 2: give more, or a list"):
+        parse_document({"seeds": 2, "variants": [{"attention": "softmax", "seeds": 3}]})
+
+
 def test_seeds_given_beside_the_file_replace_its_own() -> None:
     plan = plan_of({"seeds": 3, "settings": SMALL, "variants": ROWS[:2]}, seeds=[4])
     assert [(job.variant, job.seed) for job in plan.jobs()] == [("softmax", 4), ("operator", 4)]

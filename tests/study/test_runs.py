@@ -22,7 +22,7 @@ from karat.study.work import claimed, train_all
 from support.processes import KARAT, Started
 
 STUDY = """
-title = "a few digits"
+title = "a few digits, [/not] markup"
 seeds = 2
 
 [settings]

@@ -98,8 +98,6 @@ def _study(parsed: CompareSettings, document: Document, common: Settings, opened
     _refuse_idle_options(parsed)
     seeds = None
     if parsed.seeds is not None:
-        if parsed.seeds < 1:
-            raise ValueError(f"seeds={parsed.seeds}: give 1 or more")
         seeds = tuple(range(common.seed, common.seed + parsed.seeds))
     folder = common.output or Path("runs") / f"study-{slug(parsed.study.stem if parsed.study else document.title)}"
     plan = make_plan(document, common, folder, seeds)
@@ -153,7 +151,9 @@ def _tried(plan: Plan, asked: Trials, parsed: CompareSettings, opened: Opener) -
 
     chosen, runs, failed = choose(plan, asked), trial_plan(plan, asked), dict[str, str]()
     while chosen is None and not (parsed.only_table or parsed.time):
-        failed |= train_all(runs, console=Console(markup=False), measure=False, before=runs.write, opened=opened)
+        failed = train_all(
+            runs, console=Console(markup=False), measure=False, before=runs.write, opened=opened, failed=failed
+        )
         chosen = choose(plan, asked, failed)
         if chosen is None:
             time.sleep(5)  # another process trains the last ones

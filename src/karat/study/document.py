@@ -116,7 +116,7 @@ def parse_document(found: Mapping[str, Value], *, default_title: str = "study") 
         _refuse_undone(entry, trials, stages)
     title = _text(found.get("title", default_title), "title")
     baseline = _text(found.get("baseline", entries[0].name), "baseline")
-    titles = [entry.name for entry in entries]
+    titles, seeds = [entry.name for entry in entries], seeds_of(found.get("seeds", 1))
     for name in titles:
         if titles.count(name) > 1:
             raise ValueError(f"variant {name!r} is named twice: give each a name of its own")
@@ -132,7 +132,11 @@ def parse_document(found: Mapping[str, Value], *, default_title: str = "study") 
             _among(entry.equal_time_to, titles, f"variant {entry.name!r}: equal_time_to")
             if entry.equal_time_to == entry.name:
                 raise ValueError(f"variant {entry.name!r}: equal_time_to names itself")
-    return Document(title, seeds_of(found.get("seeds", 1)), baseline, settings, entries, trials, stages)
+        if isinstance(entry.seeds, int) and entry.seeds > len(seeds):
+            raise ValueError(
+                f"variant {entry.name!r}: seeds={entry.seeds}, and the study has {len(seeds)}: give more, or a list"
+            )
+    return Document(title, seeds, baseline, settings, entries, trials, stages)
 
 
 def _crossed(factors: Mapping[str, Value]) -> Iterator[tuple[dict[str, Value], dict[str, str]]]:

@@ -10,6 +10,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from karat.study.rows import VariantRow
+from karat.study.table import grid
 
 LEVEL, POWER = 0.95, 0.8
 
@@ -154,5 +155,4 @@ def markdown(found: Sequence[Effect]) -> str:
         least = "–" if one.least_seen is None else f"{one.least_seen:.2f}"
         gap = f"{one.level} − {one.against}"
         lines.append([gap, within, f"{one.difference:+.2f}", interval, least, str(one.cells)])
-    rule = ["---", "---", *["---:"] * 4]
-    return "".join("| " + " | ".join(line) + " |\n" for line in (lines[0], rule, *lines[1:]))
+    return grid(lines, texts=2)

@@ -70,21 +70,23 @@ class Plan:
         ]
         return [job for _, job in sorted(found, key=lambda pair: pair[0])]
 
-    def in_stages(self, best_of: Callable[[str], str]) -> Plan:
-        """The plan with each variant's seeds by the stages, if there are any. best_of: of a pattern's variants."""
-        if not self.stages:
-            return self
-        stages = self.stages
-        best = [{best_of(pattern) for pattern in stage.best} for stage in stages]
+    def settled(self, best_of: Callable[[str], str]) -> Plan:
+        """The plan with each variant's seeds by the stages, if there are any, and the epochs of rows that have begun.
+
+        best_of: of a pattern's variants.
+        """
+        best = [{best_of(pattern) for pattern in stage.best} for stage in self.stages]
         variants = []
         for variant in self.variants:
             first: dict[int, int] = {}  # the stage of each seed
-            for number, stage in enumerate(stages):
+            for number, stage in enumerate(self.stages):
                 named = any(fnmatchcase(variant.name, pattern) for pattern in stage.variants)
                 if named or variant.name in best[number] or not (stage.variants or stage.best):
                     first = dict.fromkeys(range(stage.seeds), number) | first
-            seeds = tuple(sorted(first))
-            variants.append(replace(variant, seeds=seeds, stages=tuple(first[seed] for seed in seeds)))
+            if self.stages:
+                seeds = tuple(sorted(first))
+                variant = replace(variant, seeds=seeds, stages=tuple(first[seed] for seed in seeds))
+            variants.append(_with_known_epochs(variant, self.folder))
         return replace(self, variants=tuple(variants))
 
     def job(self, variant: Variant, seed: int) -> Job:
@@ -138,7 +140,7 @@ def make_plan(document: Document, common: Settings, folder: Path, seeds: Sequenc
     """
     common = replace(resolve(common), resume=None, overwrite=False)
     chosen = tuple(document.seeds if seeds is None else seeds)
-    variants = tuple(_variant(entry, common, chosen, folder) for entry in document.entries)
+    variants = tuple(_variant(entry, common, chosen) for entry in document.entries)
     taken: dict[str, str] = {}
     for variant in variants:
         other = taken.setdefault(slug(variant.name), variant.name)
@@ -146,10 +148,10 @@ def make_plan(document: Document, common: Settings, folder: Path, seeds: Sequenc
             raise ValueError(f"variants {other!r} and {variant.name!r} would share a folder: rename one")
     stages = document.stages if seeds is None else ()
     plan = Plan(document.title, folder, document.baseline, variants, stages)
-    return plan if document.trials else plan.in_stages(lambda pattern: pattern)  # what trials tell comes with them
+    return plan if document.trials else plan.settled(lambda pattern: pattern)  # trials are the same ever after
 
 
-def _variant(entry: VariantEntry, common: Settings, seeds: tuple[int, ...], folder: Path) -> Variant:
+def _variant(entry: VariantEntry, common: Settings, seeds: tuple[int, ...]) -> Variant:
     inner = {f.name for f in fields(Recipe)} | {renamed.OLD}
     own = {name: value for name, value in entry.values.items() if name not in inner}
     recipe = {name: value for name, value in entry.values.items() if name in inner}
@@ -162,20 +164,18 @@ def _variant(entry: VariantEntry, common: Settings, seeds: tuple[int, ...], fold
         seeds = seeds[: entry.seeds]
     elif entry.seeds is not None:
         seeds = entry.seeds
-    variant = Variant(entry.name, settings, seeds, entry.equal_time_to, levels=entry.levels)
-    if entry.equal_time_to is None or "epochs" in entry.values:
-        return variant
-    return _with_known_epochs(variant, folder)
+    waits = entry.equal_time_to is not None and "epochs" not in entry.values
+    return Variant(entry.name, settings, seeds, entry.equal_time_to, waits, entry.levels)
 
 
 def _with_known_epochs(variant: Variant, folder: Path) -> Variant:
     """The epochs that the row's first run was given stay, whatever step times are measured later."""
-    for seed in variant.seeds:
+    for seed in variant.seeds if variant.waits else ():
         path = run_folder(folder, variant.name, seed)
         if runs.is_run(path):
             saved, _ = runs.read_config(path)
             return with_epochs(variant, saved.recipe.epochs)
-    return replace(variant, waits=True)
+    return variant
 
 
 def with_epochs(variant: Variant, epochs: int) -> Variant:

@@ -81,7 +81,7 @@ def markdown(rows: Sequence[VariantRow], baseline: str) -> str:
     """A Markdown table, one line a row, ready to be put into a page."""
     chosen = columns(rows, baseline)
     lines = [[column.heading for column in chosen]]
-    return _markdown([*lines, *[[column.cell(row) or NOTHING for column in chosen] for row in rows]])
+    return grid([*lines, *[[column.cell(row) or NOTHING for column in chosen] for row in rows]])
 
 
 def markdown_curves(rows: Sequence[VariantRow], most: int = 12) -> str:
@@ -94,12 +94,12 @@ def markdown_curves(rows: Sequence[VariantRow], most: int = 12) -> str:
     for row in rows:
         cells = [f"{row.curve[epoch - 1]:.2f}" if epoch <= len(row.curve) else NOTHING for epoch in epochs]
         lines.append([row.name, *cells])
-    return _markdown(lines)
+    return grid(lines)
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells, the first one a heading; all columns but the first to the right."""
-    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
+def grid(lines: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """Lines of cells as Markdown, the first one a heading; all columns but the first `texts` to the right."""
+    rule = [*["---"] * texts, *["---:"] * (len(lines[0]) - texts)]
     return "".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in (lines[0], rule, *lines[1:])
     )

@@ -92,7 +92,10 @@ def choose(plan: Plan, asked: Trials, failed: Collection[str] = ()) -> Chosen | 
     Raises ValueError for trials that were trained under other settings.
     """
     trials, runs = trials_of(plan, asked), trial_plan(plan, asked)
-    refuse_other_runs(runs)
+    try:
+        refuse_other_runs(runs)
+    except ValueError as error:  # what the trials told then would be taken for what they tell now
+        raise ValueError(f"{error} and {plan.folder / TRIALS}") from None
     kept, found = kept_in(plan.folder), dict[str, float]()
     how = {"images": asked.held_out, "seed": asked.seed} | ({} if asked.epochs is None else {"epochs": asked.epochs})
     if kept is not None and how == {name: kept[name] for name in ("images", "seed", "epochs") if name in kept}:
@@ -124,7 +127,7 @@ def settle(plan: Plan, chosen: Chosen) -> Plan:
     for variant in plan.variants:
         recipe = variant.settings.recipe.override(lr=chosen[variant.name]["lr"])
         variants.append(replace(variant, settings=replace(variant.settings, recipe=recipe)))
-    return replace(plan, variants=tuple(variants)).in_stages(lambda pattern: best_of(pattern, chosen))
+    return replace(plan, variants=tuple(variants)).settled(lambda pattern: best_of(pattern, chosen))
 
 
 def best_of(pattern: str, chosen: Chosen) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,8 +55,11 @@ def train_all(
     measure: bool = True,
     before: Callable[[], object] | None = None,
     opened: Opener | None = None,
+    failed: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Train or go on with every run that isn't finished and that no other process trains; why runs diverged, by folder.
+
+    failed: those that are known to diverge, which aren't trained again.
 
     With `measure`, what `measure_run` tells of each finished run is worked out too, unless it is there.
     `before` is called when all that can be refused was looked at, before the first run.
@@ -69,7 +72,7 @@ def train_all(
     if before is not None:
         before()
     opened = opened or Opener()
-    failed: dict[str, str] = {}
+    failed = dict(failed or {})
     measured: set[Path] = set()
     busy = True
     while busy:  # another pass: a process that was killed has left its run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,19 @@ def test_table_json_and_figure(name: str, tmp_path: Path, capsys: pytest.Capture
     assert {row["way"] for row in kept["rows"]} >= {"softmax SDPA", "karat tiled"}
     assert (tmp_path / f"{name}.png").stat().st_size > 1000
     assert kept["title"][:20] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["op --attention --heads", "step --models", "scaling --tokens --grids --ranks"])
+def test_nothing_to_measure_is_refused(command: str) -> None:
+    with pytest.raises(ValueError, match="nothing to measure"):
+        bench(command.split())
+
+
+def test_a_process_that_was_killed_ran_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = subprocess.CompletedProcess([], -9, "", "a warning\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
+    with pytest.raises(RuntimeError, match="measuring karat of vit failed: memory ran out"):
+        memory.measure("vit", "g1b", "karat")
 
 
 def test_steps_and_throughput_of_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,9 @@ class Benchmark:
 
     def prepare(self) -> None:
         """Set the threads. Raises ValueError for values that can't be."""
+        lists = [name for name, value in vars(self).items() if isinstance(value, tuple)]
+        if lists and not any(getattr(self, name) for name in lists):
+            raise ValueError(f"there is nothing to measure: name something behind --{' or --'.join(lists)}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda is not there; choose cpu")
         if self.threads:
