@@ -64,8 +64,21 @@ def ablate(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Ablati
             "ViT, DeiT or ConViT"
         )
     modules = [site.module for site in sites]
-    means = _means(model, modules, images, labels)
-    return {name: _evaluate(model, modules, means, kept, images, labels) for name, kept in KEPT.items()}
+    sums: list[Tensor | float] = [0.0] * len(modules)
+
+    def see(index: int, learned: Tensor) -> Tensor:
+        sums[index] = sums[index] + learned.sum(0, keepdim=True)
+        return learned
+
+    with _learning(modules, see):
+        evaluate(model, images, labels)
+    means = [torch.as_tensor(total) / len(images) for total in sums]
+    found = {}
+    for name, kept in KEPT.items():
+        with _learning(modules, lambda index, learned, kept=kept: kept(learned, means[index])):
+            loss, top1 = evaluate(model, images, labels)
+        found[name] = AblationOutcome(top1, loss)
+    return found
 
 
 def check_labelled(images: Tensor, labels: Tensor) -> None:
@@ -77,68 +90,23 @@ def check_labelled(images: Tensor, labels: Tensor) -> None:
         )
 
 
-def _learned(module: Any, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    """σ without the learned part (B,H,M,N), and that part, of the heads that learn (B,H',M,N)."""
-    scores = inputs.scores.float()
-    op = module.present_operator(scores.shape[-1])
-    sigma = op(scores, inputs.mask)
-    heads = list(op.karat_heads)
-    fixed = safe_softmax(scores, inputs.mask) if op.config.residual or op.softmax_heads else torch.zeros_like(sigma)
-    if not op.config.residual:
-        fixed[:, heads] = 0
-    return fixed, sigma[:, heads] - fixed[:, heads]
-
-
 @contextmanager
-def _attending(modules: list[Any], ways: list[Callable[[AttentionInputs], Tensor]]) -> Iterator[None]:
-    """The modules attend in these ways, (B,H,M,N) for the inputs of each, while the context is open."""
+def _learning(modules: list[Any], change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+    """While open, the index-th module's learned part of σ, (B,H',M,N) of the heads that learn, is what `change` makes
+    of it."""
 
-    def attend(way: Callable[[AttentionInputs], Tensor], inputs: AttentionInputs) -> Tensor:
-        sigma = way(inputs).to(inputs.v.dtype)
-        return sigma @ inputs.v
+    def attend(index: int, inputs: AttentionInputs) -> Tensor:
+        scores = inputs.scores.float()
+        op = modules[index].present_operator(scores.shape[-1])
+        sigma, heads = op(scores, inputs.mask).clone(), list(op.karat_heads)
+        fixed = safe_softmax(scores, inputs.mask)[:, heads] if op.config.residual else 0.0
+        sigma[:, heads] = fixed + change(index, sigma[:, heads] - fixed)
+        return sigma.to(inputs.v.dtype) @ inputs.v
 
     try:
-        for module, way in zip(modules, ways, strict=True):
-            module._attend = partial(attend, way)
+        for index, module in enumerate(modules):
+            module._attend = partial(attend, index)
         yield
     finally:
         for module in modules:
             module.__dict__.pop("_attend", None)
-
-
-def _means(model: nn.Module, modules: list[Any], images: Tensor, labels: Tensor) -> list[Tensor]:
-    """The mean over images of each module's learned part, (1,H',M,N)."""
-    sums: list[Tensor | float] = [0.0] * len(modules)
-
-    def see(index: int, inputs: AttentionInputs) -> Tensor:
-        fixed, learned = _learned(modules[index], inputs)
-        sums[index] = sums[index] + learned.sum(0, keepdim=True)
-        return _joined(modules[index], fixed, learned)
-
-    with _attending(modules, [partial(see, index) for index in range(len(modules))]):
-        evaluate(model, images, labels)
-    return [torch.as_tensor(total) / len(images) for total in sums]
-
-
-def _joined(module: Any, fixed: Tensor, learned: Tensor) -> Tensor:
-    sigma = fixed.clone()
-    heads = list(module.operator.karat_heads)
-    sigma[:, heads] += learned
-    return sigma
-
-
-def _evaluate(
-    model: nn.Module,
-    modules: list[Any],
-    means: list[Tensor],
-    kept: Callable[[Tensor, Tensor], Tensor],
-    images: Tensor,
-    labels: Tensor,
-) -> AblationOutcome:
-    def attend(module: Any, mean: Tensor, inputs: AttentionInputs) -> Tensor:
-        fixed, learned = _learned(module, inputs)
-        return _joined(module, fixed, kept(learned, mean))
-
-    with _attending(modules, [partial(attend, *pair) for pair in zip(modules, means, strict=True)]):
-        loss, top1 = evaluate(model, images, labels)
-    return AblationOutcome(top1, loss)

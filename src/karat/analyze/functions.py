@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from karat.analyze.attention import BlockAttention, check_head, choose_block
 from karat.analyze.symbolic import Formula, fit_formula
+from karat.analyze.weights import check_finite, widened
 from karat.models.record import recorded
 from karat.operator.edges import EdgeLayer
 from karat.operator.operator import KArAtOperator, karat_operators
@@ -143,11 +144,8 @@ def coefficients(op: KArAtOperator, *, bins: int = 50) -> list[Distribution]:
     found = []
     for name, parameter in groups.items():
         values = parameter.detach().float().cpu()
-        if not values.isfinite().all():
-            raise ValueError(f"the operator's {name} holds NaN or Inf: the training diverged")
-        low, high = float(values.min()), float(values.max())
-        if low == high:
-            low, high = low - 0.5, high + 0.5
+        check_finite(f"the operator's {name}", values)
+        low, high = widened(float(values.min()), float(values.max()))
         bin_edges = torch.linspace(low, high, bins + 1)
         for place, head in enumerate(op.karat_heads):
             mine = values[place].flatten()

@@ -158,6 +158,5 @@ def trajectory(folder: Path) -> list[tuple[int, Path]]:
 def moments(checkpoints: list[tuple[int, Path]]) -> Iterator[tuple[str, int, Path]]:
     """The start, the middle and the end of a trajectory (fewer where it is shorter)."""
     last = len(checkpoints) - 1
-    for name, index in dict.fromkeys([("start", 0), ("middle", last // 2), ("end", last)]):
-        if not (name == "middle" and index in (0, last)) and not (name == "end" and last == 0):
-            yield name, *checkpoints[index]
+    for index, name in sorted({last: "end", last // 2: "middle", 0: "start"}.items()):
+        yield name, *checkpoints[index]

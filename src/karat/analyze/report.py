@@ -59,18 +59,6 @@ class EmbeddedFigure:
     half: bool  # two of them fit beside each other
 
 
-@dataclass(frozen=True)
-class Section:
-    """One analysis on the page."""
-
-    name: str
-    title: str
-    text: str
-    pictures: list[list[EmbeddedFigure]]  # by kind
-    notes: list[str]
-    numbers: str  # JSON
-
-
 def build_report(
     subjects: Sequence[Subject],
     *,
@@ -123,20 +111,21 @@ def write_report(
     return path
 
 
-def _section(name: str, subjects: Sequence[Subject]) -> Section:
+def _section(name: str, subjects: Sequence[Subject]) -> dict[str, Any]:
+    """One analysis on the page, as the page's template names its parts."""
     try:
         analysis = _landscape(subjects) if name == "landscape" else analysis_of(name)(subjects)
     except ValueError as error:
         analysis = Analysis(name, notes=[str(error)])
     title = analysis.title if analysis.figures else TITLES.get(name, name)
-    return Section(
-        name=name,
-        title=title,
-        text=SECTIONS[name],
-        pictures=_pictures(analysis, subjects),
-        notes=analysis.notes,
-        numbers=json.dumps(as_json(analysis.numbers, 6), indent=1, ensure_ascii=False) if analysis.numbers else "",
-    )
+    return {
+        "name": name,
+        "title": title,
+        "text": SECTIONS[name],
+        "pictures": _pictures(analysis, subjects),
+        "notes": analysis.notes,
+        "numbers": json.dumps(as_json(analysis.numbers, 6), indent=1, ensure_ascii=False) if analysis.numbers else "",
+    }
 
 
 def _pictures(analysis: Analysis, subjects: Sequence[Subject]) -> list[list[EmbeddedFigure]]:
@@ -178,16 +167,16 @@ def _embedded(figure: Any) -> str:
 
 
 def _results(subjects: Sequence[Subject]) -> dict[str, list[str]]:
-    columns = []
-    for s in subjects:
-        history = s.run.history
-        cells = dict.fromkeys(
-            ("top-1", "best top-1", "evaluation loss", "parameters", "epochs", "seconds an epoch"), "–"
-        )
-        if history:
-            cells["top-1"] = f"{history[-1]['top1']:.2f} %"
-            cells["best top-1"] = f"{max(line['top1'] for line in history):.2f} %"
-            cells["evaluation loss"] = f"{history[-1]['eval_loss']:.4f}"
-            cells["seconds an epoch"] = f"{fmean(line['seconds'] for line in history):.2f}"
-        columns.append(cells | {"parameters": f"{s.run.facts.get('parameters', 0):,}", "epochs": str(len(history))})
-    return {name: [cells[name] for cells in columns] for name in columns[0]}
+    """What came out, by name: a cell for each run."""
+
+    def cells(told: Callable[[list[dict[str, Any]]], str]) -> list[str]:
+        return [told(s.run.history) if s.run.history else "–" for s in subjects]
+
+    return {
+        "top-1": cells(lambda history: f"{history[-1]['top1']:.2f} %"),
+        "best top-1": cells(lambda history: f"{max(line['top1'] for line in history):.2f} %"),
+        "evaluation loss": cells(lambda history: f"{history[-1]['eval_loss']:.4f}"),
+        "parameters": [f"{s.run.facts.get('parameters', 0):,}" for s in subjects],
+        "epochs": [str(len(s.run.history)) for s in subjects],
+        "seconds an epoch": cells(lambda history: f"{fmean(line['seconds'] for line in history):.2f}"),
+    }

@@ -127,14 +127,17 @@ def _fit(name: str, family: _Family, x: Array, y: Array, deviation: float) -> Fo
     energy = (centred**2).sum(1)
     gains = np.where(energy > 1e-300, (centred @ wanted) ** 2 / np.maximum(energy, 1e-300), 0)
     theta = starts[gains.argmax()]
+
+    def near(theta: Array) -> tuple[float, float, Array]:
+        column = family.shape(x, theta)
+        c, d = _line(column, y)
+        return c, d, c * column + d
+
     if theta.size:
-        theta = least_squares(lambda t: _residual(family.shape(x, t), y) / deviation, theta, x_scale="jac").x
-    column = family.shape(x, theta)
-    c, d = _line(column, y)
-    values = c * column + d
-    shown = c
+        theta = least_squares(lambda t: (near(t)[2] - y) / deviation, theta, x_scale="jac").x
+    shown, d, values = near(theta)
     if name == "exp":  # the column is scaled to at most one so that it can't overflow; the text undoes that
-        shown = float(c * np.exp(np.clip(-theta[0] * x[0 if theta[0] < 0 else -1], -700, 700)))
+        shown *= float(np.exp(np.clip(-theta[0] * x[0 if theta[0] < 0 else -1], -700, 700)))
     error = float(np.sqrt(np.mean((y - values) ** 2)) / deviation)
     return Formula(name, family.text(shown, d, theta), error, values)
 
@@ -146,8 +149,3 @@ def _line(column: Array, y: Array) -> tuple[float, float]:
     c = float(centred @ (y - y.mean())) / energy if energy > 1e-300 else 0.0
     d = float(y.mean() - c * column.mean())
     return c, 0.0 if abs(d) < 1e-12 * float(np.abs(y).max()) else d  # what rounding left is no offset
-
-
-def _residual(column: Array, y: Array) -> Array:
-    c, d = _line(column, y)
-    return c * column + d - y

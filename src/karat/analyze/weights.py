@@ -71,14 +71,14 @@ def histograms(checkpoints: Sequence[tuple[int, Path]], *, bins: int = 80) -> li
     counts: dict[str, list[Tensor]] = {kind: [] for kind in ranges}
     for _, path in checkpoints:
         for kind, values in _by_kind(read_tensors(path)).items():
-            low, high = _widened(*ranges[kind])
+            low, high = widened(*ranges[kind])
             counts[kind].append(torch.histc(values, bins, low, high))
     epochs = tuple(epoch for epoch, _ in checkpoints)
     found = []
     for kind in [k for k in (*KINDS, "other") if k in counts]:
         rows = torch.stack(counts[kind])
         steps = torch.cat([rows.new_zeros(1).double(), divergence(rows[1:], rows[:-1])])
-        bin_edges = torch.linspace(*_widened(*ranges[kind]), bins + 1)
+        bin_edges = torch.linspace(*widened(*ranges[kind]), bins + 1)
         found.append(Histograms(kind, epochs, rows, bin_edges, divergence(rows, rows[:1]), steps))
     return found
 
@@ -87,11 +87,17 @@ def _by_kind(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     groups: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not name.endswith(FIXED):
-            if not tensor.isfinite().all():
-                raise ValueError(f"{name} holds NaN or Inf: the training diverged, and there is nothing to count")
+            check_finite(name, tensor)
             groups.setdefault(kind_of(name), []).append(tensor.flatten().float())
     return {kind: torch.cat(parts) for kind, parts in groups.items()}
 
 
-def _widened(low: float, high: float) -> tuple[float, float]:
+def check_finite(name: str, values: Tensor) -> None:
+    """Raise ValueError for numbers that no histogram can count."""
+    if not values.isfinite().all():
+        raise ValueError(f"{name} holds NaN or Inf: the training diverged")
+
+
+def widened(low: float, high: float) -> tuple[float, float]:
+    """Ends of a histogram: those of its numbers, or around them where all are one."""
     return (low, high) if high > low else (low - 0.5, high + 0.5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from karat.paper.entries import Entry
@@ -66,16 +65,10 @@ def run_row(entry: Entry, scale: float = 1.0, extra: dict[str, str] | None = Non
     from karat import runs
 
     program = entry.setup.program
-    _trainer(program)(command_words(program, options)[len(program) :])
+    module, function = TRAINERS[program].split(":")
+    getattr(importlib.import_module(module), function)(command_words(program, options)[len(program) :])
     last = runs.read_history(Path(options["--output"]))[-1]
     return {metric: float(last[metric]) for metric in FIGURES if metric in last}
-
-
-def _trainer(program: tuple[str, ...]) -> Callable[[Sequence[str]], None]:
-    """The function behind a command that trains."""
-    module, function = TRAINERS[program].split(":")
-    found: Callable[[Sequence[str]], None] = getattr(importlib.import_module(module), function)
-    return found
 
 
 def scaled_command(entry: Entry, scale: float, extra: dict[str, str] | None = None) -> str:

@@ -86,7 +86,7 @@ def draw_parts(blocks: Sequence[AttentionParts]) -> Figure:
 
 
 def _stack(axes: Axes, blocks: Sequence[AttentionParts], found: Sequence[Shares], title: str) -> None:
-    places = _places(blocks)
+    places = np.concatenate(_places(blocks))
     bottom = np.zeros(len(places))
     for index, (name, label) in enumerate(KINDS):
         height = np.concatenate([getattr(one, name).clamp(min=0).numpy() for one in found])
@@ -98,25 +98,21 @@ def _stack(axes: Axes, blocks: Sequence[AttentionParts], found: Sequence[Shares]
 
 
 def _bars(axes: Axes, blocks: Sequence[AttentionParts], heights: np.ndarray, label: str) -> None:
-    axes.bar(_places(blocks), heights, 0.85, color=COLOURS[-1])
+    axes.bar(np.concatenate(_places(blocks)), heights, 0.85, color=COLOURS[-1])
     axes.axhline(0, color=COLOURS[-2], linewidth=0.6)
     finish(axes, "", "block (a bar for each head)", label)
     _name_blocks(axes, blocks)
 
 
-def _places(blocks: Sequence[AttentionParts]) -> np.ndarray:
-    """Where the bars stand: heads side by side, a gap between blocks."""
-    heads = [len(block.heads) for block in blocks]
-    starts = np.cumsum([0, *(count + 1 for count in heads[:-1])])
-    return np.concatenate([start + np.arange(count) for start, count in zip(starts, heads, strict=True)])
+def _places(blocks: Sequence[AttentionParts]) -> list[np.ndarray]:
+    """Where each block's bars stand: heads side by side, a gap between blocks."""
+    starts = np.cumsum([0, *(len(block.heads) + 1 for block in blocks)])
+    return [start + np.arange(len(block.heads)) for start, block in zip(starts, blocks, strict=False)]
 
 
 def _name_blocks(axes: Axes, blocks: Sequence[AttentionParts]) -> None:
-    places, at, ticks = _places(blocks), 0, []
-    for block in blocks:
-        ticks.append(float(places[at : at + len(block.heads)].mean()))
-        at += len(block.heads)
-    axes.set_xticks(ticks, [block.name.split(".")[-2] if "." in block.name else block.name for block in blocks])
+    names = [block.name.split(".")[-2] if "." in block.name else block.name for block in blocks]
+    axes.set_xticks([float(places.mean()) for places in _places(blocks)], names)
 
 
 def draw_ablation(found: Mapping[str, Mapping[str, AblationOutcome]]) -> Figure:
