@@ -73,12 +73,13 @@ def ablate(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Ablati
     with _learning(modules, see):
         evaluate(model, images, labels)
     means = [torch.as_tensor(total) / len(images) for total in sums]
-    found = {}
-    for name, kept in KEPT.items():
-        with _learning(modules, lambda index, learned, kept=kept: kept(learned, means[index])):
+
+    def outcome(kept: Callable[[Tensor, Tensor], Tensor]) -> AblationOutcome:
+        with _learning(modules, lambda index, learned: kept(learned, means[index])):
             loss, top1 = evaluate(model, images, labels)
-        found[name] = AblationOutcome(top1, loss)
-    return found
+        return AblationOutcome(top1, loss)
+
+    return {name: outcome(kept) for name, kept in KEPT.items()}
 
 
 def check_labelled(images: Tensor, labels: Tensor) -> None:
