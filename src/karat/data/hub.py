@@ -109,7 +109,7 @@ def _read_labels(paths: Sequence[Path]) -> tuple[str, dict[str, Any], list[Colum
 
 
 def open_hub(
-    name: str, *, streaming: bool, data_dir: Path | None, num_samples: int | None, whole: bool = False
+    name: str, data_dir: Path | None, num_samples: int | None, whole: bool = False, *, streaming: bool
 ) -> Splits:
     """`hfds/NAME` (downloaded once, memory-mapped) or `hfids/NAME` (streamed); NAME may be a folder of parquet, or one
     that `save_to_disk` wrote.

@@ -7,7 +7,7 @@ have given.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -212,18 +212,11 @@ class WorkerLoader(Loader):
 
     def _checked(self, images: Tensor, labels: Tensor, bad: list[tuple[int, str, str]]) -> Batch:
         """The batch with its bad images reported and out of the way, and a stream's labels in range."""
-        self._check(labels, bad)
-        return self._without(images, labels, [row for row, _, _ in bad]) if bad else (images, labels)
-
-    def _check(self, labels: Tensor, bad: Sequence[tuple[int, str, str]]) -> None:
         for _, name, reason in bad:
             self.bad.report(name, reason)
-        if self.stream and len(labels):
-            top, low = int(labels.max()), int(labels.min())
-            if top >= self.num_classes:
-                raise_label(top, self.num_classes, self.title)
-            if low < 0 and not bad:
-                raise_label(low, self.num_classes, self.title)
+        if self.stream and (top := int(labels.max())) >= self.num_classes:
+            raise_label(top, self.num_classes, self.title)
+        return self._without(images, labels, [row for row, _, _ in bad]) if bad else (images, labels)
 
     def _without(self, images: Tensor, labels: Tensor, rows: list[int]) -> Batch:
         """The batch without its bad rows: in training good rows of the same batch take their places."""

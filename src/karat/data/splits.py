@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +49,8 @@ DEFAULT_SIZE = 224
 # whether it is only evaluated on.
 OPENERS: dict[str, Callable[[str, Path | None, int | None, bool], Splits]] = {
     "torch": lambda name, root, count, whole: open_torch(name, root),
-    "hfds": lambda name, root, count, whole: open_hub(
-        name, streaming=False, data_dir=root, num_samples=count, whole=whole
-    ),
-    "hfids": lambda name, root, count, whole: open_hub(
-        name, streaming=True, data_dir=root, num_samples=count, whole=whole
-    ),
+    "hfds": partial(open_hub, streaming=False),
+    "hfids": partial(open_hub, streaming=True),
     "wds": lambda name, root, count, whole: open_shards(name, num_samples=count, whole=whole),
 }
 

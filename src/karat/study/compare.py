@@ -25,6 +25,7 @@ from karat.runs import files
 from karat.runs.classification import Settings, resolve
 from karat.runs.model import build_model, input_size
 from karat.runs.settings import slug
+from karat.study.statistics import Mean
 from karat.train import randomness
 from karat.train.classify import Classification
 from karat.train.engine import Trainer
@@ -157,11 +158,11 @@ def count_operations(settings: Settings, num_classes: int, in_chans: int) -> int
 
 def summarise(attention: str, summaries: Sequence[dict[str, Any]], operations: int) -> ComparisonRow:
     """Mean and deviation over the runs of one contender."""
-    accuracy = [summary["top1"] for summary in summaries]
+    top1 = Mean.of([summary["top1"] for summary in summaries])
     return ComparisonRow(
         attention=attention,
-        top1=statistics.fmean(accuracy),
-        top1_deviation=statistics.stdev(accuracy) if len(accuracy) > 1 else None,
+        top1=top1.mean,
+        top1_deviation=top1.deviation,
         best_top1=statistics.fmean(summary["best"]["top1"] for summary in summaries),
         parameters=summaries[0]["parameters"],
         multiply_adds=operations,

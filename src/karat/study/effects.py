@@ -106,18 +106,16 @@ def effects(rows: Sequence[VariantRow]) -> list[Effect]:
         return []
     fit, levels = Fit.of(done), _levels(rows)
     first, *others = levels
-    found = [
-        effect
-        for factor in levels
+    asked: list[tuple[str, dict[str, str]]] = [(factor, {}) for factor in levels]
+    if others:
+        cells = product(*(levels[factor] for factor in others))
+        asked += [(first, dict(zip(others, cell, strict=True))) for cell in cells]
+    found = (
+        _effect(fit, done, factor, level, levels[factor][0], within)
+        for factor, within in asked
         for level in levels[factor][1:]
-        if (effect := _effect(fit, done, factor, level, levels[factor][0], {})) is not None
-    ]
-    for combination in product(*(levels[factor] for factor in others)):
-        within = dict(zip(others, combination, strict=True))
-        for level in levels[first][1:] if within else ():
-            if (effect := _effect(fit, done, first, level, levels[first][0], within)) is not None:
-                found.append(effect)
-    return found
+    )
+    return [effect for effect in found if effect is not None]
 
 
 def _levels(rows: Iterable[VariantRow]) -> dict[str, list[str]]:

@@ -65,17 +65,14 @@ def draw_accuracy(rows: Sequence[VariantRow]) -> Figure:
 def draw_differences(rows: Sequence[VariantRow], baseline: str) -> Figure:
     """Each row's top-1 minus the baseline's: thick, ± its standard error; thin, ± the deviation of single runs; the
     shade is ± the baseline's deviation."""
-    others = [row for row in rows if row.difference is not None]
+    others = [(row.name, row.top1, row.difference) for row in rows if row.top1 and row.difference]
     deviation = next((row.top1.deviation for row in rows if row.name == baseline and row.top1 is not None), None)
     with drawing(6.0, 0.3 * len(others) + 1.0) as (figure, panel):
         if deviation is not None:
             panel.axvspan(-deviation, deviation, color=COLOURS[-1], alpha=0.18, linewidth=0)
         panel.axvline(0.0, color=COLOURS[-1], linewidth=0.8)
-        for place, row in enumerate(others):
-            gap = row.difference
-            if gap is None or row.top1 is None:
-                continue
-            for reach, width, cap in ((row.top1.deviation, 0.8, 2.0), (gap.standard_error, 2.4, 0.0)):
+        for place, (_, top1, gap) in enumerate(others):
+            for reach, width, cap in ((top1.deviation, 0.8, 2.0), (gap.standard_error, 2.4, 0.0)):
                 panel.errorbar(
                     gap.difference,
                     place,
@@ -86,7 +83,7 @@ def draw_differences(rows: Sequence[VariantRow], baseline: str) -> Figure:
                     fmt="none",
                 )
             panel.plot(gap.difference, place, "o", color=COLOURS[0], markersize=4.5)
-        panel.set_yticks(range(len(others)), [row.name for row in others])
+        panel.set_yticks(range(len(others)), [name for name, _, _ in others])
         panel.set_ylim(len(others) - 0.5, -0.5)
         finish(panel, "", f"top-1 minus {baseline}'s (points)")
     return figure

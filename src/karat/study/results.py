@@ -56,8 +56,7 @@ def _write_comparison(plan: Plan, rows: Sequence[VariantRow]) -> None:
     comparison = []
     for row in rows:
         variant = plan.variant(row.name)
-        summaries = [summary_of(plan.job(variant, seed)) for seed in row.seeds]
-        known = [summary for summary in summaries if summary is not None]
-        if known:
+        summaries = (summary_of(plan.job(variant, seed)) for seed in row.seeds)
+        if known := [summary for summary in summaries if summary is not None]:
             comparison.append(asdict(summarise(row.name, known, row.multiply_adds or 0)))
     files.write_json(plan.folder / runs.COMPARISON, {"rows": comparison})
