@@ -49,6 +49,14 @@ def test_every_torn_file_is_noticed(tmp_path: Path, name: str) -> None:
     assert name in refused[0]
 
 
+@pytest.mark.parametrize("table", [{}, [], {"model.safetensors": 3}, {"model.safetensors": {"bytes": 1}}], ids=str)
+def test_a_manifest_that_is_none_is_refused(table: object, tmp_path: Path) -> None:
+    newest = checkpoint.write(tmp_path, some_checkpoint(), keep=2)
+    files.write_json(newest / files.MANIFEST, table)
+    with pytest.raises(ValueError, match=r"manifest\.json is not a table of files"):
+        checkpoint.newest(tmp_path)
+
+
 def test_missing_file_is_noticed(tmp_path: Path) -> None:
     newest = checkpoint.write(tmp_path, some_checkpoint(), keep=2)
     (newest / checkpoint.OPTIMIZER).unlink()
@@ -140,8 +148,10 @@ def test_tampered_weights_of_a_run_are_refused(tmp_path: Path) -> None:
     name = next(iter(weights))
     weights[name] = weights[name] + 1
     files.write_tensors(tmp_path / "run" / checkpoint.MODEL, weights)
-    with pytest.raises(ValueError, match=r"model\.safetensors is refused: its SHA-256"):
-        runs.read_weights(tmp_path / "run")
+    for noted in (files.read_json(tmp_path / "run" / runs.DIGESTS), {}):
+        files.write_json(tmp_path / "run" / runs.DIGESTS, noted)
+        with pytest.raises(ValueError, match=r"model\.safetensors is refused: its SHA-256"):
+            runs.read_weights(tmp_path / "run")
 
 
 def test_what_killed_processes_left_goes_and_nothing_else(tmp_path: Path) -> None:

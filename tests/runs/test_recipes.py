@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from karat.runs.classification import Settings
 from karat.runs.recipes import QUICK, RECIPES, Recipe, get_recipe
-from karat.train.optim import create_schedule, rate_note
+from karat.train.optim import create_schedule, rate_notes
 
 
 def test_vit_is_table_5():
@@ -108,22 +109,37 @@ def test_what_is_no_schedule_of_updates_is_refused(sched: str) -> None:
         create_schedule(optimizer, QUICK.override(sched=sched), 10)
 
 
+class Batches(list):
+    """As many as a loader has, of so many images."""
+
+    batch_size = 64
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({}, False),
-        ({"min_lr": 1e-2}, False),
-        ({"min_lr": 2e-2}, True),
-        ({"min_lr": 2e-2, "sched": "constant"}, False),
-        ({"warmup_lr": 2e-2}, True),
-        ({"warmup_lr": 2e-2, "warmup_epochs": 0}, False),
+        ({}, ""),
+        ({"min_lr": 1e-2}, ""),
+        ({"min_lr": 2e-2}, "begins at 1e-06 and ends at 0.02, its peak is 0.01"),
+        ({"min_lr": 2e-2, "sched": "constant"}, ""),
+        ({"warmup_lr": 2e-2}, "begins at 0.02"),
+        ({"warmup_lr": 2e-2, "warmup_epochs": 0}, ""),
+        ({"warmup_epochs": 20}, ""),
+        ({"warmup_epochs": 21}, "warm-up of 21 epochs is longer than the run of 20"),
+        ({"batch_size": 127}, ""),
+        ({"batch_size": 128}, "for updates of 256 images a process, and the data gives 128"),
+        ({"operator_lr_scale": 11}, "learn at 11 times the rate"),
     ],
     ids=str,
 )
-def test_a_rate_above_its_peak_is_told_of(values, said: bool) -> None:
+def test_a_rate_that_may_not_be_meant_is_told_of(values, said: str) -> None:
     optimizer = torch.optim.SGD([{"params": torch.nn.Parameter(torch.zeros(1)), "lr_scale": 0.1}], lr=1e-2)
-    recipe = QUICK.override(**values)
-    assert (rate_note(create_schedule(optimizer, recipe, 50), recipe.epochs * 50) is not None) == said
+    recipe = QUICK.override(**{"batch_size": 64} | values)
+    settings = Settings(recipe=recipe, grad_accum_steps=2)
+    schedule = create_schedule(optimizer, recipe, 50)
+    notes = list(rate_notes(schedule, settings, Batches(range(100)), operators=True))
+    assert len(notes) == bool(said)
+    assert said in "".join(notes)
 
 
 @pytest.mark.parametrize("prefix", [False, True])

@@ -56,7 +56,9 @@ def test_every_setting_and_recipe_value_is_documented() -> None:
             assert re.search(rf"\n    {name}: [^\n]*\n    \"\"\"", source), f"{kind.__name__}.{name}"
 
 
-def test_train_evaluate_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_evaluate_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run[lr=0.1]"  # no markup of rich's
     assert cli.main(["train", *options(run, attention="g3b", epochs=2, model_ema_decay=0.9)]) == 0
     said = capsys.readouterr().out
@@ -80,6 +82,9 @@ def test_train_evaluate_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str
     capsys.readouterr()
     assert cli.main(["eval", str(run)]) == 0
     assert f"({measured['images']} images)\nnot saved: cannot write {run / 'eval.json'}" in capsys.readouterr().out
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(["train", f"--resume=~/{run.name}", f"--output={run}"]) == 0
+    assert cli.main(["train", f"--output=~/{run.name}", "--resume=auto"]) == 0
     assert cli.main(["train", "--resume", str(run)]) == 0  # everything comes from config.json; nothing is left to do
     assert cli.main(["train", *options(run, attention="g3b", epochs=2, model_ema_decay=0.9)]) == 2
     assert "--resume auto" in capsys.readouterr().err

@@ -226,7 +226,8 @@ def first_difference(folder: Path) -> str | None:
         table = read_json(folder / MANIFEST)
     except ValueError as error:
         return str(error)
-    if not isinstance(table, dict):
+    entries = list(table.values()) if isinstance(table, dict) else []
+    if not entries or not all(isinstance(one, dict) and {"bytes", "sha256"} <= one.keys() for one in entries):
         return f"{folder / MANIFEST} is not a table of files"
     for name, entry in table.items():
         path = folder / name

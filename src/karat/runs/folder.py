@@ -47,10 +47,10 @@ def choose_folder(settings: RunSettings, default: Path) -> Path:
     --resume names no run, or --output holds a run and neither --resume nor --overwrite is given.
     """
     if settings.resume not in (None, "auto"):
-        folder = Path(str(settings.resume))
+        folder = Path(str(settings.resume)).expanduser()
         if not is_run(folder):
             raise ValueError(f"--resume {folder}: no run is there (it has no {CONFIG})")
-        if settings.output is not None and settings.output != folder:
+        if settings.output is not None and settings.output.resolve() != folder.resolve():
             raise ValueError(f"--resume {folder} and --output {settings.output} differ: give one of them")
         return folder
     if settings.output is not None:
@@ -298,5 +298,6 @@ def read_weights(folder: Path, which: str = "last") -> dict[str, Tensor]:
         expected = files.read_json(folder / DIGESTS).get(path.name, [])
     found = files.digest(path)
     if found not in expected:
-        raise ValueError(f"{path} is refused: its SHA-256 is {found[:12]}…, the run noted {expected[0][:12]}…")
+        noted = f"{expected[0][:12]}…" if expected else "none"
+        raise ValueError(f"{path} is refused: its SHA-256 is {found[:12]}…, the run noted {noted}")
     return files.read_tensors(path)

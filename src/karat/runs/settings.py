@@ -159,11 +159,6 @@ def first_change(before: RunSettings, after: RunSettings) -> str | None:
     """The first setting that a continuation may not change and does, in words; None when there is none."""
     old, new = (plain | plain.pop("recipe") for plain in (before.as_dict(), after.as_dict()))
     for name, value in old.items():
-        if name not in MAY_CHANGE and list_or(value) != list_or(new[name]):
+        if name not in MAY_CHANGE and value != new[name]:
             return f"{name} was {value!r} and is now {new[name]!r}"
     return None
-
-
-def list_or(value: Any) -> Any:
-    """Tuples as lists, so that values compare as JSON has them."""
-    return list(value) if isinstance(value, tuple) else value

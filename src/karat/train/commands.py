@@ -75,9 +75,10 @@ def resumed(kind: type[S], arguments: Sequence[str]) -> S | None:
     given = first_options(arguments, "resume", "output")
     resume = given["resume"]
     asked = given["output"] if resume == AUTO else resume
-    if resume is None or asked is None or not runs.is_run(Path(asked)):
+    folder = None if asked is None else Path(asked).expanduser()
+    if resume is None or folder is None or not runs.is_run(folder):
         return None
-    return replace(runs.read_config(Path(asked), kind)[0], resume=resume, output=Path(asked), overwrite=False)
+    return replace(runs.read_config(folder, kind)[0], resume=resume, output=folder, overwrite=False)
 
 
 def read_settings(kind: type[S], arguments: Sequence[str], command: str, default: S) -> S:

@@ -91,8 +91,8 @@ class Trainer:
     def _note_the_start(self) -> None:
         """What is kept of the untrained model: the sizes of its operators, and its weights where a path is wanted."""
         self.progress.operators = watch.sizes(self.parts.bare)
-        own = watch.rate_warning(self.recipe) if self.progress.operators else None
-        self.notes += filter(None, (own, optim.rate_note(self.parts.schedule, self.total_steps)))
+        operators = bool(self.progress.operators)
+        self.notes += optim.rate_notes(self.parts.schedule, self.settings, self.data.train, operators=operators)
         if self.settings.checkpoints == "trajectory":
             self._save_trajectory()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,11 +20,14 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from karat.data.loader import Loader
 from karat.errors import first_line
 from karat.operator.operator import KArAtOperator
 from karat.runs.checkpoint import pack_optimizer, unpack_optimizer
 from karat.runs.optimisation import Optimisation
+from karat.runs.settings import RunSettings
 
+MOST = 10.0  # times the rate of the rest that the operators may learn at without a word
 STEP_EPOCHS = 90  # timm's: under sched step the rate falls tenfold every so many epochs
 
 
@@ -162,18 +166,34 @@ def base_rate(optimizer: torch.optim.Optimizer) -> float:
     return float(group["lr"] / group.get("lr_scale", 1.0))
 
 
-def rate_note(schedule: Scheduler, updates: int) -> str | None:
-    """What to say of a run whose rate begins or ends above its peak; None where there is nothing to say."""
+def rate_notes(schedule: Scheduler, settings: RunSettings, batches: Loader, *, operators: bool) -> Iterator[str]:
+    """What there is to say of a rate that may not be what was meant. operators: whether the model has some."""
+    recipe, accumulated = settings.recipe, settings.grad_accum_steps
+    if operators and recipe.operator_lr_scale > MOST:
+        yield (
+            f"the operators learn at {recipe.operator_lr_scale:.0f} times the rate of the rest (--operator-lr-scale): "
+            "watch operator_growth"
+        )
+    if recipe.warmup_epochs > recipe.epochs:
+        yield (
+            f"the warm-up of {recipe.warmup_epochs:g} epochs is longer than the run of {recipe.epochs}: the rate only "
+            "rises; lower --warmup-epochs"
+        )
     peak, ends = schedule.base_values[0], []
-    for update in (0, updates - 1):
+    for update in (0, recipe.epochs * -(-len(batches) // accumulated) - 1):
         schedule.step_update(update)
         ends.append(base_rate(schedule.optimizer))
-    if max(ends) <= 1.001 * peak:
-        return None
-    return (
-        f"the learning rate begins at {ends[0]:.3g} and ends at {ends[1]:.3g}, its peak is {peak:.3g}: raise --lr or "
-        "the batch, or lower --warmup-lr and --min-lr"
-    )
+    if max(ends) > 1.001 * peak:
+        yield (
+            f"the learning rate begins at {ends[0]:.3g} and ends at {ends[1]:.3g}, its peak is {peak:.3g}: raise --lr "
+            "or the batch, or lower --warmup-lr and --min-lr"
+        )
+    asked, found = recipe.batch_size * accumulated, batches.batch_size * min(accumulated, len(batches))
+    if recipe.scaled_lr(asked) >= 2 * recipe.scaled_lr(found):
+        yield (
+            f"the learning rate is for updates of {asked} images a process, and the data gives {found}: lower "
+            "--batch-size, --grad-accum-steps or --lr"
+        )
 
 
 def _milestones(recipe: Optimisation, total: int, warmup: int) -> list[int]:

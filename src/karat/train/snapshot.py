@@ -95,4 +95,7 @@ def give(parts: Parts, saved: Checkpoint) -> Progress:
     parts.watch.norms.clear()
     parts.watch.norms.extend(saved.state.get("gradient_norms", []))  # older checkpoints have none
     randomness.restore(saved.state["random"][accelerator.process_index])
-    return Progress(**saved.state["progress"])
+    try:
+        return Progress(**saved.state["progress"])
+    except TypeError as error:
+        raise ValueError(f"{where} is of another version of karat: {error}") from None

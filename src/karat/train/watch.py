@@ -20,7 +20,6 @@ from karat.runs.optimisation import Optimisation
 from karat.train.optim import operator_parameters
 
 LIMIT = 10.0  # times the size at the start
-MOST = 10.0  # times the rate of the rest that passes without a word
 BURST = 10.0  # times the running median of the gradient's norm
 WINDOW, LEAST = 101, 20  # updates of that median, and how many it takes to have one
 
@@ -68,14 +67,6 @@ def warning(ratio: float, name: str) -> str | None:
         f"{name} has grown to {ratio:.1f} times its size at the start: the operator's training may explode; lower "
         "--lr, --operator-lr-scale or --clip-grad, or set --coefficient-weight-decay"
     )
-
-
-def rate_warning(recipe: Optimisation) -> str | None:
-    """What to say about the operators' own learning rate; None where there is nothing to say."""
-    ratio = recipe.operator_lr_scale
-    if ratio <= MOST:
-        return None
-    return f"the operators learn at {ratio:.0f} times the rate of the rest (--operator-lr-scale): watch operator_growth"
 
 
 class GradientWatch:

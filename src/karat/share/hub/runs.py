@@ -14,7 +14,6 @@ from karat.runs.classification import Settings
 from karat.runs.model import class_names, input_size, load_run
 from karat.runs.recipes import get_recipe
 from karat.runs.saved import ModelConfig, is_saved
-from karat.runs.settings import list_or
 from karat.share.hub.model import KArAtModel
 
 # Where a run lies, how it is kept and by how many processes its data is loaded says nothing about the model.
@@ -36,7 +35,7 @@ def train_command(settings: Settings) -> str:
     for mine, theirs, skipped in changed:
         for f in dataclasses.fields(mine):  # type: ignore[arg-type]  # both are dataclasses
             value = getattr(mine, f.name)
-            if f.name not in skipped and list_or(value) != list_or(getattr(theirs, f.name)):
+            if f.name not in skipped and value != getattr(theirs, f.name):
                 words += _option(f.name, value)
     return shlex.join(words)
 
