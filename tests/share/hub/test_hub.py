@@ -207,7 +207,7 @@ CONFIG_DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
     "class names": ({"class_names": ["a"]}, "1 class_names for 4 classes"),
     "unknown argument": ({"model_args": {"widht": 3}}, "widht"),
     "deviation": ({"std": [1.0, 1.0, 0.0]}, "give a positive value"),
-    "another attention": ({"attention": "g2b"}, r"is (3, 6, 17, 12), the config gives (3, 4, 17, 12)"),
+    "another attention": ({"attention": "g2b"}, r"is (3, 6, 17, 12) there, (3, 4, 17, 12) in the model"),
     "more blocks": ({"model_args": {**SMALL["vit"][1], "depth": 3}}, "'blocks.2."),
 }
 
