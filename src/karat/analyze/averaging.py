@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -48,21 +49,18 @@ def averaged(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: in
 @contextmanager
 def _attending(model: nn.Module, maps: dict[str, Tensor]) -> Iterator[None]:
     """The model mixes values by these maps, (H,N,N) by the attention's name, while the context is open."""
-
-    def give(block: TransferredAttention, sigma: Tensor) -> None:
-        def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            whole = sigma.expand(len(args[0]), *sigma.shape)
-            block.given = Intermediate(whole, whole)
-
-        block.register_forward_pre_hook(before)
-
     sites = attention_sites(model)
     try:
         for site in sites:
             block = TransferredAttention(site.module, site.kind.values(site.module))
-            give(block, maps[site.name])
+            block.register_forward_pre_hook(partial(_give, maps[site.name]))
             model.set_submodule(site.name, block)
         yield
     finally:
         for site in sites:
             model.set_submodule(site.name, site.module)
+
+
+def _give(sigma: Tensor, block: TransferredAttention, args: tuple[Tensor, ...]) -> None:
+    whole = sigma.expand(len(args[0]), *sigma.shape)
+    block.given = Intermediate(whole, whole)

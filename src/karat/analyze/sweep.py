@@ -99,5 +99,4 @@ def _is_softmax(contender: str) -> bool:
 def _ordered(values: Sequence[Any]) -> list[Any]:
     """Each value once, numbers first and ascending."""
     unique = {repr(value): value for value in values}.values()
-    numbers = [value for value in unique if isinstance(value, int | float)]
-    return [*sorted(numbers), *(value for value in unique if not isinstance(value, int | float))]
+    return sorted(unique, key=lambda value: (0, value) if isinstance(value, int | float) else (1, 0))

@@ -55,14 +55,10 @@ def analyse_attention(subjects: Sequence[Subject]) -> Analysis:
             flow = rollout([found.sigma for found in s.attention])
         except ValueError as error:
             analysis.notes.append(f"{s.label}: {error}")
-            maps = None
-        if maps is not None:
-            names = _names(s)
+        else:
             heads = range(maps.shape[1]) if s.options.head is None else [check_head(s.options.head, maps.shape[1])]
-            columns = {f"head {h}": maps[:, h] for h in list(heads)[:MOST_HEADS]}
-            columns["rollout"] = rollout_maps(flow, grid)
-            title = f"maps-{s.key}"
-            analysis.figures[title] = figures.draw_maps(s.samples.pixels, columns, titles=names)
+            columns = {f"head {h}": maps[:, h] for h in heads[:MOST_HEADS]} | {"rollout": rollout_maps(flow, grid)}
+            analysis.figures[f"maps-{s.key}"] = figures.draw_maps(s.samples.pixels, columns, titles=_names(s))
             dominant, chosen = dominant_regions(maps)
             picked[s.label] = _Picked(s, dominant, maps[torch.arange(len(maps)), dominant], chosen)
             analysis.arrays |= {f"{s.key}/maps": maps, f"{s.key}/rollout": flow}

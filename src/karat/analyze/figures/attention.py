@@ -32,15 +32,19 @@ def draw_maps(pixels: Tensor, maps: Mapping[str, Tensor], *, titles: Sequence[st
     B = len(pixels)
     with drawing(1.25 * (len(maps) + 1), 1.3 * B + 0.2, rows=B, columns=len(maps) + 1) as (figure, axes):
         for row in range(B):
-            axes[row, 0].imshow(pixels[row].numpy(), interpolation="nearest")
-            bare(axes[row, 0], "image" if row == 0 else "")
-            if titles:
-                axes[row, 0].set_ylabel(titles[row], fontsize=7.5)
+            _image(axes[row, 0], pixels, row, titles)
             for column, (name, found) in enumerate(maps.items(), start=1):
                 _map(axes[row, column], found[row])
                 bare(axes[row, column], name if row == 0 else "")
         figure.supxlabel(SCALE, fontsize=7.5)
     return figure
+
+
+def _image(axes: Axes, pixels: Tensor, row: int, titles: Sequence[str]) -> None:
+    axes.imshow(pixels[row].numpy(), interpolation="nearest")
+    bare(axes, "image" if row == 0 else "")
+    if titles:
+        axes.set_ylabel(titles[row], fontsize=7.5)
 
 
 def _map(axes: Axes, values: Tensor) -> None:
@@ -73,12 +77,9 @@ def draw_regions(
     ) as (figure, axes):
         for row in range(B):
             upper, lower = axes[row * lines], axes[row * lines + lines - 1]
-            upper[0].imshow(pixels[row].numpy(), interpolation="nearest")
-            bare(upper[0], "image" if row == 0 else "")
+            _image(upper[0], pixels, row, titles)
             if maps_too:
                 lower[0].set_axis_off()
-            if titles:
-                upper[0].set_ylabel(titles[row], fontsize=7.5)
             for column, name in enumerate(maps, start=1):
                 shade = upsample(maps[name][row].float(), size).clamp_min(0)
                 shade = shade / shade.max().clamp_min(1e-12)

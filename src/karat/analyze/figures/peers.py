@@ -59,27 +59,21 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
     window = axes.get_window_extent()
     frame = window.x0 * scale, window.y0 * scale, window.x1 * scale, window.y1 * scale
     taken = [(x - 2.5, y - 2.5, x + 2.5, y + 2.5) for x, y in centres]
+
+    def crossings(box: tuple[float, ...]) -> int:
+        return sum(_cross(box, other) for other in taken) + 3 * (box[0] < frame[0] or box[2] > frame[2])
+
     for point, (x, y) in zip(points, centres, strict=True):
         width = LABEL_WIDTH * len(point.label)
         boxes = []
         for side, right, up in PLACES:
             left = x + right - (width if side == "right" else 0)
             boxes.append((left, y + up, left + width, y + up + LABEL_HEIGHT))
-        outside = [box[0] < frame[0] or box[2] > frame[2] for box in boxes]
-        crossings = [
-            sum(_cross(box, other) for other in taken) + 3 * out for box, out in zip(boxes, outside, strict=True)
-        ]
-        best = crossings.index(min(crossings))
-        side, right, up = PLACES[best]
-        taken.append(boxes[best])
-        axes.annotate(
-            point.label,
-            (point.params_M, point.top1),
-            (right, up),
-            textcoords="offset points",
-            fontsize=LABEL_SIZE,
-            ha=side,
-        )
+        box = min(boxes, key=crossings)
+        side, right, up = PLACES[boxes.index(box)]
+        taken.append(box)
+        place, offset = (point.params_M, point.top1), (right, up)
+        axes.annotate(point.label, place, offset, textcoords="offset points", fontsize=LABEL_SIZE, ha=side)
 
 
 def _cross(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
