@@ -162,7 +162,7 @@ def nothing_long(places: dict[str, str]) -> Iterator[None]:
             (measure, "evaluate"),
             (detected, "measure"),
             (compare, "draw_epochs"),
-            (run, "_trainer"),
+            (run, "command_words"),
             (explore, "build_app"),
             (report, "_section"),
             (attention, "measure"),
