@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from karat.data import labels
+from karat.data.sources import size_of
 from karat.data.splits import open_splits
 
 
@@ -174,6 +175,9 @@ def test_sets_that_were_saved_to_disk(tmp_path, prefix, feature):
     assert named(splits) == ["owl", "owl"]
     assert sorted(named(splits, "train")) == ["cat", "cat", "owl"]
     assert splits.found.endswith("trained on train, evaluated on test; not used: train_2")
+    datasets.DatasetDict(train=part(*["cat", "owl"] * 10)).save_to_disk(tmp_path / "alone")
+    whole = open_splits(f"{prefix}{tmp_path / 'alone'}", whole=True)
+    assert (size_of(whole.train), size_of(whole.eval), named(whole)) == (20, 20, ["cat", "owl"] * 10)
 
 
 def test_folders_whose_parts_name_classes_in_another_form(tmp_path):

@@ -135,7 +135,9 @@ def open_hub(
         ) from error
     kinds = {part_of(name): name for name in sorted(loaded, reverse=True)}
     chosen = kinds.get(eval_kind(set(kinds)) or "none")
-    train_name = kinds.get("train") or kinds.get("") or (chosen if whole else None)
+    train_name = kinds.get("train") or kinds.get("")
+    if whole:  # nobody trains, and the evaluated part says its classes itself
+        train_name = chosen = chosen or train_name
     if train_name is None:
         raise ValueError(f"{kind}/{name} has no split to train on: {', '.join(loaded)}")
     parts = {"train": loaded[train_name]}
