@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 
 from karat import runs
+from karat.data.folder import local_path
 from karat.data.splits import Opener
 from karat.errors import parse
 from karat.runs.classification import AUTO, Settings, preset_for
@@ -75,7 +76,7 @@ def resumed(kind: type[S], arguments: Sequence[str]) -> S | None:
     given = first_options(arguments, "resume", "output")
     resume = given["resume"]
     asked = given["output"] if resume == AUTO else resume
-    folder = None if asked is None else Path(asked).expanduser()
+    folder = None if asked is None else local_path(asked)
     if resume is None or folder is None or not runs.is_run(folder):
         return None
     return replace(runs.read_config(folder, kind)[0], resume=resume, output=folder, overwrite=False)
