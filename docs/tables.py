@@ -176,6 +176,12 @@ def starts() -> str:
     return markdown(" | ".join(["top-1 % (runs)", *(f"{head} >" for head in heads)]), lines)
 
 
+def deciding() -> str:
+    """Of the study of starts the pairs that have most seeds."""
+    columns = "of one seed each | start, positions | points > | 95 % > | seeds >"
+    return markdown(columns, starts_answer.deciding())
+
+
 def served() -> str:
     """Each model with attention: how it was converted, what it does then, and why not."""
     rows = {name: row for name, row in read("served.json")["rows"].items() if row["attention"] is not False}
@@ -248,6 +254,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "science": science,
     "starts": starts,
     "start-effects": starts_answer.effects,
+    "start-pairs": deciding,
     "score-tasks": score_tasks,
     "served": served,
     "fixed": fixed,

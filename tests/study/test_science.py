@@ -197,10 +197,16 @@ def test_the_first_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"it ends {signed(min(made[place]))} to {signed(max(made[place]))} from softmax" in screen
     main = {effect["level"]: effect for effect in study["effects"] if not effect["within"]}
     runs = sum(len(row["seeds"]) for row in study["rows"])
-    assert f"{runs} of the 120 runs" in screen
-    assert f"the {runs - len(study['rows'])} second runs" in screen
+    assert f"{runs} of the {sum(row['planned'] for row in study['rows'])} runs" in screen
     least = max(main[level]["least_seen"] for level in (*usual, "operator and static"))
     assert f"differences of {least:.1f} points would be seen" in screen
+    answer = importlib.import_module("starts_answer")
+    below, over = (answer.paired(*answer.DECIDING[place]) for place in (0, 2))
+    down = [-below[place] for place in (0, 2, 1)]
+    assert "ends {:.1f} points ({:.1f} to {:.1f}) below that matrix".format(*down) in screen
+    assert "ends {} points ({} to {}) from softmax".format(*map(signed, over[:3])) in screen
+    assert {below[3], over[3]} == {8}
+    assert "over eight seeds" in screen.lower()
     means = {row["name"]: row["top1"]["mean"] for row in study["rows"]}
     advised = means["softmax, mimetic, strong"] - means["softmax, usual, faint"]
     assert f"There it gained {advised:.1f} points." in " ".join(line.strip() for line in PAGE)
@@ -310,6 +316,39 @@ def test_seeds_of_several_files_are_one_row(tmp_path: Path, merge_studies: Modul
         merge_studies.merged([first, study("c", [2], [[3.0, 6.0]], title="another")], "softmax")
     with pytest.raises(ValueError, match="one row has one setting"):
         merge_studies.merged([first, study("d", [2], [[3.0, 6.0, 7.0]], epochs=3)], "softmax")
+
+
+def test_the_run_that_stands_out_and_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    rows = importlib.import_module("starts_answer").read()["rows"]
+    last = {row["name"]: sorted(curve[-1] for curve in row["curves"]) for row in rows}
+    low, high = last["operator in place, impulse, strong"]
+    page = " ".join(line.strip() for line in PAGE)
+    assert f"ended at {low:.1f} %. The other seed ended at {high:.1f} %." in page
+    others = [runs[-1] - runs[0] for name, runs in last.items() if name != "operator in place, impulse, strong"]
+    assert high - low > 2 * max(others)
+    assert f"{sum(min(len(runs), 4) for runs in last.values())} of {4 * len(last)} runs are there" in page
+
+
+def test_the_pairs_that_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their intervals are those of paired t-tests; they are the pairs that have most runs."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    answer = importlib.import_module("starts_answer")
+    rows = {row["name"]: row for row in answer.read()["rows"]}
+    page = table("of one seed each")
+    assert page == [[str(cell) for cell in line] for line in answer.deciding()]
+    for (ours, theirs), (_, place, points, interval, seeds) in zip(answer.DECIDING, page, strict=True):
+        both = [
+            [curve[-1] for seed, curve in zip(rows[name]["seeds"], rows[name]["curves"], strict=True) if seed in shared]
+            for shared in [{*rows[ours]["seeds"]} & {*rows[theirs]["seeds"]}]
+            for name in (ours, theirs)
+        ]
+        test = stats.ttest_rel(*both)
+        sure = test.confidence_interval()
+        assert (points, interval) == (f"{np.subtract(*both).mean():+.2f}", f"{sure.low:+.2f} to {sure.high:+.2f}")
+        assert len(both[0]) == int(seeds) == rows[ours]["planned"] == max(row["planned"] for row in rows.values())
+        assert ours.endswith(f", {place}")
+        assert theirs.endswith(f", {place}")
 
 
 def test_the_study_of_starts(monkeypatch: pytest.MonkeyPatch) -> None:
