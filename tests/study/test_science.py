@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
+import karat
 from karat.study.statistics import difference
 from support.paths import ROOT
 
@@ -328,6 +330,26 @@ def test_the_run_that_stands_out_and_what_is_done(monkeypatch: pytest.MonkeyPatc
     others = [runs[-1] - runs[0] for name, runs in last.items() if name != "operator in place, impulse, strong"]
     assert high - low > 2 * max(others)
     assert f"{sum(min(len(runs), 4) for runs in last.values())} of {4 * len(last)} runs are there" in page
+
+
+def test_scores_spread_by_the_start() -> None:
+    """As the page says, before any training: impulse, mimetic and usual weights with strong positions."""
+    found = []
+    for start in ("attn_init=impulse,", "attn_init=mimetic,", ""):
+        deviations = []
+        for seed in range(4):
+            torch.manual_seed(seed)
+            name = f"vit_tiny_patch16_224({start}pos_embed=sincos,weight_init=reset)"
+            sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2}
+            model = karat.create_model(name, "g1b,rank=24", num_classes=10, **sizes).eval()
+            with torch.no_grad(), karat.record(model) as seen:
+                model(torch.randn(8, 3, 32, 32))
+            deviations.append(float(torch.stack([block.scores for block in seen.values()]).std()))
+        found.append(fmean(deviations))
+    page = " ".join(line.strip() for line in PAGE)
+    impulse, mimetic, usual = (f"{deviation:.1f}" for deviation in found)
+    assert f"scores have a deviation of {impulse} there, on random images, in the mean of four starts." in page
+    assert f"With mimetic weights and such positions it is {mimetic}, with the usual start {usual} (" in page
 
 
 def test_the_pairs_that_decide(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,10 +90,11 @@ def test_nothing_to_measure_is_refused(command: str) -> None:
         bench(command.split())
 
 
-def test_a_process_that_was_killed_ran_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    killed = subprocess.CompletedProcess([], -9, "", "a warning\n")
+@pytest.mark.parametrize("signal", [9, 11])
+def test_a_process_that_was_killed_is_said_to_be(signal: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = subprocess.CompletedProcess([], -signal, "", "a warning\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
-    with pytest.raises(RuntimeError, match="measuring karat of vit failed: memory ran out"):
+    with pytest.raises(RuntimeError, match=f"vit failed: signal {signal} ended it, which is 9 where memory ran out"):
         memory.measure("vit", "g1b", "karat")
 
 

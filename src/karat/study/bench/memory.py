@@ -51,8 +51,9 @@ def measure(
         [sys.executable, "-m", "karat.study.bench.memory", *arguments], capture_output=True, text=True
     )
     if child.returncode:
-        # a process that the system killed had no last word
-        reason = (child.stderr.strip() or "no message").splitlines()[-1] if child.returncode > 0 else "memory ran out"
+        reason = (child.stderr.strip() or "no message").splitlines()[-1]
+        if child.returncode < 0:  # it had no last word
+            reason = f"signal {-child.returncode} ended it, which is 9 where memory ran out"
         raise RuntimeError(f"measuring {way} of {name} failed: {reason}")
     return Peak(**json.loads(child.stdout.splitlines()[-1]))
 
