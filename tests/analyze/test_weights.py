@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import karat
 from karat.analyze.weights import divergence, histograms, kind_of
+from karat.operator.fixed import FIXED
 from karat.runs.files import write_tensors
+from support.attached import KINDS
 
 
 def test_divergence_at_its_limits_and_symmetric() -> None:
@@ -52,3 +55,19 @@ def test_every_kind_is_told_by_name() -> None:
         "norm.weight": "other",
     }
     assert {name: kind_of(name) for name in kinds} == kinds
+
+
+OPERATORS = [name for name in FIXED if karat.KArAtConfig.parse(name).has_operator]
+
+
+@pytest.mark.parametrize("attention", ["g1b,residual=softmax", "static-b,rank=2", *OPERATORS])
+@pytest.mark.parametrize("kind", ["rotary", "two calls"])
+def test_every_weight_of_an_operator_is_one(attention: str, kind: str) -> None:
+    """Of each operator, where a module calls for attention once or several times."""
+    model, image = KINDS[kind].model_and_input()
+    karat.karatize(model, attention, example=image)
+    operators = karat.karat_operators(model)
+    assert len(operators) == KINDS[kind].operators
+    for place, operator in operators.items():
+        names = {f"{place}.{name}" for name, _ in operator.named_parameters()}
+        assert all(kind_of(name).startswith("operator ") for name in names), names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ KINDS = {
     "operator W": ("operator.W",),
     "operator C": ("operator.C",),
     "operator gates": ("operator.gate",),
+    "operator sharpness": ("operator.sharpness",),
     "operator coefficients": ("operator.layers.",),
     "position bias": (".position_bias.",),
     "attention qkv": (".qkv.", ".qk.", ".q.", ".k.", ".v."),
@@ -46,6 +48,8 @@ class Histograms:
 
 def kind_of(name: str) -> str:
     """The kind of weight that a parameter's name means; "other" for norms, biases alone and the rest."""
+    # "operator.0.W" is of a module that calls for attention several times
+    name = re.sub(r"operator\.\d+\.", "operator.", name)
     return next((kind for kind, pieces in KINDS.items() if any(piece in name for piece in pieces)), "other")
 
 
