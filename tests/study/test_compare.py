@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from karat import cli, runs
+from karat.errors import TrainingDiverged
 from karat.models.flops import multiply_adds
 from karat.runs.classification import SMALL_MODEL, Settings
 from karat.study.compare import contender, count_operations
+from karat.train.engine import Trainer
 
 SMALL = Settings(model="vit_tiny_patch16_224", **SMALL_MODEL)  # type: ignore[arg-type]
 
@@ -85,6 +88,29 @@ def test_peers_and_deep_kans_in_one_table(tmp_path: Path, capsys: pytest.Capture
         assert row["ms_per_step"] == pytest.approx(runs.read_history(Path(row["runs"][0]))[-1]["ms_per_step"])
         assert row["ms_per_step"] > 0
         assert row["peak_memory_mib"] > 0
+
+
+def test_a_run_that_diverges_does_not_take_the_others_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = Trainer.fit
+
+    def diverge(trainer: Trainer) -> dict[str, Any]:
+        if trainer.settings.attention == "g1b":
+            raise TrainingDiverged("it diverged")
+        return fit(trainer)
+
+    monkeypatch.setattr(Trainer, "fit", diverge)
+    line = ["--data", "digits", "--epochs", "1", "--data-fraction", "0.1", "--output", str(tmp_path / "out")]
+    assert cli.main(["compare", "g1b", "softmax", *line]) == 1
+    said = capsys.readouterr()
+    assert said.err == "karat: training diverged: g1b-s0\n"
+    assert "note: g1b-s0 diverged: it diverged" in said.out
+    (row,) = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
+    assert row["attention"] == "softmax"
+    assert (tmp_path / "out" / "curves.png").is_file()
+    assert cli.main(["compare", "g1b", *line[:-1], str(tmp_path / "all")]) == 1
+    assert not (tmp_path / "all" / "compare.json").exists()
 
 
 def test_different_input_sizes_and_doubles_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

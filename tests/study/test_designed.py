@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from karat.study.effects import Fit, effects, markdown
 from karat.study.plan import Job, Plan, common_settings, make_plan
 from karat.study.rows import VariantRow
 from karat.study.statistics import Mean
-from karat.study.trials import choose, settle, trial_plan, trials_of
+from karat.study.trials import TRIALS, choose, settle, trial_plan, trials_of
 from support.paths import ROOT
 
 STUDY = """
@@ -291,10 +292,103 @@ def test_a_diverged_trial_is_not_tried_again_while_another_process_trains(
     monkeypatch.setattr(work, "_train", diverge)
     monkeypatch.setattr("time.sleep", lambda _: done(replace(tried, variants=tried.variants[1:])))
     with work.claimed(tried.jobs()[1].folder):
-        settled = _tried(plan, document.trials, CompareSettings(), Opener())
-    assert settled is not None
+        rates = _tried(plan, document.trials, CompareSettings(), Opener())
+    assert rates == {"softmax": {"lr": 1e-2, "held_out": 50.0}}
     assert trained == [tried.jobs()[0].folder.name]
-    assert settled.variants[0].settings.recipe.lr == 1e-2
+
+
+def test_a_row_whose_trials_all_diverge_has_no_rate_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, trained = work._train, list[str]()
+
+    def diverge(job: Job, *rest: Any) -> None:
+        trained.append(job.folder.name)
+        if job.variant.startswith("static"):
+            raise TrainingDiverged("it diverged")
+        train(job, *rest)
+
+    monkeypatch.setattr(work, "_train", diverge)
+    text = STUDY.replace('together = ["width"]\n', "").replace("static, *", "static*")
+    (tmp_path / "study.toml").write_text(re.sub(r"\[factors.width\].*?\n\n", "", text, flags=re.S))
+    line = ["compare", "--study", str(tmp_path / "study.toml"), "--output", str(tmp_path / "out")]
+    assert cli.main([*line, "--no-measure"]) == 1
+    said = capsys.readouterr()
+    assert "note: static has no rate and no runs, for all its trials diverged" in said.out
+    assert said.err == "karat: training diverged: all trials of static\n"
+    found = json.loads((tmp_path / "out" / "study.json").read_text())
+    rows, tried = {row["name"]: row for row in found["rows"]}, found["trials"]
+    assert [(rows[name]["seeds"], rows[name]["planned"]) for name in ("softmax", "static")] == [([0], 1), ([], 0)]
+    assert rows["softmax"]["lr"] == tried["chosen"]["softmax"]["lr"]
+    assert rows["static"]["lr"] is None
+    assert tried["chosen"].keys() == {"softmax"}
+    assert [row["held_out"] for row in tried["trials"] if row["variant"] == "static"] == [None, None]
+    assert len(trained) == 5
+    assert cli.main([*line, "--no-measure", "softmax"]) == 0  # it has all that was asked for
+    assert cli.main([*line, "--only-table"]) == 0
+    assert len(trained) == 5
+
+
+def test_rates_are_those_of_the_settings_that_they_were_chosen_under(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the trials' runs removed too; what earlier versions kept says no settings, and is read with a line."""
+    settings = {"data": "digits", "epochs": 4}
+    document = parse_document({
+        "settings": settings,
+        "trials": {"lr": [1e-3, 1e-2], "held_out": 9},
+        "variants": [{"attention": "softmax"}, {"attention": "g3b", "depth": 2}],
+    })  # fmt: skip
+    asked = document.trials
+    assert asked is not None
+
+    def plan(**changes: Any) -> Plan:
+        return make_plan(document, common_settings(settings | changes), tmp_path)
+
+    tried = trial_plan(plan(), asked)
+    for number, variant in enumerate(tried.variants):
+        done(replace(tried, variants=(variant,)), 50.0 + number)
+    rates = choose(plan(), asked)
+    told = json.loads((tmp_path / TRIALS).read_text())
+    earlier = {name: value for name, value in told.items() if name != "settings"}
+    (tmp_path / TRIALS).write_text(json.dumps(earlier))
+    assert choose(plan(), asked) == rates  # the runs say under which settings
+    assert json.loads((tmp_path / TRIALS).read_text()) == told
+    shutil.rmtree(tmp_path / "trials")
+    assert choose(plan(), asked) == rates
+    assert choose(plan(workers=2), replace(asked, lr=asked.lr[::-1])) == rates
+    assert capsys.readouterr().out == ""
+    for name, value in {"epochs": 5, "seed": 3, "weight_decay": 0.3, "data": "torch/cifar10"}.items():
+        if name == "seed":  # trials have their own
+            assert choose(plan(seed=value), asked) == rates
+            continue
+        with pytest.raises(ValueError, match=rf"{name} was \S+ and is now \S+; give another --output, or remove"):
+            choose(plan(**{name: value}), asked)
+    (tmp_path / TRIALS).write_text(json.dumps(earlier))
+    assert choose(plan(), asked) == rates
+    assert "it doesn't say under which settings" in capsys.readouterr().out
+    assert json.loads((tmp_path / TRIALS).read_text()) == earlier  # these may not be its settings
+
+
+def test_a_row_named_like_a_level_has_a_rate_of_its_own(tmp_path: Path) -> None:
+    levels = {"attention": {"softmax": {"attention": "softmax"}}, "width": {"usual": {}, "wide": {"embed_dim": 96}}}
+    document = parse_document({
+        "settings": {"data": "digits"},
+        "trials": {"lr": [1e-3, 1e-2], "held_out": 9, "together": ["width"]},
+        "factors": levels,
+        "variants": [{"name": "softmax", "attention": "softmax", "depth": 2}],
+    })  # fmt: skip
+    assert document.trials is not None
+    plan = make_plan(document, common_settings(document.settings), tmp_path)
+    tried = trial_plan(plan, document.trials)
+    for number, variant in enumerate(tried.variants):
+        # the row by itself learns more at the first rate, the cells at the second, by less
+        done(replace(tried, variants=(variant,)), [60, 50, 50, 40, 51, 51][number])
+    rates = choose(plan, document.trials)
+    assert rates is not None
+    assert {name: choice["lr"] for name, choice in rates.items()} == {
+        "softmax": 1e-3, "softmax, usual": 1e-2, "softmax, wide": 1e-2,
+    }  # fmt: skip
 
 
 def test_trials_follow_what_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,7 +408,13 @@ def test_trials_follow_what_is_asked_for(tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     assert cli.main([*line, "--epochs", "3"]) == 2
     assert "epochs was 2 and is now 3" in capsys.readouterr().err
-    for broken in ({}, [], told | {"trials": 3}, told | {"chosen": {"softmax": {"lr": "x", "held_out": 1}}}):
+    for broken in (
+        {},
+        [],
+        told | {"trials": 3},
+        told | {"chosen": {"softmax": {"lr": "x", "held_out": 1}}},
+        told | {"settings": {}},
+    ):
         (out / "trials.json").write_text(json.dumps(broken))
         assert cli.main([*line[:-1], "--only-table"]) == 2
         error = capsys.readouterr().err

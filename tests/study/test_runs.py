@@ -246,7 +246,7 @@ def test_a_run_that_another_process_has_is_left_alone(tmp_path: Path, capsys: py
         assert mine
         with claimed(job.folder) as again:
             assert not again
-        assert train_all(plan, console=Console(quiet=True), measure=False) == {}
+        assert train_all(plan, console=Console(quiet=True), measure=False) == []
         assert not runs.is_run(job.folder)
     # nobody holds it now: the same call trains it, and a table of it alone says what is missing
     line = arguments(tmp_path, "--no-measure", "wide")
@@ -290,10 +290,10 @@ def test_a_diverged_run_does_not_stop_the_others(
     from karat.errors import TrainingDiverged
     from karat.study import work
 
-    train = work._train
+    train, those = work._train, ["softmax-s0"]
 
     def diverge(job: Any, *rest: Any) -> None:
-        if job.folder.name == "softmax-s0":
+        if job.folder.name in those:
             raise TrainingDiverged("it diverged")
         train(job, *rest)
 
@@ -301,6 +301,10 @@ def test_a_diverged_run_does_not_stop_the_others(
     assert cli.main(arguments(tmp_path, "--no-measure", "--seeds", "1", "--epochs", "1")) == 1
     assert "softmax-s0" in capsys.readouterr().err
     assert "| operator | 1 | 1 |" in (tmp_path / "out" / "study.md").read_text()
+    those += ["operator-s0", "wide-s0"]
+    line = arguments(tmp_path, "--no-measure", "--seeds", "1", "--epochs", "1", "--output", str(tmp_path / "all"))
+    assert cli.main(line) == 1
+    assert capsys.readouterr().err == "karat: training diverged: softmax-s0, operator-s0, wide-s0\n"
 
 
 def test_a_row_that_waits_is_not_promised_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

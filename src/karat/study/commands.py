@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from karat.data.splits import Opener
 from karat.errors import parse
 from karat.runs.classification import Settings, resolve
 from karat.runs.settings import slug
+from karat.study import trials
 from karat.study.document import Document, Trials, read_document
 from karat.study.plan import Plan, common_settings, make_plan, refuse_other_runs, run_folder, summary_of
 from karat.train import commands as training
@@ -86,13 +88,13 @@ def _default(settings: Settings, document: Document | None) -> CompareSettings:
 
 def _study(parsed: CompareSettings, document: Document, common: Settings, opened: Opener) -> None:
     """Train what is missing and write the table."""
-    from karat.errors import TrainingDiverged
+    from karat.study.compare import refuse_diverged
     from karat.study.results import write_results
     from karat.study.timing import TIMES, measure_times, read_times, settle
-    from karat.study.trials import TRIALS
-    from karat.study.work import measures_of, refuse_several_processes, train_all
+    from karat.study.work import train_all
 
-    refuse_several_processes()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a study trains each run in one process: start karat compare --study several times instead")
     if common.resume is not None or common.overwrite:
         raise ValueError("a study goes on with what its folder holds: leave --resume and --overwrite out")
     _refuse_idle_options(parsed)
@@ -102,20 +104,24 @@ def _study(parsed: CompareSettings, document: Document, common: Settings, opened
     folder = common.output or Path("runs") / f"study-{slug(parsed.study.stem if parsed.study else document.title)}"
     plan = make_plan(document, common, folder, seeds)
     plan.only(parsed.attentions)  # an unknown name is refused before any trial
+    without_rate: list[str] = []
     if document.trials is not None:
         if common.held_out:
             raise ValueError(f"trials hold images out, and runs that count none: leave held_out={common.held_out} out")
-        settled = _tried(plan, document.trials, parsed, opened)
-        if settled is None:
-            print(f"the rates are not chosen yet: {folder / TRIALS} comes with the last of their trials")
+        rates = _tried(plan, document.trials, parsed, opened)
+        if rates is None:
+            print(f"the rates are not chosen yet: {folder / trials.TRIALS} comes with the last of their trials")
             return
-        plan = settled
+        for doubt in trials.doubts(plan, rates):
+            print(f"note: {doubt}")
+        plan = trials.settle(plan, rates)
+        without_rate = [variant.name for variant in plan.only(parsed.attentions).variants if variant.name not in rates]
     refuse_other_runs(plan)  # before anything is written
     if not parsed.time:
         plan = settle(plan, read_times(plan))
     chosen = plan.only(parsed.attentions)
     console = Console(markup=False)
-    failed: dict[str, str] = {}
+    failed: list[Path] = []
     if parsed.time:
         measure_times(plan, only=parsed.attentions, rounds=9 if parsed.rounds is None else parsed.rounds)
         plan = settle(plan, read_times(plan))
@@ -123,7 +129,7 @@ def _study(parsed: CompareSettings, document: Document, common: Settings, opened
     elif not parsed.only_table:
         failed = train_all(chosen, console=console, measure=parsed.measure, before=plan.write, opened=opened)
     line = f"karat compare --study {parsed.study}" + (f" --output {common.output}" if common.output else "")
-    waiting = [variant.name for variant in plan.variants if variant.waits]
+    waiting = [variant.name for variant in plan.variants if variant.waits and variant.seeds]
     for name in waiting:
         print(f"note: {name} waits for step times: {line} --time")
     missing = _missing(plan, failed)
@@ -138,26 +144,25 @@ def _study(parsed: CompareSettings, document: Document, common: Settings, opened
             f"{len(missing)} runs are not finished, the first of them {missing[0]}: {last}; {line} --only-table writes "
             "it of those that are"
         )
-    else:
-        write_results(plan, read_times(plan), measures_of(plan), console)
-    if failed:
-        raise TrainingDiverged(f"{len(failed)} runs diverged: {', '.join(Path(name).name for name in failed)}")
+    elif done or parsed.only_table:
+        write_results(plan, console)
+    if not (parsed.only_table or parsed.time):
+        refuse_diverged([*(folder.name for folder in failed), *(f"all trials of {name}" for name in without_rate)])
 
 
-def _tried(plan: Plan, asked: Trials, parsed: CompareSettings, opened: Opener) -> Plan | None:
-    """The plan with the rates that trials tell, which are trained first; None where they may not be, or are missing."""
-    from karat.study.trials import choose, settle, trial_plan
+def _tried(plan: Plan, asked: Trials, parsed: CompareSettings, opened: Opener) -> trials.Chosen | None:
+    """The rates that trials tell, which are trained first; None where they may not be, or are missing."""
     from karat.study.work import train_all
 
-    chosen, runs, failed = choose(plan, asked), trial_plan(plan, asked), dict[str, str]()
+    chosen, runs, failed = trials.choose(plan, asked), trials.trial_plan(plan, asked), list[Path]()
     while chosen is None and not (parsed.only_table or parsed.time):
         failed = train_all(
             runs, console=Console(markup=False), measure=False, before=runs.write, opened=opened, failed=failed
         )
-        chosen = choose(plan, asked, failed)
+        chosen = trials.choose(plan, asked, failed)
         if chosen is None:
             time.sleep(5)  # another process trains the last ones
-    return None if chosen is None else settle(plan, chosen)
+    return chosen
 
 
 def _refuse_idle_options(parsed: CompareSettings) -> None:
@@ -172,8 +177,8 @@ def _refuse_idle_options(parsed: CompareSettings) -> None:
         raise ValueError(f"--rounds {parsed.rounds} is of step times: give it with --time")
 
 
-def _missing(plan: Plan, failed: Mapping[str, str]) -> list[str]:
+def _missing(plan: Plan, failed: Collection[Path]) -> list[str]:
     """The folders of runs that are still to be finished."""
-    unfinished = [job.folder for job in plan.jobs() if str(job.folder) not in failed and summary_of(job) is None]
+    unfinished = [job.folder for job in plan.jobs() if job.folder not in failed and summary_of(job) is None]
     waiting = [run_folder(plan.folder, v.name, seed) for v in plan.variants if v.waits for seed in v.seeds]
     return [folder.name for folder in [*unfinished, *waiting]]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rich.table import Table
 from karat import runs
 from karat.basis.specs import parse_call
 from karat.data.splits import Opener
+from karat.errors import TrainingDiverged
 from karat.models.flops import multiply_adds, teacher_multiply_adds
 from karat.models.kan.mlp import parse_mlp
 from karat.models.kan.peers import DEEP_KAN
@@ -61,7 +63,10 @@ def compare(
     """Train every contender from `settings`, with seeds seed, seed+1, ...; write table, JSON and curves to its output.
 
     Data, order, augmentation and the initialisation of what the models share depend on the seed alone.
-    Raises ValueError for a contender named twice or unknown, models that take images of different sizes, or seeds < 1.
+    A run that diverges is said and the others go on; what is written is of those that did not.
+
+    Raises ValueError for a contender named twice or unknown, models that take images of different sizes, or seeds < 1,
+    and TrainingDiverged, when all is written, where a run diverged.
     """
     console = console or Console(quiet=True)
     opened = opened or Opener()
@@ -74,18 +79,19 @@ def compare(
     _check(list(attentions), chosen)
     folder = runs.choose_folder(settings, runs.compare_folder(settings))
     summaries: dict[str, list[dict[str, Any]]] = {name: [] for name in attentions}
-    operations, task = {}, Classification(opened)
+    operations, failed, task = {}, list[Path](), Classification(opened)
     for seed in range(settings.seed, settings.seed + seeds):
         for attention in attentions:
             output = folder / f"{slug(attention)}-s{seed}"
             own = replace(chosen[attention], seed=seed, output=output)
             trainer = Trainer(task, own, console=console)
-            summaries[attention].append(trainer.fit())
+            with noted(output, failed, trainer.console):
+                summaries[attention].append(trainer.fit())
             main = trainer.main
             if main and attention not in operations:
                 operations[attention] = count_operations(own, trainer.data.num_classes, trainer.data.in_chans)
-    rows = [summarise(name, found, operations.get(name, 0)) for name, found in summaries.items()]
-    if main:
+    rows = [summarise(name, found, operations.get(name, 0)) for name, found in summaries.items() if found]
+    if main and rows:
         files.write_json(
             folder / runs.COMPARISON,
             {"settings": settings.as_dict(), "seeds": seeds, "rows": [asdict(r) for r in rows]},
@@ -94,7 +100,24 @@ def compare(
         save(draw_epochs(histories, PANELS), folder / FIGURE)
         console.print(table(rows))
         console.print(f"curves: {folder / FIGURE}\ntable:  {folder / runs.COMPARISON}", highlight=False, soft_wrap=True)
+    refuse_diverged([folder.name for folder in failed])
     return rows
+
+
+@contextmanager
+def noted(folder: Path, failed: list[Path], console: Console) -> Iterator[None]:
+    """Within, a run that diverges is said, and its folder kept in `failed`: what comes after goes on."""
+    try:
+        yield
+    except TrainingDiverged as error:
+        failed.append(folder)
+        console.print(f"note: {folder.name} diverged: {error}", markup=False, highlight=False, soft_wrap=True)
+
+
+def refuse_diverged(names: Collection[str]) -> None:
+    """TrainingDiverged where there are such runs: the last word, when the others are trained and shown."""
+    if names:
+        raise TrainingDiverged(f"training diverged: {', '.join(names)}")
 
 
 def contender(name: str, settings: Settings) -> Settings:

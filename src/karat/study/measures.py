@@ -49,16 +49,13 @@ RADIUS, PLANES = 0.1, 2  # of the loss rise, in lengths of the filters; and how 
 
 
 def measure_run(folder: Path) -> Numbers:
-    """The numbers of a finished run, from its folder where they are known for these weights; None where one has none.
+    """The numbers of a finished run, which its folder keeps; None where one has none.
 
     largest_eigenvalue: of the Hessian of the training loss (cross-entropy). loss_rise: by how much that loss rises, on
     average, at `radius` along filter-normalised random directions, both ways. map_*: on evaluation images: faithfulness
     of what reaches the class token (`karat.analyze.deletion`); entropy, negative mass and diversity of heads of σ,
     means over blocks and heads (`karat.analyze.quality`).
     """
-    known = read_measures(folder)
-    if known is not None:
-        return known
     run = open_run(folder)
     model = run.model("last")
     seen = run.samples(LOSS_IMAGES, "train")

@@ -70,7 +70,7 @@ class Plan:
         ]
         return [job for _, job in sorted(found, key=lambda pair: pair[0])]
 
-    def settled(self, best_of: Callable[[str], str]) -> Plan:
+    def settled(self, best_of: Callable[[str], str | None]) -> Plan:
         """The plan with each variant's seeds by the stages, if there are any, and the epochs of rows that have begun.
 
         best_of: of a pattern's variants.

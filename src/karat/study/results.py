@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,21 +14,21 @@ from karat.runs import files
 from karat.study import effects, table, trials
 from karat.study.compare import summarise
 from karat.study.figures import draw_figures
+from karat.study.measures import read_measures
 from karat.study.plan import Plan, summary_of
 from karat.study.rows import VariantRow, make_rows
-from karat.study.timing import Times
+from karat.study.timing import read_times
 
 STUDY, PAGE = "study.json", "study.md"
 
 
-def write_results(
-    plan: Plan, times: Times, measured: Mapping[str, Mapping[str, float | None]], console: Console
-) -> list[VariantRow]:
+def write_results(plan: Plan, console: Console) -> list[VariantRow]:
     """Write study.json, study.md and compare.json from the runs that are finished; print the table.
 
     Raises ValueError where none is.
     """
-    rows = make_rows(plan, times, measured)
+    measured = {job.folder.name: read_measures(job.folder) or {} for job in plan.jobs()}
+    rows = make_rows(plan, read_times(plan), measured)
     if not any(row.seeds for row in rows):
         raise ValueError(f"no run in {plan.folder} is finished yet: there is nothing to put into a table")
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def write_results(
     if seen:
         found |= {"effects": [asdict(effect) for effect in seen]}
     if (tried := trials.kept_in(plan.folder)) is not None:
-        found |= {"trials": tried}
+        found |= {"trials": {name: value for name, value in tried.items() if name != "settings"}}
     files.write_json(plan.folder / STUDY, found)
     page = f"{table.markdown(rows, plan.baseline)}\n{table.markdown_curves(rows)}"
     page += f"\n{effects.markdown(seen)}" if seen else ""

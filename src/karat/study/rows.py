@@ -31,8 +31,8 @@ class VariantRow:
     baseline; None for that itself. time_ratio: the time that the row's epochs take, over that of the row which it is
     declared `equal_time_to`. at_equal_time: rows declared so of this one. in_baseline_time: the curve read where the
     baseline's whole training time has passed. step: seconds of a training step by precision. measures: what was
-    measured of the trained models. planned: how many runs the study asks for. levels: of the study's factors. lr: the
-    recipe's.
+    measured of the trained models. planned: how many runs the study asks for. levels: of the study's factors. lr: its
+    runs' rate.
     """
 
     name: str
@@ -120,7 +120,7 @@ def _row(
         time_ratio=None if equal is None else time_ratio(variant, equal, times),
         step=times.get(variant.name, {}),
         levels=variant.levels,
-        lr=variant.settings.recipe.lr,
+        lr=variant.settings.recipe.lr if variant.seeds else None,
     )
     top1 = mine.top1
     if top1 is None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,9 +10,9 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from karat.data.splits import Opener
-from karat.errors import TrainingDiverged
 from karat.runs.model import build_model
-from karat.study.measures import Numbers, measure_run, read_measures
+from karat.study.compare import noted
+from karat.study.measures import measure_run, read_measures
 from karat.study.plan import Job, Plan, summary_of
 from karat.train import randomness
 from karat.train.classify import Classification
@@ -42,12 +41,6 @@ def claimed(folder: Path) -> Iterator[bool]:
         lock.release()
 
 
-def refuse_several_processes() -> None:
-    """Raise ValueError under a launcher of several processes: a study's runs have one each."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("a study trains each run in one process: start karat compare --study several times instead")
-
-
 def train_all(
     plan: Plan,
     *,
@@ -55,58 +48,44 @@ def train_all(
     measure: bool = True,
     before: Callable[[], object] | None = None,
     opened: Opener | None = None,
-    failed: Mapping[str, str] | None = None,
-) -> dict[str, str]:
-    """Train or go on with every run that isn't finished and that no other process trains; why runs diverged, by folder.
+    failed: Collection[Path] = (),
+) -> list[Path]:
+    """Train or go on with every run that isn't finished and that no other process trains; the folders of diverged ones.
 
-    failed: those that are known to diverge, which aren't trained again.
+    failed: of those that are known to diverge, which aren't trained again.
 
     With `measure`, what `measure_run` tells of each finished run is worked out too, unless it is there.
     `before` is called when all that can be refused was looked at, before the first run.
 
     Raises ValueError, before any is trained, for runs under other settings and models that can't be built.
     """
-    refuse_several_processes()
     jobs = plan.jobs()
     check_models([job for job in jobs if summary_of(job) is None])
     if before is not None:
         before()
     opened = opened or Opener()
-    failed = dict(failed or {})
-    measured: set[Path] = set()
-    busy = True
+    diverged, busy = [*failed], True
     while busy:  # another pass: a process that was killed has left its run
         busy = False
         for number, job in enumerate(jobs, start=1):
-            if str(job.folder) in failed or _is_done(job, measured, measure):
+            if job.folder in diverged or _is_done(job, measure):
                 continue
             with claimed(job.folder) as mine:
-                if not mine or _is_done(job, measured, measure):
+                if not mine or _is_done(job, measure):
                     continue
                 busy = True
                 console.print(f"run {number} of {len(jobs)}: {job.folder.name}", highlight=False, soft_wrap=True)
-                try:
+                with noted(job.folder, diverged, console):
                     if summary_of(job) is None:
                         _train(job, opened, console)
                     if measure:
                         measure_run(job.folder)
-                        measured.add(job.folder)
-                except TrainingDiverged as error:
-                    failed[str(job.folder)] = str(error)
-                    console.print(f"note: {job.folder.name} diverged: {error}", highlight=False, soft_wrap=True)
-    return failed
+    return diverged
 
 
-def _is_done(job: Job, measured: set[Path], measure: bool) -> bool:
+def _is_done(job: Job, measure: bool) -> bool:
     """Whether nothing is left to do for a run."""
-    if summary_of(job) is None:
-        return False
-    return not measure or job.folder in measured or read_measures(job.folder) is not None
-
-
-def measures_of(plan: Plan) -> dict[str, Numbers]:
-    """What was measured of the study's runs, by their folders' names."""
-    return {job.folder.name: read_measures(job.folder) or {} for job in plan.jobs()}
+    return summary_of(job) is not None and not (measure and read_measures(job.folder) is None)
 
 
 def check_models(jobs: Sequence[Job]) -> None:
