@@ -136,7 +136,7 @@ def test_a_constant_bias_is_the_same_on_every_grid() -> None:
 def test_what_has_no_place_for_it_says_so() -> None:
     with pytest.raises(ValueError, match="SwinTransformer has relative position biases of its own"):
         small_model("swin", BIASED[0])
-    with pytest.raises(ValueError, match="needs a grid of tokens"):
+    with pytest.raises(ValueError, match="a sequence no grid of tokens"):
         karat.SequenceAttention(24, 3, 9, BIASED[1])
     with pytest.raises(ValueError, match=r"blocks\.0\.attn is an attention of karat's"):
         karat.karatize(small_model("vit", BIASED[0]), "g3b")

@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         karatize_hf(vit("g1b"), "g1b")
     with pytest.raises(ValueError, match="there is no block 2"):
         vit("g1b,blocks=(2,)")
-    with pytest.raises(ValueError, match="position_bias='relative' is for timm's models"):
+    with pytest.raises(ValueError, match="position_bias=relative: that is for timm's models"):
         vit("softmax,position_bias=relative")
     with pytest.raises(ValueError, match="softmax_heads=3"):
         vit("g1b,softmax_heads=3")

@@ -15,8 +15,7 @@ from karat.models.karatize import NoWeightDecay, finish, like_attention
 from karat.operator.config import KArAtConfig
 from karat.operator.grids import GridWatch
 from karat.operator.operator import KArAtOperator
-
-_OF_MODELS = ("blocks", "position_bias")  # settings that a layer alone can't have
+from karat.operator.rules import OF_MODELS, refuse
 
 
 class AttentionLayer(type):
@@ -61,13 +60,8 @@ def attn_layer(config: KArAtConfig | str, num_tokens: int) -> AttentionLayer:
         raise ValueError(f"num_tokens must be a whole number >= 1, got {num_tokens!r}")
     if config.is_softmax:
         raise ValueError(f"attention={str(config)!r} has no operator: leave attn_layer out")
-    given = [f"{name}={getattr(config, name)!r}" for name in _OF_MODELS if getattr(config, name) is not None]
-    given += ["sharing='universal'"] if config.sharing == "universal" else []
-    if given:
-        raise ValueError(
-            f"{' and '.join(given)}: a layer doesn't know the blocks and tokens of its model; build the model and "
-            f"convert it, karat.karatize(model, {str(config)!r})"
-        )
+    why = "a layer doesn't know the blocks and tokens of its model; build the model and convert it"
+    refuse(config, OF_MODELS, f"{why}, karat.karatize(model, {str(config)!r})")
     return AttentionLayer("AttentionLayer", (nn.Module,), {"config": config, "num_tokens": num_tokens})
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from karat.models.tracing import one_node
 from karat.operator.config import KArAtConfig
 from karat.operator.operator import KArAtOperator
+from karat.operator.rules import OF_MODELS, refuse
 
 
 class SequenceAttention(nn.Module):
@@ -117,8 +118,7 @@ def _operator(dim: int, num_heads: int, num_tokens: int, attention: KArAtConfig 
     config = KArAtConfig.parse(attention)
     if config.is_softmax:
         raise ValueError("attention='softmax' has no operator; use torch.nn.MultiheadAttention, or name one, e.g. g3b")
-    if config.position_bias is not None:
-        raise ValueError(f"position_bias={config.position_bias!r} needs a grid of tokens, which a sequence isn't")
+    refuse(config, OF_MODELS, "a layer has no other blocks, and a sequence no grid of tokens; leave it out")
     return KArAtOperator(num_heads, num_tokens, config)
 
 

@@ -12,7 +12,7 @@ from karat.basis import Basis, parse_basis, with_base
 from karat.basis.specs import read_option, split_list
 from karat.operator.fixed import FIXED
 from karat.operator.orders import BLIND
-from karat.operator.rules import GONE, check, without_gone
+from karat.operator.rules import GONE, check, others, without_gone
 
 _LETTERS = {"blockwise": "b", "universal": "u"}
 
@@ -22,8 +22,8 @@ ALIASES = {"recommended": "static-b,residual=softmax"}
 # What stands alone in a name: nothing to share between blocks.
 UNLETTERED = ("softmax", *FIXED)
 
-# Settings without which an operator's numbers mean nothing.
-_MEANING = ("basis", "rank", "order", "sharing", "base", "simplex", "residual", "gate", "position")
+# Settings under which equal numbers mean the same function, whatever they are; heads are compared by their indices.
+_WITHOUT_MEANING = ("edge_scales", "softmax_heads", "blocks", "position_bias", "init", "init_scale", "impl")
 
 Class = TypeVar("Class", bound=type)
 
@@ -192,7 +192,7 @@ class KArAtConfig:
         if self.is_softmax or other.is_softmax:
             return False
         heads = self.softmax_head_indices(num_heads) == other.softmax_head_indices(num_heads)
-        return heads and all(getattr(self, name) == getattr(other, name) for name in _MEANING)
+        return heads and all(getattr(self, name) == getattr(other, name) for name in others(self, _WITHOUT_MEANING))
 
     @classmethod
     def parse(cls, spec: str | KArAtConfig) -> KArAtConfig:

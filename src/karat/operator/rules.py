@@ -29,9 +29,12 @@ CHOICES: dict[str, tuple[object, ...]] = {
 # Settings that are gone, with the value that says nothing and may still be read, and values that are.
 GONE: dict[str, object] = {"score_gradient": 1.0, "input": "scores", "normalise": None}
 GONE_VALUES: dict[str, tuple[str, ...]] = {"position": ("gain",), "gate": ("block",), "blocks": ("last", "alternate")}
-# What softmax has a use for, the second beside the first, and what only edges of the scores have.
+# What softmax has a use for, the second beside the first; what only edges of the scores have, only a model whose tokens
+# lie on a grid that karat knows, and only a model as a whole. tests/test_every_setting.py tries all of them everywhere.
 OF_SOFTMAX = ("basis", "position_bias", "blocks")
 OF_EDGES = ("base", "edge_scales", "order", "position")
+OF_GRIDS = ("position_bias",)
+OF_MODELS = ("blocks", "sharing", *OF_GRIDS)
 
 
 def without_gone(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,6 +64,17 @@ def check(config: Config) -> None:
         complaint = rule(config)
         if complaint is not None:
             raise ValueError(complaint)
+
+
+def refuse(config: Config, names: tuple[str, ...], why: str) -> None:
+    """Raise ValueError with the first of these settings that isn't as it is by default."""
+    if asked := _set(config, names):
+        raise ValueError(f"{asked}: {why}")
+
+
+def others(config: Config, names: tuple[str, ...]) -> tuple[str, ...]:
+    """All settings but these."""
+    return tuple(name for name in type(config).__dataclass_fields__ if name not in names)
 
 
 def _set(config: Config, names: tuple[str, ...]) -> str | None:
@@ -116,7 +130,7 @@ def _initial_size(config: Config) -> str | None:
 def _softmax(config: Config) -> str | None:
     if not config.is_softmax:
         return None
-    asked = _set(config, tuple(name for name in type(config).__dataclass_fields__ if name not in OF_SOFTMAX))
+    asked = _set(config, others(config, OF_SOFTMAX))
     if asked:
         return f"{asked} shapes an operator, and softmax has none; name a basis, e.g. g3b"
     if config.blocks is not None and config.position_bias is None:
@@ -131,8 +145,7 @@ def _fixed(config: Config) -> str | None:
     if not config.is_fixed:
         return None
     function = FIXED[config.basis]
-    allowed = ("basis", *function.takes)
-    asked = _set(config, tuple(name for name in type(config).__dataclass_fields__ if name not in allowed))
+    asked = _set(config, others(config, ("basis", *function.takes)))
     if asked:
         return (
             f"{asked} doesn't go with {config.basis}, a fixed function, which takes {', '.join(function.takes)} alone"

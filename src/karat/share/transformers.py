@@ -27,6 +27,7 @@ from karat.models.attention import split_mask
 from karat.models.karatize import SHARED_NAME, NoWeightDecay, chosen_blocks, karatize
 from karat.operator.config import KArAtConfig
 from karat.operator.operator import KArAtOperator, factors_of
+from karat.operator.rules import OF_GRIDS, refuse
 from karat.ops.masks import safe_softmax, softmax_attention
 
 NAME = "karat"
@@ -131,8 +132,7 @@ def karatize_hf(model: Model, config: KArAtConfig | str) -> Model:
         )
     if any(isinstance(place, LearnableAttention) for place in places):
         raise ValueError(f"this {type(model).__name__} has learnable attention already; build a new model")
-    if config.position_bias is not None:
-        raise ValueError(f"position_bias={config.position_bias!r} is for timm's models: transformers' ViT takes none")
+    refuse(config, OF_GRIDS, "that is for timm's models, transformers' ViT takes none; leave it out")
     if config.is_softmax:
         return model
     chosen = chosen_blocks(config, range(len(places)), len(places))

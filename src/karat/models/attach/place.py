@@ -15,6 +15,7 @@ from karat.models.attach.find import Found, check_whole, find
 from karat.models.attach.mode import Attached, keep_to_module
 from karat.operator.config import KArAtConfig
 from karat.operator.operator import KArAtOperator
+from karat.operator.rules import OF_GRIDS, refuse
 
 Choose = Callable[[list[int], int], list[int]]
 
@@ -53,10 +54,7 @@ def attach(model: nn.Module, config: KArAtConfig, example: Example | Sites | Non
     """
     check_whole(model)
     kind = type(model).__name__
-    if config.position_bias is not None:
-        raise ValueError(
-            f"position_bias={config.position_bias!r}: karat doesn't know how the tokens of {kind} lie; leave it out"
-        )
+    refuse(config, OF_GRIDS, f"karat doesn't know how the tokens of {kind} lie; leave it out")
     given: Any = example_of(model) if example is None else example
     look = example.on if isinstance(example, Sites) else find
     with _fused(model) as back:
