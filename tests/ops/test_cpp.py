@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from importlib import resources
 
 import pytest
 import torch
 
+from karat.basis import BASES
 from karat.ops.cpp import task
 from karat.ops.cpp.build import library
 from support.against_float64 import assert_matches, make, parameters_of
@@ -17,6 +19,13 @@ pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="building th
 
 def test_the_kernel_is_there() -> None:
     assert library().problem is None
+
+
+def test_a_familys_number_is_the_kernels() -> None:
+    text = (resources.files("karat.ops.cpp") / "csrc" / "features.h").read_text()
+    names = text.split("enum Family : int64_t { ")[1].split(", FAMILIES };")[0].split(", ")
+    numbers = {name: task.basis_of(basis())[0] for name, basis in BASES.items() if task.basis_of(basis())}
+    assert {name: names[number] for name, number in numbers.items()} == {name: name.upper() for name in numbers}
 
 
 @pytest.mark.parametrize(("largest", "tolerance"), [(4.0, 3e-7), (1e3, 2e-6), (1.6e4, 2e-6), (1e8, 1e-6), (1e38, 1e-6)])

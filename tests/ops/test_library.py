@@ -25,6 +25,13 @@ def inputs(spec: str, *, per_image: bool = False) -> list[Tensor]:
     return [torch.randn(size).requires_grad_() for size in ((B, H, M, D), (B, H, N, D), u)]
 
 
+@pytest.mark.parametrize("name", implementations.IMPLEMENTATIONS)
+def test_an_implementation_has_every_function(name: str) -> None:
+    wanted = {function for function in vars(implementations.Implementation) if not function.startswith("_")}
+    assert {"forward", "about"} < wanted
+    assert wanted <= set(dir(implementations.load(name)))
+
+
 @pytest.mark.parametrize("wanted", [*combinations(range(5), 1), (0, 1, 2, 3, 4), (0, 3)])
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("impl", ["auto", "tiled"])

@@ -286,6 +286,7 @@ inline Curves curves_of(const Basis& basis) {
   static constexpr Curves by_family[] = {both<Rational<0, 0>>(),       both<Wavelet<MexicanHat>>(),
                                          both<Wavelet<Morlet>>(),      both<Wavelet<DerivativeOfGaussian>>(),
                                          both<Wavelet<Meyer>>(),       both<Wavelet<Shannon>>()};
+  static_assert(sizeof(by_family) / sizeof(*by_family) == FAMILIES - RATIONAL, "one for each family from RATIONAL on");
   if (basis.family == RATIONAL && basis.grid == 5 && basis.order == 4) return both<Rational<5, 4>>();
   return by_family[basis.family - RATIONAL];
 }

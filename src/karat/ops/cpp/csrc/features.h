@@ -5,7 +5,7 @@
 namespace karat {
 
 // From RATIONAL on: curves.h.
-enum Family : int64_t { FOURIER, BSPLINE, RATIONAL, MEXICAN_HAT, MORLET, DOG, MEYER, SHANNON };
+enum Family : int64_t { FOURIER, BSPLINE, RATIONAL, MEXICAN_HAT, MORLET, DOG, MEYER, SHANNON, FAMILIES };
 enum Base : int64_t { NONE = 0, IDENTITY = 1, SILU = 2, GELU = 3 };  // the first feature, if there is one
 constexpr int MAX_ORDER = 5, MAX_DEGREE = 8;
 
