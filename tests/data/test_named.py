@@ -13,6 +13,7 @@ from PIL import Image
 from karat.data.images import statistics
 from karat.data.named import FILES
 from karat.data.splits import open_splits
+from karat.runs.classification import SMALL_DATA
 from karat.runs.recipes import RECIPES
 from support.data import load
 
@@ -33,6 +34,11 @@ def test_without_a_network_the_files_and_the_folder_are_named(name, tmp_path, of
         open_splits(f"torch/{name}", data_dir=tmp_path)
     assert FILES[name] in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_every_set_is_of_small_images_or_of_large_ones():
+    small = {f"torch/{name}" for name in FILES} - {"torch/flowers102", "torch/stl10"}
+    assert set(SMALL_DATA) == {"digits", *small}, "say in SMALL_DATA or here how large a set's images are"
 
 
 def test_imagenet_says_what_to_place_where(tmp_path):

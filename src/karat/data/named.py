@@ -11,7 +11,7 @@ import numpy as np
 
 from karat.data.folder import open_folder
 from karat.data.images import reason_of
-from karat.data.sources import ArraySource, FileSource, Source, Splits, hold_out
+from karat.data.sources import ArraySource, FileSource, Splits, hold_out
 
 # What to place below the data folder by hand, and where it comes from, when there is no network.
 FILES = {
@@ -24,7 +24,6 @@ FILES = {
     "flowers102": "flowers-102/: jpg/, imagelabels.mat, setid.mat (robots.ox.ac.uk/~vgg/data/flowers/102)",
     "stl10": "stl10_binary/ (stl10_binary.tar.gz, cs.stanford.edu/~acoates/stl10)",
 }
-GREY = ("mnist", "fashion_mnist", "kmnist")
 DIGITS = ("mnist", "kmnist", "svhn")  # characters: mirroring changes what they say
 
 
@@ -81,16 +80,14 @@ def _imagenet(root: Path) -> Splits:
 def _from_timm(name: str, root: Path) -> Splits:
     from timm.data import create_dataset
 
-    parts: list[Source] = []
+    parts: list[ArraySource] = []
     for split in ("train", "validation"):
         dataset: Any = create_dataset(f"torch/{name}", root=str(root), split=split, download=True)
         parts.append(ArraySource(np.asarray(dataset.data), dataset.targets, f"{name}/{split}"))
     train, evaluation = parts
     names = tuple(str(c).split(" - ")[-1] for c in dataset.classes)
-    grey = name in GREY
-    return Splits(
-        train, evaluation, names, in_chans=1 if grey else 3, native_size=28 if grey else 32, mirror=name not in DIGITS
-    )
+    in_chans, side = (1 if train.images.ndim == 3 else 3), train.images.shape[1]
+    return Splits(train, evaluation, names, in_chans=in_chans, native_size=side, mirror=name not in DIGITS)
 
 
 def _channels_first(name: str, root: Path) -> Splits:

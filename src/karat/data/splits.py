@@ -1,15 +1,4 @@
-"""`--data`: one name for digits, folders, parquet, torchvision, Hub and sharded data, made into batches.
-
-| spec | what it is |
-|---|---|
-| `digits` | scikit-learn's 1,797 scanned digits, 8×8 grey; nothing to download |
-| a folder | images in train/CLASS and val/CLASS, or in CLASS alone (a tenth is held out) |
-| a folder of parquet | train*.parquet, test*.parquet with an image and a label column |
-| `torch/NAME` | cifar10, cifar100, mnist, fashion_mnist, kmnist, svhn, flowers102, stl10, imagenet |
-| `hfds/NAME` | a data set of the Hugging Face Hub, downloaded once, memory-mapped |
-| `hfids/NAME` | the same, streamed |
-| `wds/FOLDER`, `wds/TRAIN::EVAL` | WebDataset shards, streamed |
-"""
+"""`--data`: one name for digits, folders, parquet, torchvision, Hub and sharded data, made into batches."""
 
 from __future__ import annotations
 
@@ -59,7 +48,7 @@ OPENERS: dict[str, Callable[[str, Path | None, int | None, bool], Splits]] = {
 class DataOptions:
     """Which data, and how its images and batches come out.
 
-    spec: see the table above.
+    spec: digits, a folder, or PREFIX/NAME with a prefix of `OPENERS`; see the table of docs/training.md.
     augmentation: how images are seen in training and in evaluation.
     batch_size: images per process and batch.
     img_size: side of the images that come out; None: the data's own where all share one, else 224.
@@ -281,8 +270,8 @@ def _open_path(spec: str, whole: bool) -> Splits:
     path = local_path(spec)
     if not path.exists():
         raise ValueError(
-            f"data {spec!r}: no such folder; give a folder of images or parquet files, digits, torch/NAME, "
-            "hfds/NAME, hfids/NAME or wds/SHARDS"
+            f"data {spec!r}: no such folder; give a folder of images or parquet files, digits, or "
+            f"{'/NAME, '.join(OPENERS)}/NAME"
         )
     if not path.is_dir():
         raise ValueError(f"data {spec!r} is a file; give the folder that it lies in")

@@ -24,7 +24,7 @@ __all__ = ["AUTO", "Settings", "first_change", "is_small", "preset_for", "resolv
 # What `--model auto` means for small images, and for the 8x8 digits: ViTs that train on two cores.
 SMALL_MODEL = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
 DIGITS_MODEL = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 3, "num_heads": 4}
-SMALL_DATA = ("digits", "torch/cifar10", "torch/cifar100", "torch/mnist", "torch/fashion_mnist", "torch/svhn")
+SMALL_DATA = ("digits", *map("torch/{}".format, ("cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "svhn")))
 SMALL_SIDE = 64
 # Of other data all is taken, from where such data usually lies.
 OTHER_DATA: dict[str, Any] = {"data_fraction": 1.0, "data_dir": None, "num_samples": None, "held_out": 0}
