@@ -8,7 +8,8 @@ import re
 import shlex
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NoReturn
@@ -16,10 +17,20 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-import karat.basis
 import karat.models.backbones
-from karat import paper
+from karat import KArAtConfig, paper
+from karat.analyze.analyses import ANALYSES
+from karat.basis import BASES
 from karat.cli import COMMANDS, main
+from karat.data.named import FILES
+from karat.data.splits import OPENERS
+from karat.models.kan.mlp import MLPS
+from karat.models.starts import STARTS
+from karat.operator.fixed import FIXED
+from karat.operator.orders import ORDERS
+from karat.ops import IMPLS
+from karat.ops.implementations import IMPLEMENTATIONS
+from karat.runs.recipes import RECIPES
 from support.prose import numbers, paragraphs, sentences, words
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +69,7 @@ LINES = [
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks of a page one after the other, in one namespace and a folder of its own."""
     registries: list[dict[Any, Any]] = [
-        karat.basis.BASES,
+        BASES,
         karat.models.backbones.BACKBONES,
     ]
     before = [dict(registry) for registry in registries]
@@ -114,6 +125,30 @@ def test_every_page_is_in_the_navigation() -> None:
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
     listed = set(re.findall(r"[\w/.-]+\.md", nav))
     assert listed == {name_of(page).removeprefix("docs/") for page in PAGES if page.parent != ROOT}
+
+
+def code(names: Iterable[str]) -> list[str]:
+    return [f"`{name}" for name in names]
+
+
+# What a page must name, as it stands there.
+NAMED: dict[str, list[str]] = {
+    "docs/bases.md": code(BASES),
+    "docs/reference/basis.md": [kind.__name__ for kind in BASES.values()],
+    "docs/operator.md": code([*(f.name for f in fields(KArAtConfig)), *FIXED, *(name for name, _ in ORDERS), *IMPLS]),
+    "docs/cost.md": code(IMPLEMENTATIONS),
+    "docs/training.md": [*code([*(f"{prefix}/" for prefix in OPENERS), *RECIPES, *STARTS]), *FILES],
+    "src/karat/runs/classification.py": [f"{prefix}/" for prefix in OPENERS],  # the help of --data
+    "docs/analysis.md": code(ANALYSES),
+    "docs/peers.md": code(MLPS),
+}
+
+
+@pytest.mark.parametrize("page", NAMED)
+def test_pages_name_what_there_is(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    missing = [name for name in NAMED[page] if not re.search(rf"(?<!\w){re.escape(name)}(?![a-z0-9])", text)]
+    assert not missing, f"{page} says nothing of {missing}"
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ FIGURES = {
     "landscape": {"surface", "contours"},
     "hessian": {"curvature"},
 }
+ELSEWHERE = {"weights", "sweep", "peers"}  # tests of their own: they want other runs
 STARTS = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
 
 
@@ -48,6 +49,10 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     array[4:12, 6:16] = 255
     Image.fromarray(array).save(path)
     return path
+
+
+def test_the_pictures_of_every_analysis_are_known() -> None:
+    assert set(FIGURES) | ELSEWHERE == set(ANALYSES), "say in FIGURES which pictures an analysis draws"
 
 
 @pytest.mark.parametrize("what", FIGURES)

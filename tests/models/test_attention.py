@@ -227,8 +227,10 @@ def test_what_is_no_attention_is_not_refused() -> None:
 
 
 def test_every_record_has_a_model_in_these_tests() -> None:
-    models = [small_model(name) for name in SMALL]
-    found = [backbone_of(model) for model in models]
-    assert all(any(known is backbone for known in found) for backbone in records.values())
-    kinds = {type(module) for model in models for module in model.modules()}
-    assert {attention for backbone in records.values() for attention in backbone.attentions} <= kinds
+    models = {name: small_model(name) for name in SMALL}
+    found = [backbone_of(models[name]) for name in BACKBONES]
+    without = [family.__name__ for family, record in records.items() if not any(one is record for one in found)]
+    assert not without, f"no name in BACKBONES of tests/support/small_models.py is a small {without}"
+    kinds = {type(module) for model in models.values() for module in model.modules()}
+    unseen = {kind.__name__ for record in records.values() for kind in record.attentions if kind not in kinds}
+    assert not unseen, f"no model in SMALL of tests/support/small_models.py has attention of these classes: {unseen}"

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import karat
+from karat.models.backbones import attention_sites
 from karat.models.create import REGISTERED, ModelArgumentsError, rebuild_model
 from support.small_models import VIT
 
@@ -43,15 +44,9 @@ def test_parameters_as_published(size: str, attention: str, classes: int, added:
 def test_registered_names(base: str) -> None:
     assert f"karat_{base}" in timm.list_models("karat_*")
     with torch.device("meta"):
-        model = timm.create_model(f"karat_{base}", num_classes=7)
+        model, plain = timm.create_model(f"karat_{base}", num_classes=7), timm.create_model(base)
     operators = karat.karat_operators(model)
-    assert len(operators) == (
-        2
-        if base.startswith("convit")
-        else len(model.blocks)
-        if "vit" in base or "deit" in base
-        else sum(len(stage.blocks) for stage in model.layers)
-    )
+    assert list(operators) == [f"{site.name}.operator" for site in attention_sites(plain) if site.kind.adapter]
     assert {str(op.config) for op in operators.values()} == {REGISTERED[base]}
     assert model.num_classes == 7
 

@@ -11,24 +11,23 @@ from karat.detect.task import total_loss
 from karat.models.create import create_model
 from karat.models.transfer import transfer_attention
 from karat.paper import rows, run_row
+from karat.paper.setup import MODELS
 from karat.runs.recipes import RECIPES
 from karat.train.classify import create_loss, create_mixup
 from karat.train.classify import mix as mix_batch
 from karat.train.optim import create_optimizer
 
-SIZES = ("deep_kan", "vit_tiny", "convit_tiny", "swin_tiny", "vit_small", "vit_base")
-
 
 def chosen():
     """For each table the smallest model's last row; every family where there are several."""
-    picked = {}
+    picked, sizes = {}, list(MODELS)  # small ones first
     for entry in rows():
         trains = entry.setup.kind in ("train", "finetune") or entry.table == 13  # which counts costs alone
         if trains and (entry.setup.attention != "softmax" or entry.table == 14):
             family = entry.model if entry.table == 3 else ""
             key = entry.table, family
             best = picked.get(key)
-            if best is None or SIZES.index(entry.model) <= SIZES.index(best.model):
+            if best is None or sizes.index(entry.model) <= sizes.index(best.model):
                 picked[key] = entry
     return list(picked.values())
 
