@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from karat.basis import BASES, LinearBasis, parse_basis
-from karat.ops import basis_attention
+from karat.basis import ACTIVATIONS, BASES, LinearBasis, parse_basis, with_base
+from karat.basis.activations import Activation
+from karat.basis.fourier import Fourier
+from karat.ops import Call, basis_attention
+from karat.ops.cpp import attention as cpp
+from karat.ops.triton import attention as triton
 from support.against_float64 import assert_matches, make
 from support.implementations import ON_CPU
 
@@ -162,6 +170,48 @@ def test_gradients_that_nobody_wants_change_nothing(impl: str) -> None:
         inputs = [x.detach().requires_grad_(i == alone) for i, x in enumerate((q, k, u))]
         (got,) = torch.autograd.grad(basis_attention(*inputs, "fourier(grid=3)", impl=impl).sum(), inputs[alone])
         assert torch.equal(got, wanted[alone])
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("impl", ON_CPU)
+def test_what_pytorch_makes_by_default_changes_nothing(impl: str) -> None:
+    """Parts of the gradients of k and bias, one a thread, are memory of the kernel's own kind and place."""
+    torch.set_num_threads(2)
+    leaves = [x.requires_grad_() for x in (*make(1, 1, 101, 19, 8, 2, 5), torch.randn(1, 1, 1, 19))]
+    upstream, runs = torch.ones(1, 1, 101, 5), []
+    for way in (nullcontext(), torch.device("meta"), default_dtype(torch.float64), default_dtype(torch.bfloat16)):
+        with way:
+            out = basis_attention(*leaves[:3], "fourier(grid=1)", bias=leaves[3], impl=impl)
+            runs.append([out, *torch.autograd.grad(out, leaves, upstream)])
+    assert all(torch.equal(x, y) for other in runs[1:] for x, y in zip(runs[0], other, strict=True))
+
+
+@dataclass(frozen=True)
+class Doubled(Fourier):
+    """A family of one's own that says no name of its own."""
+
+    def feature_list(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [2 * psi for psi in super().feature_list(x)]
+
+    def write_features(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(self.features(x))
+
+
+def test_no_kernel_takes_a_family_of_ones_own_for_what_it_subclasses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q, k, u = make(1, 2, 5, 7, 8, 2, 3)
+    ours, plain = (basis_attention(q, k, u, family(1)) for family in (Doubled, Fourier))
+    torch.testing.assert_close(ours, 2 * plain)
+    monkeypatch.setitem(ACTIVATIONS, "square", Activation(torch.square, lambda x: 2 * x))
+    for basis in (Doubled(1), with_base(Fourier(1), "square")):
+        for kernel, says in ((cpp, "no bases of others"), (triton, "Triton kernels know fourier")):
+            assert says in (kernel.unsupported(Call(q, k, 1.0), u, basis) or "")
 
 
 @pytest.mark.parametrize("impl", ON_CPU)

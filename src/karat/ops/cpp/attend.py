@@ -47,7 +47,7 @@ def _values(call: Call, projector: Projector, attended: Attended) -> tuple[Value
     gate, places = (None if x is None else in_precision(x, torch.float32) for x in (gate, places))
     w, out = in_precision(w, torch.float32), in_precision(attended.out, kind)
     of_u, of_w = factors or (None, None)
-    of_u = None if of_u is None else of_u.contiguous()
+    gate, of_u = (None if x is None else x.contiguous() for x in (gate, of_u))
     logsumexp = attended.logsumexp if softmax else None
     values = Values(in_precision(v, kind), out, logsumexp, w, gate, of_u, of_w, places)
     return values, in_precision(attended.sums, kind)

@@ -50,7 +50,7 @@ def about() -> str:
 def forward(call: Call, u: Tensor, basis: Basis, softmax: SoftmaxPart | None = None) -> Tensor:
     """out (B,H,M,E) in q's precision; see `karat.basis_attention`."""
     read, u = as_read(call, u)
-    out = torch.empty((*call.q.shape[:3], u.shape[-1]), dtype=read.q.dtype)
+    out = read.q.new_empty((*call.q.shape[:3], u.shape[-1]))
     if 0 in (out.numel(), call.q.numel(), call.k.numel()):
         if softmax is not None:
             softmax.see_nothing()

@@ -20,7 +20,7 @@ from karat.basis.rational import Rational
 from karat.basis.wavelets import DerivativeOfGaussian, MexicanHat, Meyer, Morlet, Shannon
 from karat.ops.cache import cache_bytes
 from karat.ops.call import Call
-from karat.ops.projector import ProjectedGradients
+from karat.ops.projector import NOTHING, ProjectedGradients
 
 # A tile's features fill a quarter of a core's second-level cache; a tile has at most so many keys. Both found by
 # measurement: benchmarks/tile_size.py.
@@ -36,9 +36,11 @@ _LAYOUT = Struct("14q 4qf4x f4x 6q 25q 5q 4q 5q 1q 5q 12q 4q 3q 2q 5q")
 _NONE = (0, 0, 0, 0)
 
 
-# How features.h's `Basis` has a family: family, grid, order, range; None where the kernel lacks that size of it.
+# How features.h's `Basis` has a family: family, grid, order, range; None where the kernel lacks that size of it. What
+# subclasses one has functions of its own.
 _FAMILIES: dict[type[Basis], Callable[[Any], tuple[int, int, int, float] | None]] = {
     Fourier: lambda basis: (0, basis.grid, 0, 0.0),
+    type(NOTHING): lambda basis: (0, 0, 0, 0.0),
     BSpline: lambda basis: (1, basis.grid, basis.order, basis.range) if basis.order <= MAX_ORDER else None,
     Rational: lambda basis: (2, basis.m, basis.n, 0.0) if max(basis.m, basis.n) <= MAX_DEGREE else None,
     MexicanHat: lambda basis: (3, 0, 0, 0.0),
@@ -53,8 +55,8 @@ _FAMILIES: dict[type[Basis], Callable[[Any], tuple[int, int, int, float] | None]
 def basis_of(basis: Basis) -> tuple[int, int, int, int, float] | None:
     """The C++ side's description of a basis: family, base, grid, order, range; None if it doesn't know it."""
     activation, family = basis.parts
-    base = _ACTIVATIONS.get(activation)
-    described = next((describe(family) for kind, describe in _FAMILIES.items() if isinstance(family, kind)), None)
+    base, describe = _ACTIVATIONS.get(activation), _FAMILIES.get(type(family))
+    described = None if describe is None else describe(family)
     return None if described is None or base is None else (described[0], base, *described[1:])
 
 
@@ -91,7 +93,7 @@ class Values(NamedTuple):
 
 
 class Results(ProjectedGradients):
-    """Memory for gradients, contiguous."""
+    """Memory for gradients, contiguous; float32 where there are parts, whatever torch's own defaults are."""
 
     __slots__ = ()
 
@@ -111,15 +113,12 @@ class Results(ProjectedGradients):
         q, k, _, bias, _ = call
         threads, parts = shares(call)
         dq = _like(q) if needs[0] else None
-        dk, dv = (
-            None if x is None or not need else _like(x) if parts == 1 else torch.empty((parts, *x.shape))
-            for x, need in ((k, needs[1]), (v, needs[2]))
-        )
+        dk, dv = (_like(x, parts) if x is not None and need else None for x, need in ((k, needs[1]), (v, needs[2])))
         dbias = None
         if bias is not None and needs[7]:
             # One sum a thread, unless each number of it belongs to one thread anyway.
             alone = bias.shape[:2] == q.shape[:2] and (parts == 1 or bias.shape[2] == q.shape[2])
-            dbias = torch.zeros((1 if alone else threads, *bias.shape))
+            dbias = bias.new_zeros((1 if alone else threads, *bias.shape))
         return cls(
             dq,
             dk,
@@ -145,8 +144,10 @@ class Results(ProjectedGradients):
         return ProjectedGradients(*[_fitting(x, like) for x, like in zip(self, likes, strict=True)])
 
 
-def _like(x: Tensor) -> Tensor:
-    """Contiguous memory; in half the time that its shape takes through Python."""
+def _like(x: Tensor, parts: int = 1) -> Tensor:
+    """Contiguous memory; in half the time that its shape takes through Python, unless there are parts."""
+    if parts > 1:
+        return x.new_empty((parts, *x.shape), dtype=torch.float32)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

@@ -13,11 +13,16 @@ from torch import Tensor
 
 from karat.basis import Basis
 from karat.basis.bspline import BSpline
+from karat.basis.fourier import Fourier
+from karat.basis.rational import Rational
+from karat.basis.wavelets import DerivativeOfGaussian, MexicanHat, Meyer, Morlet, Shannon
 from karat.ops.call import Call, Gradients, Needs
 from karat.ops.softmax_part import SoftmaxPart
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FAMILIES = ("fourier", "bspline", "rational", "mexican_hat", "morlet", "dog", "meyer", "shannon")
+# What subclasses one of them has functions of its own.
+FAMILIES = (Fourier, BSpline, Rational, MexicanHat, Morlet, DerivativeOfGaussian, Meyer, Shannon)
+ACTIVATIONS = ("zero", "identity", "silu", "gelu")
 LARGEST_HEAD = 128
 # The kernel writes a spline as a sum of truncated powers, whose terms cancel more and more with the order.
 LARGEST_ORDER = 7
@@ -42,9 +47,10 @@ def unsupported(call: Call, u: Tensor, basis: Basis, v: Tensor | None = None) ->
     widest = max(q.shape[-1], 0 if v is None else v.shape[-1])
     if widest > LARGEST_HEAD:
         return f"Triton kernels take head dimensions up to {LARGEST_HEAD}, got {widest}"
-    family = basis.parts[1]
-    if family.name not in FAMILIES:
-        return f"Triton kernels know {', '.join(FAMILIES)}, not {family.name}"
+    base, family = basis.parts
+    if type(family) not in FAMILIES or base not in ACTIVATIONS:
+        names = (*(known.name for known in FAMILIES), *ACTIVATIONS[1:])
+        return f"Triton kernels know {', '.join(names)}, not {basis}"
     if isinstance(family, BSpline) and family.order > LARGEST_ORDER:
         return f"Triton kernels take splines up to order {LARGEST_ORDER}, got {family.order}"
     if importlib.util.find_spec("triton") is None:
