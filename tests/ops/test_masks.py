@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from karat.ops.masks import softmax_attention
+from karat.ops.masks import safe_softmax, softmax_attention
 
 
 @pytest.mark.parametrize("scale", [-0.3, 1e-4, 0.125])
@@ -15,6 +15,27 @@ def test_masked_keys_of_many_tokens_weigh_nothing_at_any_scale(scale: float) -> 
     mask = torch.rand(1, 1, 1, 1100) > 0.5
     scores = (q @ k.transpose(-2, -1) * scale).masked_fill(~mask, -torch.inf)
     torch.testing.assert_close(softmax_attention(q, k, v, scale, None, mask), scores.softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("filler", [1e5, 1e30, float("nan")])
+def test_masked_keys_of_many_tokens_may_be_anything(filler: float) -> None:
+    q, k, v = torch.randn(3, 1, 1, 1100, 8).unbind()
+    k[:, :, 1000:] = filler
+    out = softmax_attention(q, k, v, 0.3, None, (torch.arange(1100) < 1000)[None, None, None])
+    torch.testing.assert_close(out, softmax_attention(q, k[:, :, :1000], v[:, :, :1000], 0.3))
+
+
+@pytest.mark.parametrize("filler", [float("-inf"), float("nan")])
+def test_rows_without_a_key_have_no_gradient_whatever_their_scores(filler: float) -> None:
+    """As where whoever gives the mask has put minus infinity there already."""
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
+    mask[:, :, 2] = False
+    scores = torch.randn(1, 1, 5, 5).masked_fill(~mask, filler).requires_grad_()
+    q, k, v = (torch.randn(1, 1, 5, 8, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    for out in (safe_softmax(scores, mask), softmax_attention(q, k, v, 0.3, scores.detach(), mask)):
+        out.float().square().sum().backward()
+        assert not out[:, :, 2].any()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in (scores, q, k, v))
 
 
 @pytest.mark.parametrize(("dtype", "tokens"), [(torch.float16, 17), (torch.bfloat16, 65)])

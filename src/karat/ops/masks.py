@@ -32,9 +32,12 @@ def safe_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return scores.softmax(-1)
     mask = mask.expand(*mask.shape[:3], scores.shape[-1])
-    reachable = mask.any(-1, keepdim=True)
-    lowered = torch.where(mask | ~reachable, scores, -torch.inf)  # no row is all -inf: NaN never arises
-    return torch.where(mask, lowered.softmax(-1), 0)
+    return torch.where(mask, _lowered(scores, mask).softmax(-1), 0)
+
+
+def _lowered(x: Tensor, mask: Tensor) -> Tensor:
+    """x, -inf where a pair takes no part; rows without any key are zero, so that none is all -inf: NaN never arises."""
+    return torch.where(mask, x, torch.where(mask.any(-1, keepdim=True), -torch.inf, 0.0).to(x.dtype))
 
 
 def softmax_attention(
@@ -53,8 +56,7 @@ def softmax_attention(
         return _masked_keys(q, k, v, scale, mask, dropout_p)
     mask = mask.expand(*mask.shape[:3], k.shape[2])
     reachable = mask.any(-1, keepdim=True)
-    open_rows = mask | ~reachable
-    attn_mask = open_rows if bias is None else torch.where(open_rows, bias, -torch.inf)
+    attn_mask = mask | ~reachable if bias is None else _lowered(bias.to(q.dtype), mask)
     out = _fused(q, k, v, _fitting(attn_mask, q, k), dropout_p, scale)
     return torch.where(reachable, out, 0)
 
@@ -102,13 +104,15 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p:
 def _masked_keys(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, dropout_p: float) -> Tensor:
     """Softmax under a mask of keys (B,H,1,N), without the M·N numbers that a mask given to PyTorch becomes.
 
-    One more coordinate, 1 in the queries and -30000 in the masked keys, lowers their scores so far that their
-    weight is exactly zero. Seven more of zeros keep the width a multiple of eight, which the fused kernels like.
+    One more coordinate, 1 in the queries and -30000 in the masked keys, whose others become zero, lowers their scores
+    so far that their weight is exactly zero. Seven more of zeros keep the width a multiple of eight, which the fused
+    kernels like.
     """
-    lowered = torch.where(mask, 0.0, -LOWERED).to(k.dtype).transpose(-2, -1)  # (B,H,N,1)
-    columns = F.pad(lowered.expand(*k.shape[:3], 1), (0, 7))
-    ones = F.pad(q.new_ones(*q.shape[:3], 1), (0, 7))
-    out = _fused(torch.cat([q, ones], -1), torch.cat([k, columns], -1), v, None, dropout_p, scale)
+    mask_of_k = mask.transpose(-2, -1)  # (B,H,N,1)
+    lowered = torch.where(mask_of_k, 0.0, -LOWERED).to(k.dtype).expand(*k.shape[:3], 1)
+    columns, ones = F.pad(lowered, (0, 7)), F.pad(q.new_ones(*q.shape[:3], 1), (0, 7))
+    keys = torch.cat([torch.where(mask_of_k, k, 0), columns], -1)
+    out = _fused(torch.cat([q, ones], -1), keys, v, None, dropout_p, scale)
     return torch.where(mask.any(-1, keepdim=True), out, 0)
 
 
