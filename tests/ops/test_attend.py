@@ -10,6 +10,7 @@ from itertools import product
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from karat.basis import BASES, parse_basis
@@ -164,6 +165,37 @@ def test_masked_keys_may_be_anything_and_add_nothing(spec: str | None, impl: str
         if softmax:
             whole = [*found[:2], *(x[..., :5, :] for x in found[of_keys]), *found[of_keys.stop :]]
             assert all(relative_error(x, y.double()) < 2e-5 for x, y in zip(whole, kept, strict=True))
+
+
+@pytest.mark.parametrize("impl", ON_CPU)
+def test_what_stands_beside_may_lie_in_any_way(impl: str) -> None:
+    """Cut from something larger, or one number for all."""
+    q, k, v, u, w, gate, places, bias = in_precision(draw(SIZES[0], SPECS[0]), torch.float32)
+    assert u is not None
+    assert w is not None
+    assert gate is not None
+    assert places is not None
+    cut = [torch.stack([x, x + 1], -1)[..., 0] for x in (u, w, gate, places)]
+    one = [u[:1].expand_as(u), w[..., :1].expand_as(w), gate[:1].expand_as(gate), places[:, :1].expand_as(places)]
+    for some in (cut, one):
+        found = run([q, k, v, *some, bias], SPECS[0], impl, softmax=True)
+        wanted = run([q, k, v, *(x.contiguous() for x in some), bias], SPECS[0], impl, softmax=True)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # said by forward mode itself
+@pytest.mark.parametrize("name", ["w", "gate", "places"])
+def test_a_tangent_of_what_stands_beside_is_carried_on(name: str) -> None:
+    q, k, v, u, w, gate, places, bias = in_precision(draw(SIZES[0], SPECS[0]), torch.float32)
+    of = {"w": w, "gate": gate, "places": places}
+    with forward_ad.dual_level():
+        of[name] = forward_ad.make_dual(of[name], torch.ones_like(of[name]))  # type: ignore[arg-type]
+        projector = Projector(v, of["w"], of["gate"], True, None, of["places"])  # type: ignore[arg-type]
+        tangent = forward_ad.unpack_dual(attend(Call(q, k, SCALE, bias), u, SPECS[0], projector)).tangent
+        assert tangent is not None
+        assert tangent.any()
+        with pytest.raises(ValueError, match="no forward mode"):
+            attend(Call(q, k, SCALE, bias), u, SPECS[0], projector, "tiled")
 
 
 @pytest.mark.parametrize("impl", ON_CPU)

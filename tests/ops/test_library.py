@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from karat import KArAtOperator, basis_attention
 from karat.basis import parse_basis
 from karat.ops import Call, implementations, joint_attention
+from support.implementations import ON_CPU
 from support.looker import Looker
 
 B, H, M, N, D, E = 2, 3, 9, 7, 8, 5
@@ -68,6 +70,29 @@ def _spy(backward: Any, asked: list[tuple[bool, ...]]) -> Any:
         return backward(grad, call, u, basis, needs, softmax)
 
     return spied
+
+
+@pytest.mark.parametrize("impl", ON_CPU)
+@pytest.mark.parametrize("name", ["basis_attention", "joint_attention", "attend"])
+def test_gradients_lie_as_a_compiler_is_told(name: str, impl: str) -> None:
+    """A compiled program reads them by what the operators said before, of inputs that lie in whatever way."""
+    q, k, v = torch.randn(3, B, N, H, D).transpose(2, 3).unbind()
+    u, w, gate, bias = torch.randn(H, 6, N, E), torch.randn(H, N, E), torch.randn(H), torch.randn(N, N, H)
+    alone, bias = name == "basis_attention", bias.permute(2, 0, 1)[None]
+    tensors = [q, k, *(() if alone else (v,)), u, *((w, gate, w) if name == "attend" else ()), bias, None]
+    settings = ("fourier(grid=3)", 0.3, impl, *((True,) if name == "attend" else ()))
+    forward, backward = (getattr(torch.ops.karat, f"{name}{end}") for end in ("", "_backward"))
+
+    def gradients(tensors: list[Tensor | None]) -> Any:
+        out = forward(*tensors, *settings)
+        kept = () if alone else out if name == "attend" else out[::2]
+        grads = {"basis_attention": [out], "joint_attention": out[:2], "attend": out[:1]}[name]
+        return backward(*grads, *tensors, *kept, *settings, [True] * (len(tensors) - 1))
+
+    found = gradients(tensors)
+    with FakeTensorMode() as mode:
+        told = gradients([None if x is None else mode.from_tensor(x) for x in tensors])
+    assert [(x.shape, x.stride(), x.dtype) for x in found] == [(x.shape, x.stride(), x.dtype) for x in told]
 
 
 def test_results_may_be_written_to() -> None:

@@ -11,7 +11,7 @@ from karat.ops.call import Call
 from karat.ops.checks import check_beside, checked
 from karat.ops.masks import softmax_attention
 from karat.ops.products import FEW_TOKENS, low_rank_product, shared_product
-from karat.ops.projector import NOTHING, Projector, unmasked
+from karat.ops.projector import NOTHING, Projector, gated, unmasked
 from karat.ops.transforms import observed
 
 
@@ -45,7 +45,7 @@ def attend(call: Call, u: Tensor | None, basis: str | Basis | None, projector: P
     if u is None:
         u, basis = w.new_empty((*w.shape[:1], 0, *w.shape[1:])), NOTHING
     assert basis is not None
-    call, v, basis, impl = checked(call, projector.v, u, basis, impl)
+    call, v, basis, impl = checked(call, projector.v, u, basis, impl, w, projector.gate, projector.places)
     assert v is not None
     projector = projector._replace(v=v)
     _, _, gate, softmax, factors, places = projector
@@ -112,23 +112,18 @@ def _of_places(call: Call, projector: Projector) -> Tensor:
     (q, k, scale, bias, mask), (v, w, gate, softmax, _, places) = call, projector
     assert places is not None
     v = unmasked(call, v)
-    out = shared_product(places.to(v.dtype), shared_product(w.to(v.dtype).transpose(-2, -1), v))
-    if gate is not None:
-        out = gate.to(out.dtype)[:, None, None] * out
+    out = gated(shared_product(places.to(v.dtype), shared_product(w.to(v.dtype).transpose(-2, -1), v)), gate)
     return softmax_attention(q, k, v, scale, bias, mask) + out if softmax else out
 
 
 def _by_definition(call: Call, u: Tensor, basis: Basis, projector: Projector) -> Tensor:
     v, w, gate, softmax, _, places = projector
-    v = unmasked(call, v)
-    attended, sums = None, None
+    v, attended = unmasked(call, v), None
     if softmax:
         attended, sums = reference.joint_attention(call, v, u, basis)
     else:
         sums = reference.basis_attention(call, u, basis)
     if places is not None:
         sums = sums + places.to(sums.dtype)
-    out = low_rank_product(sums, w.to(v.dtype), v)
-    if gate is not None:
-        out = gate.to(out.dtype)[:, None, None] * out
+    out = gated(low_rank_product(sums, w.to(v.dtype), v), gate)
     return out if attended is None else attended + out

@@ -38,7 +38,7 @@ Needs = tuple[bool, bool, bool, bool]  # which of the gradients for q, k, u and 
 
 
 class Gradients(NamedTuple):
-    """Gradients, each in the shape and precision of what it is for; None where not wanted."""
+    """Gradients, each contiguous, in the shape and precision of what it is for; None where not wanted."""
 
     q: Tensor | None
     k: Tensor | None

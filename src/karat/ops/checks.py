@@ -27,13 +27,20 @@ class Checked(NamedTuple):
 
 
 def call_of(q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None, mask: Tensor | None) -> Call:
-    """What a front door was given, as a Call that isn't checked yet; scale None means 1/√D."""
-    usual = q.shape[-1] ** -0.5 if scale is None and q.dim() else 1.0
+    """What a front door was given, as a Call that isn't checked yet; scale None means 1/√D.
+
+    Raises ValueError for a scale that is learned, as it would get no gradient, or more than one number.
+    """
+    if isinstance(scale, Tensor) and (scale.requires_grad or scale.numel() != 1):
+        raise ValueError(
+            f"scale must be a number without a gradient, got a tensor {tuple(scale.shape)}; multiply q by it, scale=1"
+        )
+    usual = q.shape[-1] ** -0.5 if scale is None and q.dim() and q.shape[-1] else 1.0
     return Call(q, k, usual if scale is None else float(scale), bias, mask)
 
 
-def checked(call: Call, v: Tensor | None, u: Tensor, basis: str | Basis, impl: str) -> Checked:
-    """The inputs as the implementations take them. Raises ValueError for those that don't fit."""
+def checked(call: Call, v: Tensor | None, u: Tensor, basis: str | Basis, impl: str, *others: Tensor | None) -> Checked:
+    """The inputs, beside which `others` stand, as implementations take them. Raises ValueError if they don't fit."""
     basis = parse_basis(basis)
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; choose one of {', '.join(IMPLS)}")
@@ -41,13 +48,11 @@ def checked(call: Call, v: Tensor | None, u: Tensor, basis: str | Basis, impl: s
     _check(call.q, call.k, u, basis)
     if v is not None:
         check_values(call.q, call.k, v)
-        _check_widths(call, v, u)
-    if call.bias is not None or call.mask is not None:
-        bias, mask = (_broadcastable(getattr(call, name), name, call) for name in ("bias", "mask"))
-        if mask is not None and mask.dtype != torch.bool:
-            raise ValueError(f"mask must be boolean (True = takes part), got {mask.dtype}; write mask > threshold")
-        call = call._replace(bias=bias, mask=mask)
-    return Checked(call, v, basis, serving(impl, call.q, call.k, v, u, call.bias))
+        if 0 in (v.shape[3], u.shape[-1]):
+            raise ValueError(f"v and u need widths Dv and E of at least 1, got {v.shape[3]} and {u.shape[-1]}")
+    full = (*call.q.shape[:3], call.k.shape[2])
+    call = call._replace(bias=of_pairs("bias", call.bias, full, call.q), mask=of_pairs("mask", call.mask, full, call.q))
+    return Checked(call, v, basis, serving(impl, call.q, call.k, v, u, call.bias, *others))
 
 
 def _autocast(call: Call, v: Tensor | None) -> tuple[Call, Tensor | None]:
@@ -66,9 +71,10 @@ def _autocast(call: Call, v: Tensor | None) -> tuple[Call, Tensor | None]:
 
 
 def _check(q: Tensor, k: Tensor, u: Tensor, basis: Basis) -> None:
-    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or not q.shape[3]:
         raise ValueError(
-            f"q must be (B,H,M,D) and k (B,H,N,D) with equal B, H, D; got {tuple(q.shape)} and {tuple(k.shape)}"
+            "q must be (B,H,M,D) and k (B,H,N,D) with equal B, H and D, D at least 1; "
+            f"got {tuple(q.shape)} and {tuple(k.shape)}"
         )
     B, H, N = q.shape[0], q.shape[1], k.shape[2]
     shared = (H, basis.num_parameters, N)
@@ -85,15 +91,16 @@ def _check(q: Tensor, k: Tensor, u: Tensor, basis: Basis) -> None:
         raise ValueError(f"q, k and u must be on one device; got {q.device}, {k.device}, {u.device}")
 
 
-def _broadcastable(x: Tensor | None, name: str, call: Call) -> Tensor | None:
-    """A bias or mask with four axes."""
-    full = (*call.q.shape[:3], call.k.shape[2])
+def of_pairs(name: str, x: Tensor | None, full: tuple[int, ...], q: Tensor) -> Tensor | None:
+    """A bias or mask with four axes. Raises ValueError for one that isn't of pairs (B,H,M,N) = full, beside q."""
     whole = as_mask(x)
     if x is None or whole is None:
         return None
     if whole.dim() != 4 or any(size not in (1, most) for size, most in zip(whole.shape, full, strict=True)):
         raise ValueError(f"{name} must be broadcastable to (B,H,M,N) = {full}, got {tuple(x.shape)}")
-    check_beside(call.q, whole, name)
+    if name == "mask" and x.dtype != torch.bool:
+        raise ValueError(f"mask must be boolean (True = takes part), got {x.dtype}; write mask > threshold")
+    check_beside(q, whole, name)
     return whole
 
 
@@ -113,11 +120,3 @@ def check_values(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         places = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
         raise ValueError(f"q and v must have k's dtype and device; q, k and v are {places}")
-
-
-def _check_widths(call: Call, v: Tensor, u: Tensor) -> None:
-    if 0 in (call.k.shape[3], v.shape[3], u.shape[-1]):
-        raise ValueError(
-            "joint attention needs widths D, Dv and E of at least 1, got "
-            f"{call.k.shape[3]}, {v.shape[3]}, {u.shape[-1]}"
-        )

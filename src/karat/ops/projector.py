@@ -60,7 +60,7 @@ ProjectedNeeds = tuple[bool, ...]  # which of the gradients for q, k, v, u, w, g
 
 
 class ProjectedGradients(NamedTuple):
-    """Gradients, each in the shape and precision of what it is for; None where not wanted."""
+    """Gradients, each contiguous, in the shape and precision of what it is for; None where not wanted."""
 
     q: Tensor | None
     k: Tensor | None
@@ -75,3 +75,8 @@ class ProjectedGradients(NamedTuple):
 def unmasked(call: Call, v: Tensor) -> Tensor:
     """v, zero where the mask of keys (B,H,1,N) drops the key: what stands there may be anything."""
     return v if call.mask is None else v.masked_fill(~call.mask.transpose(-2, -1), 0)
+
+
+def gated(x: Tensor, gate: Tensor | None) -> Tensor:
+    """x (B,H,·,·) times the gate (H,), or as it is."""
+    return x if gate is None else x * gate.to(x.dtype)[:, None, None]

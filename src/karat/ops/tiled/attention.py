@@ -119,7 +119,7 @@ def backward(
     dk = work.sums(*call.k.shape) if needs[1] else None
     H, images, F, N, E = work.u.shape
     du = work.q.new_zeros(H, images, E, F, N) if needs[2] else None
-    dbias = torch.zeros_like(bias, dtype=work.q.dtype) if bias is not None and needs[3] else None
+    dbias = bias.new_zeros(bias.shape, dtype=work.q.dtype) if bias is not None and needs[3] else None
     for tile in work.tiles():
         rows, keys = tile.rows(work.q, tile.queries), tile.rows(work.k, tile.keys)
         dout = tile.rows(grad, tile.queries)
