@@ -193,6 +193,7 @@ def test_key_window_is_hamming() -> None:
         ("fuorier", "unknown basis 'fuorier'"),
         ("fourier(grid=0)", "grid must be a whole number >= 1, got 0"),
         ("fourier(grid=2.5)", "got 2.5"),
+        ("fourier(grid={[]:3})", "got '{[]:3}'"),
         ("fourier(gird=3)", "takes grid="),
         ("fourier(grid=3,grid=4)", "gives grid twice; give it once"),
         (None, "None is no name; write text"),

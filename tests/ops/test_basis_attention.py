@@ -192,6 +192,9 @@ BAD = {
     "unknown impl 'tile'": lambda q, k, u: basis_attention(q, k, u, "fourier", impl="tile"),
     "mask must be boolean": lambda q, k, u: basis_attention(q, k, u, "fourier", mask=torch.zeros(9)),
     "bias must be broadcastable": lambda q, k, u: basis_attention(q, k, u, "fourier", bias=torch.zeros(8)),
+    "D at least 1": lambda q, k, u: basis_attention(q[..., :0], k[..., :0], u, "fourier"),
+    "scale must be a number": lambda q, k, u: basis_attention(q, k, u, "fourier", scale=torch.ones(2, 1, 1)),
+    "without a gradient": lambda q, k, u: basis_attention(q, k, u, "fourier", scale=torch.tensor(1.0).requires_grad_()),
     "of one dtype": lambda q, k, u: basis_attention(q.float(), k, u, "fourier"),
     "impl='triton' can't serve this call": lambda q, k, u: basis_attention(q, k, u, "fourier", impl="triton"),
 }

@@ -71,7 +71,7 @@ def read_value(text: str) -> Any:
     for read in (int, ast.literal_eval):
         try:
             return read(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):  # of the last kind is {[]: 1}
             continue
     return TRUTH.get(text, text)
 

@@ -19,7 +19,7 @@ from karat.operator.orders import ORDERS
 from karat.operator.parameters import OperatorParameters
 from karat.operator.simplex import simplex_projection
 from karat.ops import Call, Projector, attend, basis_sums, joint_sums
-from karat.ops.checks import check_values
+from karat.ops.checks import call_of, check_values, of_pairs
 from karat.ops.masks import as_mask, row_patterns, safe_softmax, softmax_attention
 from karat.ops.reference import autocasting
 
@@ -108,7 +108,7 @@ class KArAtOperator(OperatorParameters):
             raise ValueError(f"scores must be (B,H,M,N), got {tuple(scores.shape)}")
         _check_real("scores", scores)
         self._check(*scores.shape[1:])
-        mask = _of_pairs("mask", mask, tuple(scores.shape))
+        mask = of_pairs("mask", mask, tuple(scores.shape), scores)
         dtype = torch.promote_types(scores.dtype, torch.float32)
         values = scores.to(dtype)
         if not self.softmax_heads:
@@ -152,8 +152,7 @@ class KArAtOperator(OperatorParameters):
         _check_real("q", q)
         self._check(q.shape[1], q.shape[2], k.shape[2])
         full = (*q.shape[:3], k.shape[2])
-        bias, mask = _of_pairs("bias", bias, full), _of_pairs("mask", mask, full)
-        call = Call(q, k, q.shape[-1] ** -0.5 if scale is None else scale, bias, mask)
+        call = call_of(q, k, scale, of_pairs("bias", bias, full, q), of_pairs("mask", mask, full, q))
         if not self.softmax_heads:
             return self._attend(call, v, dropout_p)
         some, others = _places(self.karat_heads), _places(self.softmax_heads)
@@ -275,18 +274,6 @@ def _check_real(name: str, x: Tensor) -> None:
     """Raises ValueError for numbers that can't hold what the operator gives in their precision."""
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {x.dtype}; write {name}.float()")
-
-
-def _of_pairs(name: str, x: Tensor | None, full: tuple[int, ...]) -> Tensor | None:
-    """A bias or mask with four axes. Raises ValueError for one that isn't of pairs (B,H,M,N), whatever takes it."""
-    whole = as_mask(x)
-    if x is None or whole is None:
-        return None
-    if whole.dim() != 4 or any(size not in (1, most) for size, most in zip(whole.shape, full, strict=True)):
-        raise ValueError(f"{name} must be broadcastable to (B,H,M,N) = {full}, got {tuple(x.shape)}")
-    if name == "mask" and x.dtype != torch.bool:
-        raise ValueError(f"mask must be boolean (True = takes part), got {x.dtype}; write mask > threshold")
-    return whole
 
 
 def karat_operators(model: nn.Module) -> dict[str, KArAtOperator]:
