@@ -17,7 +17,8 @@ from PIL import Image
 
 from karat import cli, runs
 from karat.data.augmentation import Augmentation
-from karat.runs.classification import Settings, resolve
+from karat.models.create import REGISTERED
+from karat.runs.classification import Settings, preset_for, resolve
 from karat.runs.optimisation import Optimisation
 from karat.runs.recipes import RECIPES
 from karat.runs.settings import RunSettings
@@ -144,9 +145,15 @@ def test_recipe_presets_are_defaults_that_options_override() -> None:
     assert defaults(["--recipe", "vit", "--lr", "1"]).recipe == RECIPES["vit"]
     assert defaults(["--data", "digits"]).recipe == RECIPES["digits"]
     assert defaults(["--data=torch/cifar10"]).recipe == RECIPES["quick"]
+    assert defaults(["--data=torch/CIFAR10"]).recipe == RECIPES["quick"]  # which is read as torch/cifar10
     assert defaults(["--data", "hfds/x", "--model", "swin_tiny_patch4_window7_224"]).recipe == RECIPES["swin"]
     assert defaults(["--data", "hfds/x", "--init", "hub:y"]).recipe == RECIPES["finetune"]
     assert Settings.make(data="hfds/x", epochs=7).recipe == RECIPES["vit"].override(epochs=7)
+
+
+@pytest.mark.parametrize("base", REGISTERED)
+def test_registered_names_have_the_recipe_of_the_model_that_they_convert(base: str) -> None:
+    assert preset_for("auto", "hfds/x", f"karat_{base}", None) == preset_for("auto", "hfds/x", base, None)
 
 
 def test_auto_is_resolved_before_it_is_written() -> None:

@@ -12,7 +12,7 @@ from karat.basis.specs import without
 from karat.data.folder import local_path
 from karat.data.images import read_image
 from karat.data.splits import Opener, is_path
-from karat.models.create import check_said_once
+from karat.models.create import PREFIX, check_said_once
 from karat.models.kan.peers import DEEP_KAN
 from karat.models.starts import STARTS
 from karat.runs.recipes import RECIPES, Recipe, get_recipe
@@ -151,7 +151,7 @@ class Settings(RunSettings):
 def is_small(data: str, opened: Opener | None = None) -> bool:
     """Whether a data spec means small images: by its name, or by the first image of a folder that is there."""
     if not is_path(data) or not local_path(data).is_dir():
-        return data.rstrip("/") in SMALL_DATA
+        return data.rstrip("/").lower() in SMALL_DATA  # as torch/NAME is read
     part: Any = (opened or Opener()).splits(data).train
     try:
         return max(read_image(part[0].image).size) <= SMALL_SIDE
@@ -169,7 +169,7 @@ def preset_for(preset: str, data: str, model: str, init: str | None, opened: Ope
         return "digits"
     if is_small(data, opened):
         return "quick"
-    return next((name for name in ("convit", "swin") if model.startswith(name)), "vit")
+    return next((name for name in ("convit", "swin") if model.removeprefix(PREFIX).startswith(name)), "vit")
 
 
 def resolve(settings: Settings, opened: Opener | None = None) -> Settings:
