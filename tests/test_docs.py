@@ -151,6 +151,22 @@ def test_pages_name_what_there_is(page: str) -> None:
     assert not missing, f"{page} says nothing of {missing}"
 
 
+def anchors(page: Path) -> set[str]:
+    """What a link may name within a page: its headings, as the site and GitHub spell them, and its objects."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = [re.sub(r"[^\w\s-]", "", heading).lower() for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+    return {re.sub(r"\s+", "-", heading) for heading in headings} | set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{link} isn't there"
+        assert not anchor or anchor in anchors(target), f"{link}: no such heading"
+
+
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], types.ModuleType]:
     """A script of docs/, by name."""
