@@ -175,6 +175,16 @@ def test_masked_scores_may_be_anything() -> None:
     assert not gradient[~mask].any()
 
 
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if "grid=3" not in spec])
+def test_a_query_that_is_nan_spoils_its_own_row_only(spec: str) -> None:
+    basis = parse_basis(spec)
+    (q, k, u, _), _ = random_inputs(basis, (1, 1, 5, 7, 4, 3))
+    assert q is not None
+    q[0, 0, 3] = torch.nan
+    out = basis_attention(q, k, u, basis, impl="triton")  # type: ignore[arg-type]
+    assert out.isfinite().all(-1)[0, 0].tolist() == [row != 3 for row in range(5)]
+
+
 def test_only_wanted_gradients() -> None:
     basis = parse_basis("fourier(grid=1)")
     inputs, _ = random_inputs(basis, (1, 1, 5, 7, 4, 3))

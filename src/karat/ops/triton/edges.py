@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from karat.ops.triton.functions import activation, activation_slope, sincos
+from karat.ops.triton.functions import activation, activation_slope, clamp, sincos
 
 LEAST_DILATION = tl.constexpr(1e-3)
 PI = tl.constexpr(3.141592653589793)
@@ -75,14 +75,14 @@ def gaussian(x):
 @triton.jit
 def meyer_step(t):
     """ν(t) and its slope, t clamped to [0,1]."""
-    t = tl.minimum(tl.maximum(t, 0.0), 1.0)
+    t = clamp(t, 0.0, 1.0)
     squared, both = t * t, t * (1.0 - t)
     return squared * squared * (35.0 + t * (-84.0 + t * (70.0 - 20.0 * t))), 140.0 * both * both * both
 
 
 @triton.jit
 def meyer(x):
-    size = tl.minimum(tl.abs(x), 1.0)
+    size = clamp(tl.abs(x), 0.0, 1.0)
     step, step_slope = meyer_step(size)
     inner, inner_slope = meyer_step(2.0 * step - 1.0)
     window, bend = sincos(PI / 2 * inner, "exact")
@@ -96,7 +96,7 @@ def shannon(x, WINDOWED: tl.constexpr):
     END: tl.constexpr = 5 * PI
     inside = x
     if WINDOWED:
-        inside = tl.minimum(tl.maximum(x, -END), END)
+        inside = clamp(x, -END, END)
     cos, sin = sincos(inside, "exact")
     near = tl.abs(inside) < 0.05  # by the series there: the differences cancel
     apart = tl.where(near, 1.0, inside)

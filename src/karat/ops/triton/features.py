@@ -167,7 +167,7 @@ def spline(b_t, ORDER: tl.constexpr):
     fewer terms cancel.
     """
     END: tl.constexpr = ORDER + 1
-    b_left = tl.minimum(b_t, END - b_t)
+    b_left = tl.minimum(b_t, END - b_t, propagate_nan=tl.PropagateNan.ALL)
     b_value = tl.zeros(b_t.shape, tl.float32)
     b_slope = tl.zeros(b_t.shape, tl.float32)
     # (-1)^j C(k+1,j) / k!, and the power k-1 and k of what is positive of t - j
@@ -175,7 +175,7 @@ def spline(b_t, ORDER: tl.constexpr):
     for i in tl.static_range(2, ORDER + 1):
         factor = factor / i
     for j in tl.static_range((ORDER + 1) // 2 + 1):
-        b_past = tl.maximum(b_left - j, 0.0)
+        b_past = tl.maximum(b_left - j, 0.0, propagate_nan=tl.PropagateNan.ALL)
         b_power = tl.where(b_left > j, 1.0, 0.0)
         for _ in tl.static_range(ORDER - 1):
             b_power *= b_past

@@ -23,6 +23,12 @@ ROUNDING = tl.constexpr(12582912.0)  # 1.5 · 2^23: what is added to it and take
 
 
 @triton.jit
+def clamp(x, low, high):
+    """x within [low, high]; NaN stays NaN, which a chip's own minimum and maximum drop."""
+    return tl.clamp(x, low, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def sincos(x, SINE: tl.constexpr):
     """(cos x, sin x). Largest error for |x| <= 1000 (it is tested), by what SINE names:
 
@@ -49,8 +55,7 @@ def sincos(x, SINE: tl.constexpr):
         if SINE == "exact":
             rest = ((x - whole * TWO_PI_A) - whole * TWO_PI_B) - whole * TWO_PI_C
             # A little over 1/2 where the rounding of `turns` chose the farther whole number; far out it chooses wildly.
-            f = tl.minimum(rest * INVERSE_TWO_PI, 0.51, propagate_nan=tl.PropagateNan.ALL)
-            f = tl.maximum(f, -0.51, propagate_nan=tl.PropagateNan.ALL)
+            f = clamp(rest * INVERSE_TWO_PI, -0.51, 0.51)
             z = f * f
             sin = 3.6062889582355466 + z * (-0.8457635961989637 + z * 0.10920575372907101)
             sin = f * (4.442882834149948 + z * (-7.308241154547076 + z * sin))
