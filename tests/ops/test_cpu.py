@@ -127,7 +127,7 @@ def test_masked_pairs_add_exactly_nothing(impl: str, spec: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ON_CPU)
-@pytest.mark.parametrize("spec", ["fourier(grid=3)", *CURVES])
+@pytest.mark.parametrize("spec", ["fourier(grid=3)", *OTHERS, *CURVES])
 def test_a_query_that_is_nan_spoils_its_own_row_only(impl: str, spec: str) -> None:
     q, k, u = make(1, 1, 9, 21, 8, spec, 4)
     q[0, 0, 3] = float("nan")

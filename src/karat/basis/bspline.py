@@ -26,7 +26,7 @@ class LocalSplines(LinearBasis):
 
     def write_features(self, x: Tensor, out: Tensor) -> None:
         first, inside, values, _ = self._local(x)
-        out.zero_()
+        out.copy_(torch.where(x.isnan(), x, 0).unsqueeze(-2))  # NaN stays NaN
         for j, value in enumerate(values):
             index, valid = self._index(first, inside, j)
             out.scatter_add_(-2, index, torch.where(valid, value, 0).unsqueeze(-2))
