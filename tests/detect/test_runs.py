@@ -465,7 +465,8 @@ from karat.detect.task import train
 from karat.detect.measure import evaluate_run
 data, run = map(Path, sys.argv[1:])
 def work():
-    train(tiny(data, run, attention="g1u,rank=2", batch_size=1, epochs=1, hflip=0.0))
+    odd = {"eval_images": 3, "eval_train": True, "on_bad_image": "skip"}
+    train(tiny(data, run, attention="g1u,rank=2", batch_size=1, epochs=1, hflip=0.0, **odd))
     evaluate_run(run)
 twice(work)
 """
@@ -473,11 +474,14 @@ twice(work)
 
 @pytest.mark.slow
 def test_two_processes_evaluate_every_image(data: Path, tmp_path: Path) -> None:
+    """Of three images, one a batch, one process has two; what the other one has can't be decoded."""
+    data = shutil.copytree(data.parent, tmp_path / "data") / data.name
+    (data.parent / "6.png").write_bytes(b"no image")
     done = python(DISTRIBUTED, str(data), str(tmp_path / "run"), timeout=240)
     assert done.returncode == 0, done.stderr
     (line,) = runs.read_history(tmp_path / "run")
-    assert line["images"] == 2
+    assert (line["images"], line["bad_images"]) == (2, 1)
     theirs = detections(tmp_path / "run")
-    assert {result["image_id"] for result in theirs} == {6, 7}
+    assert {result["image_id"] for result in theirs} == {5, 7}
     assert evaluate_run(tmp_path / "run")["box_AP"] == pytest.approx(line["box_AP"], abs=1e-3)
     assert alike(detections(tmp_path / "run"), theirs)

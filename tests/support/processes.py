@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,40 @@ def _run(code: str, arguments: tuple[str, ...], environment: dict[str, str], fol
 
 
 def twice(run: Callable[..., Any], *arguments: Any) -> None:
-    """Run it in two processes, launched as torchrun launches them, but forked."""
+    """Run it in two processes, launched as torchrun launches them, but forked; it ends where one waits in vain."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork")
-    elastic_launch(config, run)(*arguments)
+    where: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "fork"}
+    config = LaunchConfig(1, 1, 2, max_restarts=0, **where)
+    elastic_launch(config, _patient)(run, *arguments)
+
+
+def _patient(run: Callable[..., Any], *arguments: Any) -> None:
+    from torch import distributed
+
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    run(*arguments)
+
+
+def shard() -> None:
+    """Runs of this process are sharded from now on, as `accelerate launch --use_fsdp` has it, on GPUs only."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    from karat.train import engine
+
+    plain = engine.create_accelerator
+
+    def sharding(*arguments: Any, **options: Any) -> Any:
+        accelerator = plain(*arguments, **options)
+        assert accelerator.distributed_type == DistributedType.MULTI_CPU  # nothing is left of a run before
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            cpu_ram_efficient_loading=False,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Block"],
+        )
+        accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        return accelerator
+
+    engine.create_accelerator = sharding

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -269,6 +270,16 @@ def test_a_worker_that_dies_in_the_middle_of_an_update_leaves_the_last_checkpoin
     assert found[0].state["step"] == 2
 
 
+def test_a_worker_that_a_signal_ended_saves_nothing_that_others_would_have_to_save_too(tmp_path: Path) -> None:
+    trainer = Trainer(Classification(), tiny(tmp_path / "run"))
+    trainer.stop = faults.StopRequest()
+    trainer.stop.received = signal.SIGTERM
+    trainer.accelerator = SimpleNamespace(num_processes=2)  # type: ignore[assignment]
+    with pytest.raises(OSError, match="go on from the last checkpoint"):
+        trainer._worker_died(RuntimeError(), "a data worker died")
+    assert checkpoint.newest(tmp_path / "run") is None
+
+
 def test_other_errors_are_not_blamed_on_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(Classification(), tiny(tmp_path / "run"))
 
@@ -320,7 +331,7 @@ def test_signals_are_left_alone_outside_the_main_thread(tmp_path: Path) -> None:
 DISTRIBUTED = """
 import json, sys
 from pathlib import Path
-from support.processes import twice
+from support.processes import shard, twice
 from support.training import tiny
 from karat.train import engine, step
 from karat.train.classify import Classification
@@ -332,6 +343,8 @@ def noted(*arguments):
     return done
 step.update = noted
 def work():
+    if sys.argv[3] == "sharded":
+        shard()
     trainer = engine.Trainer(Classification(), tiny(folder, attention="g3b", **values))
     trainer.fit()
     if trainer.main:
@@ -341,8 +354,14 @@ twice(work)
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_evaluate_as_one_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss of 10 and more updates equals that of one process with the same total batch; so do all counts."""
+@pytest.mark.parametrize("layout", ["whole", "sharded"])
+def test_two_processes_train_and_evaluate_as_one_and_resume(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of 10 and more updates equals that of one process with the same total batch; so do all counts.
+
+    Of 33 evaluation images one process has three batches and the other two.
+    """
     single, plain = [], step.update
 
     def noted(*arguments: object) -> step.Outcome:
@@ -350,8 +369,8 @@ def test_two_processes_train_and_evaluate_as_one_and_resume(tmp_path: Path, monk
         single.append(done.loss)
         return done
 
-    two = {"batch_size": 8, "data_fraction": 0.11}
-    done = python(DISTRIBUTED, str(tmp_path / "two"), json.dumps(two), timeout=300)
+    two = {"batch_size": 8, "data_fraction": 0.092, "model_ema_decay": 0.95, "lr": 0.05, "warmup_epochs": 0}
+    done = python(DISTRIBUTED, str(tmp_path / "two"), json.dumps(two), layout, timeout=300)
     assert done.returncode == 0, done.stderr
     with monkeypatch.context() as patch:
         patch.setattr(step, "update", noted)
@@ -359,18 +378,74 @@ def test_two_processes_train_and_evaluate_as_one_and_resume(tmp_path: Path, monk
     assert len(single) >= 10
     assert single == pytest.approx(json.loads((tmp_path / "two" / "losses.json").read_text()), abs=1e-5)
     for left, right in zip(runs.read_history(tmp_path / "one"), runs.read_history(tmp_path / "two"), strict=True):
-        assert left["images"] == right["images"]
+        assert left["images"] == right["images"] == 33
         assert left["top1"] == right["top1"]
+        assert left["ema_top1"] == right["ema_top1"]
         assert left["eval_loss"] == pytest.approx(right["eval_loss"], abs=1e-5)
+    assert left["ema_top1"] != left["top1"]
     # the same two processes, stopped after the second epoch's checkpoint and resumed, end bit-equal
     for path in checkpoint.listed(tmp_path / "two")[1:]:
         for file in path.iterdir():
             file.unlink()
         path.rmdir()
     before = outcome(tmp_path / "two")
-    done = python(DISTRIBUTED, str(tmp_path / "two"), json.dumps({**two, "resume": "auto"}), timeout=300)
+    done = python(DISTRIBUTED, str(tmp_path / "two"), json.dumps({**two, "resume": "auto"}), layout, timeout=300)
     assert done.returncode == 0, done.stderr
     assert outcome(tmp_path / "two") == before
+
+
+ENDING = """
+import json, os, signal, sys
+from pathlib import Path
+from support.processes import shard, twice
+from support.training import tiny
+from karat.errors import TrainingDiverged
+from karat.train import engine
+from karat.train.classify import Classification
+folder = Path(sys.argv[1])
+def trainer(name, **values):
+    given = {"data_fraction": 0.092, "batch_size": 8, "epochs": 1, "model_ema_decay": 0.9, **values}
+    return engine.Trainer(Classification(), tiny(folder / name, attention="g3b", **given))
+def spoilt(plain):
+    return lambda start: ((images * float("nan"), labels) for images, labels in plain(start))
+def struck(plain):
+    def batches(start):
+        for batch in plain(start):
+            yield batch
+            os.kill(os.getpid(), signal.SIGTERM)
+    return batches
+def work():
+    shard()
+    bad = trainer("bad", max_bad_steps=0)
+    rank, ends = bad.accelerator.process_index, []
+    if rank:
+        bad.data.train.iter_from = spoilt(bad.data.train.iter_from)
+    try:
+        bad.fit()
+    except TrainingDiverged as error:
+        ends.append(str(error))
+    cut = trainer("cut")  # a second run of the same processes
+    if rank:
+        cut.data.eval.iter_from = struck(cut.data.eval.iter_from)
+    try:
+        cut.fit()
+    except SystemExit as error:
+        ends += [error.code, cut.progress.step, cut.progress.epoch]
+    ends.append(trainer("cut", resume="auto").fit()["finished"])
+    (folder / f"{rank}.json").write_text(json.dumps(ends))
+twice(work)
+"""
+
+
+@pytest.mark.slow
+def test_what_befalls_one_of_two_sharded_processes_ends_both_alike(tmp_path: Path) -> None:
+    """A batch that isn't finite, and a signal while evaluating; what is looked at and saved then takes both."""
+    done = python(ENDING, str(tmp_path), timeout=300)
+    assert done.returncode == 0, done.stderr
+    for rank, why in enumerate(("the forward pass is finite", "the batch itself holds non-finite pixels")):
+        said, *rest = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert why in said
+        assert rest == [143, 8, 0, True]
 
 
 LEAVING = """

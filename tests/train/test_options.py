@@ -235,9 +235,17 @@ def advance(model, optimizer, ema, start, stop, share):
         optimizer.step()
         ema.update()
 
+@torch.no_grad()
+def evaluated(model, optimizer, ema):
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(9))
+    own = model(x)
+    with ema.lent():
+        return own, model(x), model(x * 0)
+
 whole, sharded = built(False), built(True)
 advance(*whole, 0, 3, False)
 advance(*sharded, 0, 3, True)
+outputs = [[*evaluated(*one), *evaluated(*one)] for one in (whole, sharded)]
 taken = copy.deepcopy(state.model_state(accelerator, sharded[0]))  # on the CPU they are the very tensors
 watches = [watch.GradientWatch(model) for model, *_ in (whole, sharded)]
 for eye in watches:
@@ -266,6 +274,9 @@ if rank == 0:
     close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     expected = dict(whole[0].named_parameters())
     assert set(expected) <= set(taken), set(expected) ^ set(taken)
+    for pair in zip(*outputs, strict=True):
+        close(*pair)
+    assert (outputs[0][0] - outputs[0][1]).abs().max() > 0.01
     for name, tensor in expected.items():
         close(taken[name], tensor.detach())
         close(averaged[name], whole[2].shadow[name])

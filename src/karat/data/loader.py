@@ -6,9 +6,11 @@ have given.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from karat.data.sources import Record, Source, Stream, raise_label
 
 Batch = tuple[Tensor, Tensor]  # images (B,C,S,S) float32, labels (B,) int64
 Item = tuple[int, int, int | Record]  # epoch, position in it, and the sample's index or itself
-UNREADABLE = -1  # stands in the place of a bad image's label between a worker and the main process
+UNREADABLE = -1  # stands in the place of a label where there is no image to count
 CHUNK = 64  # images that one thread decodes at a time: fewer, and handing them over costs more than decoding
 
 
@@ -35,7 +37,7 @@ class Views(Dataset):
 
     def __init__(self, source: Source | None, transform: Transform, in_chans: int, size: int, seed: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
-        self.in_chans, self.size = in_chans, size
+        self.blank = torch.zeros(in_chans, size, size)
 
     def __getitem__(self, item: Item) -> tuple[Tensor, int, str, str | None]:
         epoch, position, which = item
@@ -45,9 +47,9 @@ class Views(Dataset):
             assert self.source is not None
             record = self.source[which]
         try:
-            image = read_image(record.image, self.in_chans)
+            image = read_image(record.image, len(self.blank))
         except Exception as error:  # a broken file can raise anything from within PIL's codecs
-            return torch.zeros(self.in_chans, self.size, self.size), UNREADABLE, record.name, reason_of(error)
+            return self.blank, UNREADABLE, record.name, reason_of(error)
         with keyed_randomness(mix(self.seed, epoch, position)):
             return self.transform(image), record.label, record.name, None
 
@@ -61,7 +63,10 @@ def _collate(
 
 
 class Loader(ABC):
-    """Batches of one split. Iterable; `len` is the number of batches an epoch of this process."""
+    """Batches of one split. Iterable; `len` is the number of batches an epoch, on every process the same.
+
+    In evaluation a process that has fewer than another fills up with `padding`: a forward pass may take them all.
+    """
 
     def __init__(self, order: ImageOrder, bad: BadImages, num_classes: int, title: str) -> None:
         self.order, self.bad, self.num_classes, self.title = order, bad, num_classes, title
@@ -78,20 +83,24 @@ class Loader(ABC):
         order = self.order
         return order.batches * order.batch_size * order.world_size if order.train else order.n
 
-    @property
-    def most_batches(self) -> int:
-        """The most batches that any process has; they differ in evaluation only, by one."""
-        return self.order.most_batches
-
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration gives; order and augmentation follow from it."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.order.batches
+        return self.order.most_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.iter_from(0)
+        given = 0
+        for batch in self.iter_from(0):
+            given += 1
+            yield batch
+        if not self.order.train and self.order.world_size > 1:
+            yield from repeat(self.padding(), self.order.most_batches - given)
+
+    @abstractmethod
+    def padding(self) -> Batch:
+        """A batch of one blank image that counts for nothing."""
 
     @abstractmethod
     def iter_from(self, batch_index: int) -> Iterator[Batch]:
@@ -115,6 +124,9 @@ class ResidentLoader(Loader):
         super().__init__(order, bad, num_classes, title)
         self.images, self.labels, self.normalise, self.hflip = images, labels, normalise, hflip
 
+    def padding(self) -> Batch:
+        return torch.zeros(1, *self.images.shape[1:]), torch.tensor([UNREADABLE])
+
     def iter_from(self, batch_index: int) -> Iterator[Batch]:
         epoch, order = self.epoch, self.order
         permutation, key = order.permutation(epoch), mix(order.seed, epoch, 1)
@@ -125,6 +137,11 @@ class ResidentLoader(Loader):
             if order.train:
                 images = pad_crop_flip(images, key, positions, self.hflip)
             yield self.normalise(images), self.labels[chosen]
+
+
+def _apart(worker: int) -> None:
+    """A worker leaves its process's group: a signal to all of it, as torchrun's are, is the main process's to obey."""
+    os.setpgrp()
 
 
 class _Feed:
@@ -171,6 +188,10 @@ class WorkerLoader(Loader):
         self._feed = _Feed(order.batches)
         self._torch_loader: DataLoader | None = None
 
+    def padding(self) -> Batch:
+        assert isinstance(self.views, Views)
+        return self.views.blank[None], torch.tensor([UNREADABLE])
+
     def _open(self) -> DataLoader:
         """Torch's loader, with its workers for as long as nothing fails."""
         if self._torch_loader is None:
@@ -181,6 +202,7 @@ class WorkerLoader(Loader):
                 collate_fn=self.collate,
                 pin_memory=torch.cuda.is_available(),
                 persistent_workers=self.workers > 0,
+                worker_init_fn=_apart,
                 # worker seeds are never used; a generator of its own keeps torch's global state untouched
                 generator=torch.Generator().manual_seed(0),
             )

@@ -31,8 +31,9 @@ class ImageOrder:
     """Who reads what: n samples in batches over world_size processes, shuffled and repeated for training.
 
     Training takes whole batches only (timm's drop_last), and a batch no larger than the data; evaluation
-    takes every sample exactly once. repeats > 1 is repeated augmentation (Hoffer et al. 2019, as in
-    DeiT): each image `repeats` times in a row, on different processes, over as many batches as without.
+    takes every sample exactly once, in `batches`, and some process has `most_batches`, one more. repeats > 1 is
+    repeated augmentation (Hoffer et al. 2019, as in DeiT): each image `repeats` times in a row, on different
+    processes, over as many batches as without.
     """
 
     def __init__(
@@ -49,8 +50,6 @@ class ImageOrder:
         self.n, self.batch_size, self.train, self.seed = n, batch_size, train, seed
         self.rank, self.world_size, self.repeats = rank, world_size, repeats
         total = batch_size * world_size
-        # processes may differ by one evaluation batch; `most_batches` is what a collective forward must
-        # count to
         self.most_batches = n // total if train else -(-n // total)
         self.batches = self.most_batches if train else -(-len(range(rank, n, world_size)) // batch_size)
 

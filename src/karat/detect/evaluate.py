@@ -118,6 +118,8 @@ def detect(
             with accelerator.autocast():
                 outputs = model(moved, sizes=sizes)
             for output, target in zip(outputs, targets, strict=True):
+                if "image_id" not in target:  # padding, which keeps processes in step
+                    continue
                 seen.append(int(target["image_id"]))
                 results += as_results(output, seen[-1], category_ids)
     return results, seen

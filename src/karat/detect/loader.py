@@ -54,6 +54,11 @@ class PictureLoader(WorkerLoader):
     def __init__(self, part: CocoPart, view: View, order: ImageOrder, bad: BadImages, title: str, workers: int) -> None:
         pictures = _Pictures(part, view, order.seed)
         super().__init__(order, bad, len(part.categories), title, pictures, workers=workers)
+        self._side = view.recipe.img_size
+
+    def padding(self) -> Any:
+        """As Loader.padding; its target names no image."""
+        return [torch.zeros(3, self._side, self._side)], [{"size": torch.tensor((self._side, self._side))}]
 
     def _checked(self, images: Any, labels: Any, bad: list[tuple[int, str, str]]) -> Any:
         """The batch with its bad images reported and out of the way."""

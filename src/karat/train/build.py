@@ -33,8 +33,9 @@ def create_accelerator(settings: RunSettings, *, training: bool = True) -> Accel
 
     ValueError when `training` in a precision that needs a device which is not there; else float32 stands in for it.
     """
-    # A second run in the same process may ask for another precision; the process group stays.
-    AcceleratorState._reset_state()
+    # A second run in the same process may ask for another precision, and learns anew how it is launched: what the first
+    # one noted (FSDP) accelerate takes for no launch of its own. The process group stays.
+    AcceleratorState._reset_state(reset_partial_state=True)
     config = KArAtConfig.parse(settings.attention)
     # DDP has to be told that parameters may stay unused: the published s_b gets no gradient while b = 0 (SPEC §2),
     # and the norms of queries and keys none where nothing that is learned looks at them through the scores

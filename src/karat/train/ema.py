@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 
 class WeightAverage:
@@ -18,6 +19,7 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
+        self.sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self.parameters = dict(model.named_parameters())
         self.shadow: dict[str, Tensor] = {name: p.detach().clone() for name, p in self.parameters.items()}
 
@@ -40,6 +42,8 @@ class WeightAverage:
     def _give(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
+        for module in self.sharded:  # those that evaluation left gathered would go on with the values before
+            module.reshard()
 
     @torch.no_grad()
     def restart(self) -> None:

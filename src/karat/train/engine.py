@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from rich.console import Console
 
 from karat import runs
@@ -236,9 +236,10 @@ class Trainer:
 
         torch reports the death by a signal, which may arrive anywhere: while loading, updating, evaluating, saving.
         """
-        if self.stop.received is not None:  # the signal reached the workers too, and they obeyed
+        several = self.accelerator.num_processes > 1
+        if self.stop.received is not None and not several:  # the signal reached the workers too, and they obeyed
             self._leave()
-        if self.changing or self.accelerator.num_processes > 1:
+        if self.changing or several:
             raise OSError(f"{reason}; go on from the last checkpoint: --resume {self.folder}") from error
         try:
             self.save()
@@ -277,10 +278,9 @@ class Trainer:
         raise SystemExit(128 + signal.SIGTERM)
 
     def _eval_batches(self) -> Iterator[Batch]:
-        """The evaluation batches; a signal ends the run between two of them (with one process only: several must
-        agree on when to stop, and do so after the next update)."""
+        """The evaluation batches, as many on every process; a signal ends the run between two of them."""
         for batch in self.data.eval:
-            if self.stop.received is not None and self.accelerator.num_processes == 1:
+            if self._asked_to_stop():
                 raise _Interrupted
             yield batch
 
@@ -290,7 +290,7 @@ class Trainer:
             line = self.task.evaluate(self.parts.bare, self._eval_batches(), self.accelerator, self.data)
         if self.parts.ema is not None:
             with randomness.aside(self.settings.seed), self.parts.ema.lent():
-                averaged = self.task.evaluate(self.parts.bare, self.data.eval, self.accelerator, self.data)
+                averaged = self.task.evaluate(self.parts.bare, self._eval_batches(), self.accelerator, self.data)
                 line[f"ema_{self.task.metric}"] = averaged[self.task.metric]
         with randomness.aside(self.settings.seed):
             line |= self.task.also_measured(self.settings, self.parts.bare, self.accelerator, self.data)
@@ -310,7 +310,7 @@ class Trainer:
             measured,
             lr=optim.base_rate(self.parts.optimizer),
             images=self.data.train.num_samples,
-            bad_images=self.data.bad_images,
+            bad_images=len(set(gather_object(list(self.data.train.bad.names)))),
             step_seconds=self.step_seconds,
             device=self.accelerator.device,
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from karat.errors import TrainingDiverged as TrainingDiverged
 from karat.errors import first_line
 from karat.models.evaluating import evaluating
+from karat.train.watch import whole
 
 
 def worker_death(error: Exception) -> str | None:
@@ -113,23 +114,25 @@ def score_ranges(model: nn.Module, run: Callable[[], object]) -> dict[str, Tenso
 def diagnose(model: nn.Module, images: Tensor | list[Tensor], bad_gradients: list[str]) -> str:
     """In one sentence: where numbers stop being finite for this batch, and the range of the attention scores there.
 
+    Every process must call it where parameters are sharded.
+
     Args:
         model: the bare model; its weights are those before the step that was skipped.
         images: the batch (B, C, height, width), or a list of images, that gave a non-finite loss or gradient.
         bad_gradients: names of the parameters whose gradient was not finite.
     """
-    if not all(torch.isfinite(image).all() for image in images):
-        return "the batch itself holds non-finite pixels: look at the data"
-    weight = next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
-    if weight is not None:
-        return f"the weight {weight} is not finite"
+    weight = next((name for name, p in model.named_parameters() if not torch.isfinite(whole(p)).all()), None)
 
     def run() -> object:
         return model(images)
 
-    with evaluating(model):
+    with evaluating(model):  # whatever this process's batch holds: where parameters are sharded it takes all of them
         bad = _first_bad_module(model, run)
         scores = score_ranges(model, run)
+    if not all(torch.isfinite(image).all() for image in images):
+        return "the batch itself holds non-finite pixels: look at the data"
+    if weight is not None:
+        return f"the weight {weight} is not finite"
     if bad is not None:
         place = f"the output of {bad} is the first that is not finite"
         block = next((name for name in scores if bad.startswith(name.rsplit(".", 1)[0] + ".")), None)

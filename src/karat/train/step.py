@@ -85,4 +85,4 @@ def update(parts: Parts, step: int, group: list[Batch]) -> Outcome:
 def bad_gradients(parts: Parts) -> list[str]:
     """The parameters whose gradient of the last update is not finite, in the model's order."""
     named = parts.bare.named_parameters()
-    return [name for name, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
+    return [name for name, p in named if p.grad is not None and not torch.isfinite(whole(p.grad)).all()]

@@ -23,7 +23,7 @@ Objective = Callable[[nn.Module, Batch], Tensor]
 
 
 S = TypeVar("S", bound=RunSettings)
-D = TypeVar("D")  # the data: `train` and `eval`, which are Loaders, and `bad_images`
+D = TypeVar("D")  # the data: `train` and `eval`, which are Loaders
 
 
 class Task(ABC, Generic[S, D]):
