@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -197,6 +199,57 @@ def test_a_run_is_trained_by_one_process(tmp_path: Path) -> None:
     os.write(end, b"x")
     os.waitpid(child, 0)
     assert train(tiny(tmp_path / "run", resume="auto", **settings))["finished"]
+
+
+def _claims(folder: Path) -> bool:
+    """Whether another process may claim it."""
+    if not (child := os.fork()):
+        try:
+            with runs.claimed(folder):
+                os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def test_a_claim_is_not_lost_by_opening_the_file_once_more(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "config.json", {"settings": {}})
+    with runs.claimed(tmp_path):
+        assert runs.holds_settings(tmp_path)
+        assert not _claims(tmp_path)
+        with pytest.raises(ValueError, match="by another process now"), runs.claimed(tmp_path):
+            pass
+        assert not _claims(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert _claims(tmp_path)
+
+
+def test_a_claim_and_one_of_an_earlier_version_exclude_each_other(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    with config.open("r+b") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert not _claims(tmp_path)
+    with runs.claimed(tmp_path), config.open("r+b") as file, pytest.raises(OSError, match="unavailable"):
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_claim_ends_with_a_killed_process_though_its_workers_live(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (held, tell), (wait, end) = os.pipe(), os.pipe()
+    if not (child := os.fork()):
+        with runs.claimed(tmp_path):
+            if os.fork():
+                os.write(tell, b"x")
+            os.close(end)
+            os.read(wait, 1)  # until the test is over
+        os._exit(0)
+    os.read(held, 1)
+    assert not _claims(tmp_path)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert _claims(tmp_path)
+    os.close(end)
 
 
 def test_checkpoints_that_stay_are_no_new_runs(tmp_path: Path) -> None:

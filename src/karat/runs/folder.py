@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import shutil
+import struct
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib import metadata
+from io import FileIO
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -26,6 +30,8 @@ REPORT = "convert.json"  # of a converted run
 TRAJECTORY, TEACHER, TENSORBOARD, PREDICTIONS = "trajectory", "teacher", "tensorboard", "predictions"
 _FOLDERS = (checkpoint.FOLDER, TRAJECTORY, TEACHER, TENSORBOARD, PREDICTIONS)
 _FILES = (METRICS, SUMMARY, DIGESTS, checkpoint.MODEL, checkpoint.EMA, EVAL, DETECTIONS, REPORT, CONFIG)
+
+_CLAIMS: set[FileIO] = set()  # config.json of the runs that this process has claimed
 
 S = TypeVar("S", bound=RunSettings)
 
@@ -140,41 +146,63 @@ def begin(folder: Path, settings: RunSettings, facts: dict[str, Any]) -> None:
 def claimed(folder: Path) -> Iterator[None]:
     """Within, no other process may train in a run's folder. Raises ValueError where one does.
 
-    The system holds the claim, a lock on config.json: it ends with the process, however that ends.
+    The system holds the claim, a lock on config.json as it is open here: it ends with the process, however that ends,
+    and not where the process opens and closes the file once more. A network file system has such locks, or none, which
+    is let pass. Earlier versions have a lock of the process on the same file; each excludes the other.
     """
     import fcntl  # no system without it makes a folder's entries last, as runs need
 
-    with (folder / CONFIG).open("r+b") as file:
+    _let_go_in_children()
+    with (folder / CONFIG).open("r+b", buffering=0) as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if hasattr(fcntl, "F_OFD_SETLK"):  # Linux, where flock and locks of a process don't see each other
+                whole = struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # C's struct flock
+                fcntl.fcntl(file, fcntl.F_OFD_SETLK, whole)
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(
                 f"{folder} is trained by another process now: let it end, or give another --output"
             ) from None
         except OSError:  # of a file system without locks
             pass
-        yield
+        _CLAIMS.add(file)
+        try:
+            yield
+        finally:
+            _CLAIMS.discard(file)
+
+
+@cache
+def _let_go_in_children() -> None:
+    """Once a process: what it forks, data workers say, holds no claim, which would last as long as they do."""
+    os.register_at_fork(after_in_child=lambda: [file.close() for file in _CLAIMS])
 
 
 def remove(folder: Path) -> None:
     """Remove what a run wrote, and nothing else that lies in its folder."""
-    tidy(folder)
-    for name in _FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
-    if checkpoint.listed(folder):  # a new run would go on from them
-        raise OSError(f"{folder / checkpoint.FOLDER} can't be removed, perhaps it is a link: empty it first")
-    for name in _FILES:
-        (folder / name).unlink(missing_ok=True)
+    with claimed(folder):
+        _sweep(folder)
+        for name in _FOLDERS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        if checkpoint.listed(folder):  # a new run would go on from them
+            raise OSError(f"{folder / checkpoint.FOLDER} can't be removed, perhaps it is a link: empty it first")
+        for name in _FILES:
+            (folder / name).unlink(missing_ok=True)
 
 
 def tidy(folder: Path) -> None:
     """Remove what killed processes left half written in a run's folder. Raises ValueError where one trains there."""
     with claimed(folder):
-        for inner in (folder, *(folder / name for name in _FOLDERS)):
-            files.sweep(inner, _FILES)
-        for draft in (*folder.glob(".*.tmp"), *(folder / checkpoint.FOLDER).glob(".*.tmp")):
-            if draft.is_dir():
-                shutil.rmtree(draft, ignore_errors=True)
+        _sweep(folder)
+
+
+def _sweep(folder: Path) -> None:
+    for inner in (folder, *(folder / name for name in _FOLDERS)):
+        files.sweep(inner, _FILES)
+    for draft in (*folder.glob(".*.tmp"), *(folder / checkpoint.FOLDER).glob(".*.tmp")):
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _check_is_run(folder: Path) -> None:
