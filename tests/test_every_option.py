@@ -23,9 +23,10 @@ import pytest
 import tyro
 from tyro._parsers import ParserSpecification
 
-from karat import cli
+from karat import cli, errors
 from karat.detect.commands import ACTIONS
 from karat.study.bench.commands import BENCHMARKS
+from karat.values import check_parsed
 from support.detection import TINY as DETECTOR
 from support.detection import tiny, write_coco
 from support.pictures import images
@@ -216,6 +217,53 @@ def test_no_value_of_an_option_is_a_traceback(
         elif value in refused and (status == 0 or BEGUN in said):
             wrong.append((value, 0, "accepted"))
     assert not wrong
+
+
+def own(command: str, option: str) -> bool:
+    """Whether an option isn't train's, read by train's code, or is read before the others too."""
+    early = ("--data", "--init", "--resume", "--output", "--recipe", "--model")
+    return command not in ("compare", "transfer") or ("train", option) not in CASES or option in early
+
+
+TEXTS = [key for key, takes in CASES.items() if re.search("STR|PATH", takes) and own(*key)]
+
+
+@pytest.mark.parametrize("command", LINES)
+def test_a_path_below_home_is_the_same_to_every_option(
+    command: str, places: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What the parser hands on, or is said instead; and so it is of what stands before the options."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name, place in places.items():
+        (home / name).symlink_to(place)
+    (home / "study.toml").write_text('[[variants]]\nattention = "softmax"\n[[variants]]\nattention = "g3b"\n')
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    heard: list[Any] = []
+
+    def hear(found: Any) -> None:
+        check_parsed(found)
+        heard.append(found)
+        raise ValueError(BEGUN)
+
+    monkeypatch.setattr(errors, "check_parsed", hear)
+    lines = [
+        [*LINES[command], option, "{}/study.toml" if option == "--study" else "{}/RUN"]
+        for name, option in TEXTS
+        if name == command
+    ]
+    for words in ([f"{{}}/{word}" if word in places else word for word in line] for line in [LINES[command], *lines]):
+        found = []
+        for where in ("~", str(home)):
+            status, said = outcome([*command.split(), *(word.replace("{}", where) for word in words)])
+            said = "".join(said.split()).replace(
+                str(home), "~"
+            )  # what is refused is said as it was given, cut anywhere
+            found.append((status, said, repr(heard)))
+            heard.clear()
+        assert found[0] == found[1]
+        assert "~" not in found[0][-1]
 
 
 def test_every_command_has_options() -> None:

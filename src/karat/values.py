@@ -6,6 +6,7 @@ Values come from a command line, a study's TOML or a config.json; all meet the s
 from __future__ import annotations
 
 import math
+import os
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
@@ -157,7 +158,7 @@ def _admit(value: Any, kind: Any) -> tuple[Any, str]:
         value = Path(value)
     complaint = "" if _is(value, kind) else f"give {_words(kind)}"
     complaint = complaint or _TROUBLE.get(kind, lambda value: "")(value)
-    return value if complaint or kind is not Path else value.expanduser(), complaint
+    return value if complaint or kind not in (str, Path) else kind(at_home(str(value))), complaint
 
 
 def _admit_several(value: Any, kind: Any) -> tuple[Any, str]:
@@ -201,11 +202,23 @@ def _unusable(value: str | Path) -> str:
         return "give a text that isn't empty"
     if "\0" in str(value):
         return "it has a NUL character, which no name or path may have"
-    try:
-        Path(value).expanduser()
-    except RuntimeError:
+    if at_home(str(value)).startswith("~") and not os.path.exists(value):
         return f"{Path(value).parts[0]} is no user's home here"
     return ""
+
+
+def local_path(text: str | Path) -> Path:
+    """The path as it stands where something is there; else with ~ as the home folder, where there is such a user's."""
+    path = Path(text)
+    try:
+        return path if os.path.exists(path) else path.expanduser()
+    except RuntimeError:
+        return path
+
+
+def at_home(text: str) -> str:
+    """A text that may be a path: with the home folder in ~'s place as `local_path` has it, else as it stands."""
+    return str(local_path(text)) if text.startswith("~") else text
 
 
 _TROUBLE: dict[Any, Callable[[Any], str]] = {float: _infinite, str: _unusable, Path: _unusable}

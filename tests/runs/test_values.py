@@ -13,7 +13,7 @@ from karat.detect.recipes import DetectRecipe
 from karat.detect.settings import DetectSettings
 from karat.runs.classification import Settings
 from karat.runs.recipes import Recipe
-from karat.values import File, Folder, convert, hints
+from karat.values import File, Folder, Label, convert, hints
 
 FIELDS = [
     (kind, name)
@@ -62,12 +62,38 @@ def test_a_policy_that_timm_reads_is_accepted(aa: str) -> None:
     assert Recipe(aa=aa).aa == aa
 
 
-@pytest.mark.parametrize("kind", [Path, Path | None, Folder | None, tuple[Path, ...]])
-def test_a_path_below_home_is_there(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("plain", [Path, str])
+@pytest.mark.parametrize(
+    "form", [lambda k: k, lambda k: k | None, lambda k: tuple[k, ...]], ids=["one", "none", "several"]
+)
+def test_a_path_below_home_is_there(plain: Any, form: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    given, meant = Path("~/runs/a"), tmp_path / "runs" / "a"
+    monkeypatch.chdir(tmp_path)
+    given, meant, kind = plain("~/runs/a"), plain(tmp_path / "runs" / "a"), form(plain)
     several = get_args(kind)[1:] == (...,)
     assert convert("output", (given,) if several else given, kind) == ((meant,) if several else meant)
+    Path("~/runs/a").mkdir(parents=True)  # a name that is there goes first
+    assert convert("output", (given,) if several else given, kind) == ((given,) if several else given)
+    assert convert("name", "~/runs/b", Label) == "~/runs/b"
+
+
+@pytest.mark.parametrize("kind", [Settings, DetectSettings])
+def test_every_path_of_a_run_may_lie_below_home(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options, a study's file and a config.json come together here."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = [
+        "data",
+        "data_dir",
+        "init",
+        "output",
+        "resume",
+        *(n for n in ("images", "eval_data", "teacher") if n in hints(kind)),
+    ]
+    given = {name: f"~/{name}" for name in paths if name != "teacher"}
+    for values in (given, {"teacher": "~/teacher"} if "teacher" in paths else {}):
+        settings = kind.from_dict(kind().as_dict() | values)
+        for name in values:
+            assert str(getattr(settings, name)) == str(tmp_path / name)
 
 
 @pytest.mark.parametrize(

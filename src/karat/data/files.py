@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from karat.data.folder import EVALUATED, LeftOut, Tree, local_path, part_of
+from karat.data.folder import EVALUATED, LeftOut, Tree, part_of
+from karat.values import local_path
 
 
 def find_files(root: Path, ending: str, tree: Tree | None = None) -> tuple[dict[Path, str], LeftOut]:

@@ -63,15 +63,6 @@ def _is_stub(opener: object) -> bool:
     return isinstance(opener, type) and issubclass(opener, StubImageFile)
 
 
-def local_path(text: str | Path) -> Path:
-    """The path as it stands where something is there; else with ~ as the home folder, where there is such a user's."""
-    path = Path(text)
-    try:
-        return path if path.exists() else path.expanduser()
-    except RuntimeError:
-        return path
-
-
 def in_order(name: str) -> tuple[list[int | str], str]:
     """What names are sorted by: numbers in them count as such, case only between equals (timm leaves these open)."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from karat.data.files import eval_kind, find_files, load_files
-from karat.data.folder import PARQUET, Tree, local_path, part_of, said
+from karat.data.folder import PARQUET, Tree, part_of, said
 from karat.data.images import reason_of
 from karat.data.labels import Column, join, positions, read_column
 from karat.data.rows import RowSource, RowStream, column_of, find_columns, names_in
 from karat.data.sources import Splits, hold_out, size_of
+from karat.values import local_path
 
 SAVED = ("dataset_dict.json", "state.json")  # one of them lies in a folder that `save_to_disk` wrote
 

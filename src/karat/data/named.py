@@ -12,6 +12,7 @@ import numpy as np
 from karat.data.folder import open_folder
 from karat.data.images import reason_of
 from karat.data.sources import ArraySource, FileSource, Splits, hold_out
+from karat.values import local_path
 
 # What to place below the data folder by hand, and where it comes from, when there is no network.
 FILES = {
@@ -42,7 +43,7 @@ def open_digits() -> Splits:
 
 def data_folder(given: str | Path | None) -> Path:
     """Where named data lies: the folder that was given, else $KARAT_DATA, else ~/.cache/karat."""
-    return Path(given or os.environ.get("KARAT_DATA", "~/.cache/karat")).expanduser()
+    return local_path(given or os.environ.get("KARAT_DATA", "~/.cache/karat"))
 
 
 def open_torch(name: str, root: Path | None) -> Splits:

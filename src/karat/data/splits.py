@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from karat.data.augmentation import Augmentation, eval_transform, train_transform
-from karat.data.folder import Tree, local_path, open_folder
+from karat.data.folder import Tree, open_folder
 from karat.data.hub import open_hub, open_parquet
 from karat.data.images import Fit, Normalise, statistics
 from karat.data.labels import relabel
@@ -31,6 +31,7 @@ from karat.data.sources import (
     size_of,
     take_fraction,
 )
+from karat.values import local_path
 
 RESIDENT_LIMIT = 512 * 2**20  # bytes of decoded pixels a split may take in memory; CIFAR-10 takes 150 MB
 DEFAULT_SIZE = 224

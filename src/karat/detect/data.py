@@ -15,7 +15,7 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from karat.data.folder import EVALUATED, NAMES, local_path, part_of
+from karat.data.folder import EVALUATED, NAMES, part_of
 from karat.data.named import data_folder
 from karat.data.order import BadImages, ImageOrder
 from karat.data.sources import fixed_part
@@ -23,6 +23,7 @@ from karat.detect.coco import CocoPart, read_coco
 from karat.detect.loader import PictureLoader
 from karat.detect.settings import DetectSettings
 from karat.detect.views import View
+from karat.values import local_path
 
 
 class DetectData:

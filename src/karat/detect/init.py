@@ -37,7 +37,7 @@ def load_init(detector: Detector, settings: DetectSettings, class_names: Sequenc
     Raises ValueError as `karat.train.init` does.
     """
     assert settings.init is not None
-    folder = Path(settings.init).expanduser()
+    folder = Path(settings.init)
     if runs.is_run(folder) and runs.task_of(folder) == DetectSettings.task:
         return _load_detector(detector, settings, folder, class_names)
     return load_trunk(detector, settings)

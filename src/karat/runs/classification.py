@@ -9,7 +9,6 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from karat.basis.specs import without
-from karat.data.folder import local_path
 from karat.data.images import read_image
 from karat.data.splits import Opener, is_path
 from karat.models.create import PREFIX, check_said_once
@@ -17,7 +16,7 @@ from karat.models.kan.peers import DEEP_KAN
 from karat.models.starts import STARTS
 from karat.runs.recipes import RECIPES, Recipe, get_recipe
 from karat.runs.settings import AUTO, RunSettings, data_slug, first_change, slug
-from karat.values import Count, Label, Natural, OneOf
+from karat.values import Count, Label, Natural, OneOf, local_path
 
 __all__ = ["AUTO", "Settings", "first_change", "is_small", "preset_for", "resolve"]
 

@@ -53,7 +53,7 @@ def choose_folder(settings: RunSettings, default: Path) -> Path:
     --resume names no run, or --output holds a run and neither --resume nor --overwrite is given.
     """
     if settings.resume not in (None, "auto"):
-        folder = Path(str(settings.resume)).expanduser()
+        folder = Path(str(settings.resume))
         if not is_run(folder):
             raise ValueError(f"--resume {folder}: no run is there (it has no {CONFIG})")
         if settings.output is not None and settings.output.resolve() != folder.resolve():
@@ -101,7 +101,7 @@ def spare(folder: Path, *sources: str | Path | None) -> None:
     for source in sources:
         if source is None:
             continue
-        path, target = Path(source).expanduser().resolve(), folder.resolve()
+        path, target = Path(source).resolve(), folder.resolve()
         within = path.relative_to(target).parts[0] if target in path.parents else None
         if path == target or within in (*_FOLDERS, *_FILES):
             raise ValueError(f"{source} is what this run starts from: give another --output than {folder}")

@@ -70,7 +70,7 @@ def open_weights(name: str, which: str = "last") -> Given:
     with torch.random.fork_rng(devices=()):
         if name.startswith(HUB):
             return _of_hub(name)
-        path = Path(name).expanduser()
+        path = Path(name)
         if path.is_dir():
             return _of_folder(name, path, which)
         if path.is_file():

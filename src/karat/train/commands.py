@@ -12,14 +12,13 @@ import tyro
 from rich.console import Console
 
 from karat import runs
-from karat.data.folder import local_path
 from karat.data.splits import Opener
 from karat.errors import parse
 from karat.runs.classification import AUTO, Settings, preset_for
 from karat.runs.recipes import get_recipe
 from karat.runs.renamed import renamed_options
 from karat.runs.settings import Device, RunSettings
-from karat.values import Count, Processes
+from karat.values import Count, Processes, at_home, local_path
 
 if TYPE_CHECKING:
     from karat.train.task import Task
@@ -68,7 +67,7 @@ def first_options(arguments: Sequence[str], *names: str) -> dict[str, str | None
     for name in names:
         first.add_argument(f"--{name}", nargs="?")  # a value that is missing is the full parser's to complain of
     known, _ = first.parse_known_args(list(arguments))
-    return {name: getattr(known, name) for name in names}
+    return {name: None if (given := getattr(known, name)) is None else at_home(given) for name in names}
 
 
 def resumed(kind: type[S], arguments: Sequence[str]) -> S | None:
@@ -76,7 +75,7 @@ def resumed(kind: type[S], arguments: Sequence[str]) -> S | None:
     given = first_options(arguments, "resume", "output")
     resume = given["resume"]
     asked = given["output"] if resume == AUTO else resume
-    folder = None if asked is None else local_path(asked)
+    folder = None if asked is None else Path(asked)
     if resume is None or folder is None or not runs.is_run(folder):
         return None
     return replace(runs.read_config(folder, kind)[0], resume=resume, output=folder, overwrite=False)
@@ -115,7 +114,7 @@ def transfer(arguments: Sequence[str]) -> None:
     if name is None and not wants_help:
         raise ValueError("name the teacher's run first: karat transfer TEACHER_RUN [options of karat train]")
     prog, opened = "karat transfer TEACHER_RUN", Opener()
-    default = Settings() if name is None else _student_defaults(Path(name), rest, opened)
+    default = Settings() if name is None else _student_defaults(local_path(name), rest, opened)
     _train(parse(lambda: read_settings(Settings, rest, prog, default), prog), opened)
 
 

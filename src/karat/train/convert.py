@@ -176,7 +176,7 @@ def _teacher(options: Convert) -> tuple[Settings, nn.Module | None, dict[str, An
     kept = ("output", "overwrite", "seed", "workers", "device")
     changed: dict[str, Any] = {name: getattr(options, name) for name in kept} | {"resume": None, "init": None}
     changed["attention"] = str(KArAtConfig.parse(options.attention))
-    path = Path(options.teacher).expanduser()
+    path = Path(options.teacher)
     if runs.is_run(path):
         if options.checkpoint is not None:
             raise ValueError("--checkpoint belongs to a timm model; a run has its own weights")

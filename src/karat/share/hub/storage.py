@@ -15,6 +15,7 @@ from karat.errors import first_line
 from karat.runs import files
 from karat.runs.saved import CARD, CONFIG, DIGEST, WEIGHTS, ModelConfig
 from karat.runs.weights import ATTENTION, CLASSES, MLP, mlp_of, quiet_hub
+from karat.values import local_path
 
 
 def write(folder: Path, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
@@ -26,7 +27,7 @@ def write(folder: Path, config: ModelConfig, weights: Mapping[str, Tensor]) -> N
 
 def fetch(name_or_folder: str | Path, **options: Any) -> Path:
     """The folder itself, or that of the Hub's files in the local cache. Raises ValueError where there is none."""
-    folder = Path(name_or_folder).expanduser()
+    folder = local_path(name_or_folder)
     if folder.is_dir():
         return folder
     if folder.is_file():
