@@ -176,7 +176,12 @@ def claimed(folder: Path) -> Iterator[None]:
 @cache
 def _let_go_in_children() -> None:
     """Once a process: what it forks, data workers say, holds no claim, which would last as long as they do."""
-    os.register_at_fork(after_in_child=lambda: [file.close() for file in _CLAIMS])
+
+    def let_go() -> None:
+        for file in _CLAIMS:
+            file.close()
+
+    os.register_at_fork(after_in_child=let_go)
 
 
 def remove(folder: Path) -> None:
