@@ -57,6 +57,16 @@ def test_every_setting_and_recipe_value_is_documented() -> None:
             assert re.search(rf"\n    {name}: [^\n]*\n    \"\"\"", source), f"{kind.__name__}.{name}"
 
 
+@pytest.mark.parametrize("line", ["convert RUN", "detect predict RUN IMAGE", "compare --study FILE"])
+def test_what_every_process_would_write_is_for_one(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("FILE").write_text('[[variants]]\nattention = "softmax"\n[[variants]]\nattention = "g3b"\n')
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(line.split()) == 2
+    assert "one process" in capsys.readouterr().err
+
+
 def test_train_evaluate_resume(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

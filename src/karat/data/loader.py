@@ -141,7 +141,8 @@ class ResidentLoader(Loader):
 
 def _apart(worker: int) -> None:
     """A worker leaves its process's group: a signal to all of it, as torchrun's are, is the main process's to obey."""
-    os.setpgrp()
+    if hasattr(os, "setpgrp"):  # Windows has no such groups
+        os.setpgrp()
 
 
 class _Feed:

@@ -21,6 +21,7 @@ from karat.detect.views import View
 from karat.runs.files import write_json
 from karat.runs.settings import Device
 from karat.train.build import create_accelerator
+from karat.train.processes import refuse_several
 
 
 @torch.no_grad()
@@ -40,6 +41,7 @@ def predict_images(
 
     Raises ValueError for an image that is missing or can't be decoded, a score outside [0, 1], and as `load_run` does.
     """
+    refuse_several("karat detect predict runs in one process: leave the launcher out")
     if not images:
         raise ValueError("no images: name at least one image file")
     if not 0 <= score <= 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -92,9 +91,9 @@ def _study(parsed: CompareSettings, document: Document, common: Settings, opened
     from karat.study.results import write_results
     from karat.study.timing import TIMES, measure_times, read_times, settle
     from karat.study.work import train_all
+    from karat.train.processes import refuse_several
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("a study trains each run in one process: start karat compare --study several times instead")
+    refuse_several("a study trains each run in one process: start karat compare --study several times instead")
     if common.resume is not None or common.overwrite:
         raise ValueError("a study goes on with what its folder holds: leave --resume and --overwrite out")
     _refuse_idle_options(parsed)

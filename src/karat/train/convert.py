@@ -35,6 +35,7 @@ from karat.train import reports
 from karat.train.build import create_accelerator
 from karat.train.classify import Classification
 from karat.train.evaluate import evaluate
+from karat.train.processes import refuse_several
 from karat.train.snapshot import Progress
 from karat.train.teachers import softmax_run, softmax_timm
 from karat.values import Below1, Count, Natural, Positive, Processes, Seed, check
@@ -112,6 +113,7 @@ def convert_run(options: Convert, console: Console | None = None) -> dict[str, A
     Raises ValueError for a teacher that is no softmax model, data whose classes it doesn't have, or a folder that is
     taken.
     """
+    refuse_several("karat convert runs in one process: leave the launcher out")
     console = console or Console(quiet=True)
     torch.manual_seed(options.seed)
     settings, teacher, facts = _teacher(options)

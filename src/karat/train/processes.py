@@ -8,6 +8,7 @@ saved, but with a status that makes torchrun call it failed.
 from __future__ import annotations
 
 import atexit
+import os
 import time
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,12 @@ from torch import distributed
 
 THREADS = Path("/proc/self/task")
 LONGEST = 5.0  # seconds that the end of a process may wait for threads
+
+
+def refuse_several(why: str) -> None:
+    """Raise ValueError, saying why, under a launcher of several processes: each would do the same and write it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(why)
 
 
 @cache
