@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import longer_answer
 import science_answer
 import starts_answer
 
@@ -182,6 +183,19 @@ def deciding() -> str:
     return markdown(columns, starts_answer.deciding())
 
 
+def wider() -> str:
+    """Of the study at dim 96 and depth 6 each attention."""
+    columns = "dim 96, depth 6, four epochs | top-1 % > | over softmax (95 %) > | seen with 80 % power > | runs >"
+    return markdown(columns, longer_answer.wide())
+
+
+def longer() -> str:
+    """Of the study of longer training each attention, over epochs."""
+    times = [f"{epochs} epochs >" for epochs in longer_answer.HORIZONS]
+    gains = [f"over softmax, {epochs} >" for epochs in longer_answer.HORIZONS]
+    return markdown(" | ".join(["dim 64, depth 4, top-1 % (runs)", *times, *gains]), longer_answer.long())
+
+
 def served() -> str:
     """Each model with attention: how it was converted, what it does then, and why not."""
     rows = {name: row for name, row in read("served.json")["rows"].items() if row["attention"] is not False}
@@ -255,6 +269,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "starts": starts,
     "start-effects": starts_answer.effects,
     "start-pairs": deciding,
+    "wider": wider,
+    "longer": longer,
     "score-tasks": score_tasks,
     "served": served,
     "fixed": fixed,

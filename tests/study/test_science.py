@@ -411,3 +411,62 @@ def test_the_study_of_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         first, *others = of
         for level in others:
             assert float(effects[f"{level} − {first}"]) == pytest.approx(of[level] - of[first], abs=0.00501)
+
+
+class Anova:
+    """top-1 = cell + seed + noise, by normal equations of the runs of these rows."""
+
+    def __init__(self, rows: Iterable[dict[str, Any]]) -> None:
+        runs = [(row["name"], *run) for row in rows for run in zip(row["seeds"], row["curves"], strict=True)]
+        self.cells = list(dict.fromkeys(name for name, _, _ in runs))
+        seeds = list(dict.fromkeys(seed for _, seed, _ in runs))[1:]
+        design = np.array(
+            [[name == c for c in self.cells] + [seed == s for s in seeds] for name, seed, _ in runs], float
+        )
+        values = np.array([curve[-1] for _, _, curve in runs])
+        self.inverse = np.linalg.inv(design.T @ design)
+        self.means = self.inverse @ design.T @ values
+        self.freedom = len(runs) - design.shape[1]
+        self.variance = float(((values - design @ self.means) ** 2).sum()) / max(self.freedom, 1)
+
+    def gap(self, ours: str, theirs: str) -> tuple[float, float | None]:
+        """One cell minus another, and its standard error; None where no two runs tell how far runs scatter."""
+        mine, others = self.cells.index(ours), self.cells.index(theirs)
+        squared = self.inverse[mine, mine] + self.inverse[others, others] - 2 * self.inverse[mine, others]
+        error = float(self.variance * squared) ** 0.5 if self.freedom else None
+        return float(self.means[mine] - self.means[others]), error
+
+
+def with_interval(gain: float, error: float | None, freedom: int) -> str:
+    """As the tables have it."""
+    half = 0.0 if error is None else float(stats.t.ppf(0.975, freedom)) * error
+    return signed(gain) + ("" if error is None else f" ({signed(gain - half)} to {signed(gain + half)})")
+
+
+def test_the_table_of_wider_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its numbers are those of an analysis of variance, and the page's sentences have them."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    rows = importlib.import_module("longer_answer").read("starts-width")["rows"]
+    page = {name: line for name, *line in table("dim 96, depth 6, four epochs")}
+    assert list(page) == [row["name"] for row in rows]
+    found = Anova(rows)
+    for row in rows:
+        runs = [curve[-1] for curve in row["curves"]]
+        top1, over, least, count = page[row["name"]]
+        assert (top1, count) == (f"{fmean(runs):.1f} ± {stdev(runs):.1f}", str(len(runs)))
+        if row["name"] != "softmax":
+            gain, error = found.gap(row["name"], "softmax")
+            assert error is not None
+            assert over == with_interval(gain, error, found.freedom)
+            power = stats.nct.sf(stats.t.ppf(0.975, found.freedom), found.freedom, float(least) / error)
+            assert power == pytest.approx(0.8, abs=0.05)  # of a number with one digit
+    words = " ".join(line.strip() for line in PAGE)
+    gaps = {name: found.gap(name, "softmax")[0] for name in found.cells[1:]}
+    assert f"all three gain {min(gaps.values()):.1f} to {max(gaps.values()):.1f} points over softmax" in words
+    gain, error = found.gap("operator in place", "softmax")
+    assert error is not None
+    half = float(stats.t.ppf(0.975, found.freedom)) * error
+    assert f"gains {gain:.1f} points ({gain - half:.1f} to {gain + half:.1f}). Static" in words
+    assert f"Static mixing gains {gaps['static beside it']:.1f}." in words
+    apart = with_interval(*found.gap("operator in place", "static beside it"), found.freedom).replace(" (", " points (")
+    assert f"the operator ends {apart} from static mixing." in words
