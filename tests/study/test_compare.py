@@ -120,6 +120,17 @@ def test_different_input_sizes_and_doubles_are_refused(capsys: pytest.CaptureFix
     assert "twice" in capsys.readouterr().err
 
 
+def test_a_contender_that_cannot_be_built_is_refused_before_any_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    sizes = ["--depth", "1", "--embed-dim", "24", "--num-heads", "2", "--epochs", "1"]
+    line = ["compare", "softmax", "g3b,softmax_heads=2", "--data", "digits", *sizes, "--output", str(out)]
+    assert cli.main(line) == 2
+    assert "variant 'g3b,softmax_heads=2': " in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_counting_leaves_the_random_states_alone() -> None:
     import torch
 

@@ -398,6 +398,8 @@ def test_trials_follow_what_is_asked_for(tmp_path: Path, capsys: pytest.CaptureF
     study.write_text(text)
     assert cli.main([*line, "no such"]) == 2
     assert cli.main([*line, "--held-out", "9"]) == 2
+    assert cli.main([*line, "--lr", "0.007"]) == 2
+    assert "--lr 0.007: this study's trials choose the rate" in capsys.readouterr().err
     assert not out.exists()
     assert cli.main([*line, "--seeds", "1", "softmax"]) == 0
     told = json.loads((out / "trials.json").read_text())

@@ -60,6 +60,8 @@ def compare(arguments: Sequence[str]) -> None:
     parsed = parse(lambda: training.read_settings(CompareSettings, arguments, prog, default), prog)
     settings = Settings(**{f.name: getattr(parsed, f.name) for f in fields(Settings)})
     if document is not None and parsed.study is not None:
+        if document.trials is not None and settings.recipe.lr != default.recipe.lr:
+            raise ValueError(f"--lr {settings.recipe.lr:g}: this study's trials choose the rate; leave it out")
         _study(parsed, document, resolve(settings, opened), opened)
         return
     for name in ("only_table", "time", "rounds", "measure"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -77,6 +77,7 @@ def compare(
         raise ValueError(f"seeds={seeds}: give 1 or more")
     chosen = {attention: contender(attention, settings) for attention in attentions}
     _check(list(attentions), chosen)
+    check_models(chosen)
     folder = runs.choose_folder(settings, runs.compare_folder(settings))
     summaries: dict[str, list[dict[str, Any]]] = {name: [] for name in attentions}
     operations, failed, task = {}, list[Path](), Classification(opened)
@@ -165,6 +166,19 @@ def _check(names: Sequence[str], chosen: dict[str, Settings]) -> None:
     if len(sides) > 1:
         (side, model), (other, second) = list(sides.items())[:2]
         raise ValueError(f"{model} takes images of {side} pixels and {second} of {other}: give --img-size")
+
+
+def check_models(variants: Mapping[str, Settings]) -> None:
+    """Build each variant's model once, so that one which can't be built is refused before hours of training.
+
+    Raises ValueError, naming the variant.
+    """
+    for name, settings in variants.items():
+        try:
+            with randomness.aside(0):
+                build_model(settings, settings.num_classes or 10, 3)
+        except ValueError as error:
+            raise ValueError(f"variant {name!r}: {error}") from None
 
 
 def count_operations(settings: Settings, num_classes: int, in_chans: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,11 +10,9 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from karat.data.splits import Opener
-from karat.runs.model import build_model
-from karat.study.compare import noted
+from karat.study.compare import check_models, noted
 from karat.study.measures import measure_run, read_measures
 from karat.study.plan import Job, Plan, summary_of
-from karat.train import randomness
 from karat.train.classify import Classification
 from karat.train.engine import Trainer
 
@@ -60,7 +58,7 @@ def train_all(
     Raises ValueError, before any is trained, for runs under other settings and models that can't be built.
     """
     jobs = plan.jobs()
-    check_models([job for job in jobs if summary_of(job) is None])
+    check_models({job.variant: job.settings for job in jobs if summary_of(job) is None})
     if before is not None:
         before()
     opened = opened or Opener()
@@ -86,19 +84,6 @@ def train_all(
 def _is_done(job: Job, measure: bool) -> bool:
     """Whether nothing is left to do for a run."""
     return summary_of(job) is not None and not (measure and read_measures(job.folder) is None)
-
-
-def check_models(jobs: Sequence[Job]) -> None:
-    """Build each variant's model once, so that one which can't be built is refused before hours of training.
-
-    Raises ValueError, naming the variant.
-    """
-    for name, settings in {job.variant: job.settings for job in jobs}.items():
-        try:
-            with randomness.aside(0):
-                build_model(settings, settings.num_classes or 10, 3)
-        except ValueError as error:
-            raise ValueError(f"variant {name!r}: {error}") from None
 
 
 def _train(job: Job, opened: Opener, console: Console) -> None:
