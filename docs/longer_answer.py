@@ -114,7 +114,8 @@ def figure() -> Figure:
         left.set_xticks(HORIZONS, [str(epochs) for epochs in HORIZONS])
         left.xaxis.set_minor_formatter(NullFormatter())
         left.tick_params(axis="x", which="minor", length=0)
-        finish(left, "points over softmax, 95 % intervals", "epochs of training")
+        sure = any(half for _, half in gains().values())
+        finish(left, f"points over softmax{', 95 % intervals' if sure else ''}", "epochs of training")
         for name, runs in lost().items():
             style = line_style(ATTENTIONS.index(name)) | {"marker": MARKERS[ATTENTIONS.index(name)], "markersize": 3}
             for number, lines in enumerate(runs):

@@ -1,12 +1,13 @@
 """The drawings of the documentation, each a function that gives one figure.
 
-python docs/pictures.py  # writes docs/images/{idea,house,science,starts}.svg
+python docs/pictures.py  # writes docs/images/{idea,house,science,starts,longer}.svg
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import longer_answer
 import science_answer
 import starts_answer
 import torch
@@ -117,7 +118,13 @@ def house() -> Figure:
     return figure
 
 
-PICTURES = {"idea": idea, "house": house, "science": science_answer.figure, "starts": starts_answer.figure}
+PICTURES = {
+    "idea": idea,
+    "house": house,
+    "science": science_answer.figure,
+    "starts": starts_answer.figure,
+    "longer": longer_answer.figure,
+}
 
 if __name__ == "__main__":
     for name, draw in PICTURES.items():

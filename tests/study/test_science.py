@@ -470,3 +470,47 @@ def test_the_table_of_wider_models(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"Static mixing gains {gaps['static beside it']:.1f}." in words
     apart = with_interval(*found.gap("operator in place", "static beside it"), found.freedom).replace(" (", " points (")
     assert f"the operator ends {apart} from static mixing." in words
+
+
+def test_the_table_of_longer_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Crossed cells by an analysis of variance; single runs of longer training scatter as those do."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    answer = importlib.import_module("longer_answer")
+    rows = answer.read("starts-horizon")["rows"]
+    found, last = Anova(row for row in rows if row["levels"]), {row["name"]: row["curves"] for row in rows}
+    for name, *cells in table("dim 64, depth 4, top-1 % (runs)"):
+        for epochs, top1, over in zip(answer.HORIZONS, cells[:3], cells[3:], strict=True):
+            ours, softmax = f"{name}, {epochs} epochs", f"softmax, {epochs} epochs"
+            runs, base = ([curve[-1] for curve in last.get(one, [])] for one in (ours, softmax))
+            assert top1 == (f"{fmean(runs):.1f} ({len(runs)})" if runs else "–")
+            if name == "softmax" or not runs or not base:
+                assert over == ""
+            elif ours in found.cells:
+                assert over == with_interval(*found.gap(ours, softmax), found.freedom)
+            else:
+                (mine,), (theirs,) = runs, base
+                error = (2 * found.variance) ** 0.5 if found.freedom else None
+                assert over == with_interval(mine - theirs, error, found.freedom)
+
+
+def test_longer_training_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    answer = importlib.import_module("longer_answer")
+    words = " ".join(line.strip() for line in PAGE)
+    gains = {key: f"{gain:.1f}" for key, (gain, _) in answer.gains().items()}
+    static, place = ([gains[name, epochs] for epochs in (4, 12)] for name in ("static beside it", "operator in place"))
+    assert "static mixing gains {} points after four epochs and {} after twelve.".format(*static) in words
+    assert "in softmax's place gains {}, then {}.".format(*place) in words
+    assert f"After twelve epochs at dim 64 they gain {place[1]} and {static[1]}," in words
+    wide = Anova(answer.read("starts-width")["rows"])
+    sure = float(stats.t.ppf(0.975, wide.freedom))
+    assert f"two single runs below {sure * (2 * wide.variance) ** 0.5:.1f} points says nothing" in words
+    assert {(run["images"], run["split"]) for run in answer.read("averaging").values()} == {(2000, "eval")}
+    ends = {name: [lines[-1] for lines in runs] for name, runs in answer.lost().items()}
+    assert {lines[-1]["epoch"] for lines in ends.values()} == {12}
+    costs = {name: fmean(line["lost"] for line in lines) for name, lines in ends.items()}
+    assert f"that costs softmax {costs['softmax']:.0f} points, static mixing beside softmax" in words
+    assert (
+        f"beside softmax {costs['static beside it']:.1f}, the operator in its place {costs['operator in place']:.1f}."
+        in words
+    )
