@@ -514,3 +514,7 @@ def test_longer_training_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
         f"beside softmax {costs['static beside it']:.1f}, the operator in its place {costs['operator in place']:.1f}."
         in words
     )
+    assert f"The operator beside softmax loses {costs['operator beside it']:.1f}." in words
+    seeds = {row["name"]: len(row["seeds"]) for row in answer.read("starts-horizon")["rows"] if row["levels"]}
+    assert all(count == (2 if name.endswith(" 4 epochs") else 1) for name, count in seeds.items())
+    assert "Four epochs have two seeds each, twelve one." in words
