@@ -53,15 +53,14 @@ def test_seed_and_epoch_change_order_and_augmentation(kind):
 
 def test_workers_change_nothing():
     alone, helped = (digits("one by one", workers=workers).train for workers in (0, 2))
-    next(iter(helped))
-    groups = {os.getpgid(worker.pid) for worker in helped._torch_loader._iterator._workers}
-    assert len(groups | {os.getpgrp()}) == 3  # a signal to a group of processes is obeyed by its main process alone
     for epoch in range(2):
         alone.set_epoch(epoch)
         helped.set_epoch(epoch)
         assert same(alone, helped)
     next(helped.iter_from(3))  # an iteration given up half-way leaves nothing behind
     assert same(alone, helped)
+    groups = {os.getpgid(worker.pid) for worker in helped._torch_loader._iterator._workers}
+    assert len(groups | {os.getpgrp()}) == 3  # a signal to a group of processes is obeyed by its main process alone
 
 
 @kinds
