@@ -6,29 +6,19 @@ are those of `karat analyze averaging` on the runs of the latter.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from math import sqrt
-from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+from starts_answer import MARKERS, read
 
 from karat.plots import INK, drawing, finish, line_style, whole_epochs
 
-RESULTS = Path(__file__).parent / "results" / "science"
 ATTENTIONS = ("softmax", "static beside it", "operator in place", "operator beside it")
 HORIZONS = (4, 12, 36)
-MARKERS = "o^sD"
 Gain = tuple[float, float | None]  # points over softmax, and half the interval of 95 %
-
-
-def read(name: str) -> dict[str, Any]:
-    """What a study or an analysis wrote."""
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return found
 
 
 def wide() -> list[tuple[str, str, str, str, int]]:

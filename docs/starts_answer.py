@@ -17,7 +17,7 @@ from scipy import stats
 from karat.plots import COLOURS
 from karat.study.effects import Effect, markdown
 
-RESULTS = Path(__file__).parent / "results" / "science" / "starts.json"
+RESULTS = Path(__file__).parent / "results" / "science"
 MARKERS = "o^sD"
 # The comparisons that the study's file gives eight seeds: the operator against static mixing, and the best operator
 # against the best softmax, by the images that were held out.
@@ -28,9 +28,9 @@ DECIDING = (
 )
 
 
-def read() -> dict[str, Any]:
-    """The study's study.json."""
-    found: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+def read(name: str = "starts") -> dict[str, Any]:
+    """What a study or an analysis wrote."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return found
 
 

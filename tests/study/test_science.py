@@ -502,9 +502,11 @@ def test_longer_training_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "static mixing gains {} points after four epochs and {} after twelve.".format(*static) in words
     assert "in softmax's place gains {}, then {}.".format(*place) in words
     assert f"After twelve epochs at dim 64 they gain {place[1]} and {static[1]}," in words
-    wide = Anova(answer.read("starts-width")["rows"])
-    sure = float(stats.t.ppf(0.975, wide.freedom))
-    assert f"two single runs below {sure * (2 * wide.variance) ** 0.5:.1f} points says nothing" in words
+    assert "on three degrees of freedom." in words
+    assert Anova(row for row in answer.read("starts-horizon")["rows"] if row["levels"]).freedom == 3
+    unsure = {name for (name, epochs), (gain, half) in answer.gains().items() if epochs == 12 and gain < half}
+    assert unsure == {"operator in place", "operator beside it"}
+    assert "After twelve epochs neither operator is told from softmax." in words
     assert {(run["images"], run["split"]) for run in answer.read("averaging").values()} == {(2000, "eval")}
     ends = {name: [lines[-1] for lines in runs] for name, runs in answer.lost().items()}
     assert {lines[-1]["epoch"] for lines in ends.values()} == {12}
