@@ -257,9 +257,8 @@ def test_a_path_below_home_is_the_same_to_every_option(
         found = []
         for where in ("~", str(home)):
             status, said = outcome([*command.split(), *(word.replace("{}", where) for word in words)])
-            said = "".join(said.split()).replace(
-                str(home), "~"
-            )  # what is refused is said as it was given, cut anywhere
+            # what is refused is said as it was given, cut anywhere
+            said = "".join(said.split()).replace(str(home), "~")
             found.append((status, said, repr(heard)))
             heard.clear()
         assert found[0] == found[1]

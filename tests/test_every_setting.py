@@ -75,8 +75,8 @@ def of_transformers(config: KArAtConfig) -> tuple[nn.Module, tuple[Tensor, ...]]
 
 
 def of_detectors(config: KArAtConfig) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    sizes = {"img_size": 16, "patch_size": 4, "window": 4, "whole": (1,), "embed_dim": 24, "depth": 2, "num_heads": 3}
-    return create_trunk("vit_tiny_patch16_224", config, **sizes), (torch.ones(1, 3, 16, 16),)  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {**VIT, "window": 4, "whole": (1,)}
+    return create_trunk("vit_tiny_patch16_224", config, **sizes), (torch.ones(1, 3, 16, 16),)
 
 
 Use = Callable[[KArAtConfig], tuple[nn.Module, tuple[Tensor, ...]]]

@@ -175,8 +175,10 @@ def test_gradients_that_nobody_wants_change_nothing(impl: str) -> None:
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     torch.set_default_dtype(dtype)
-    yield
-    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("impl", ON_CPU)
