@@ -17,7 +17,7 @@ from karat.basis.fourier import Fourier
 from karat.ops import Call, basis_attention
 from karat.ops.cpp import attention as cpp
 from karat.ops.triton import attention as triton
-from support.against_float64 import assert_matches, make
+from support.against_float64 import assert_every_multiple_is_exact, assert_matches, make
 from support.implementations import ON_CPU
 
 FOURIER = [f"fourier(grid={grid})" for grid in (1, 3, 5, 11)]
@@ -159,6 +159,12 @@ def test_error_at_the_size_of_a_vit(impl: str, grid: int, dtype: torch.dtype, to
         out = basis_attention(*leaves, f"fourier(grid={grid})", impl=impl)
         runs.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("impl", ON_CPU)
+@pytest.mark.parametrize("grid", [1, 3, 5, 6, 11, 16, 64, 300])
+def test_every_multiple_of_a_score(impl: str, grid: int) -> None:
+    assert_every_multiple_is_exact(grid, impl)
 
 
 @pytest.mark.parametrize("impl", ON_CPU)

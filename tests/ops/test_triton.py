@@ -18,6 +18,7 @@ from torch import Tensor
 from karat import basis_attention
 from karat.basis import Basis, LinearBasis, parse_basis
 from karat.ops.triton.attention import FAMILIES
+from support.against_float64 import assert_every_multiple_is_exact
 from support.triton import (  # pytest finds the mark and the fixture
     DEVICE,
     TOLERANCE,
@@ -91,6 +92,12 @@ def test_matches_the_definition(spec: str) -> None:
     else:  # the interpreter evaluates their edges one by one
         inputs, mask = random_inputs(basis, (2, 1, 9, 18, 8, 3), bias=(1, 1, 9, 18), mask=(2, 1, 9, 18))
     check(inputs, basis, mask)
+
+
+@pytest.mark.parametrize("grid", [1, 6, 16, 40])
+def test_every_multiple_of_a_score(grid: int) -> None:
+    with torch.device(DEVICE):
+        assert_every_multiple_is_exact(grid, "triton", each=6e-7)  # its sine is within 1e-6
 
 
 @pytest.mark.parametrize("spec", WITH_BASE)

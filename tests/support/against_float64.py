@@ -104,3 +104,15 @@ def tamed(u: Tensor, spec: str) -> Tensor:
 
 def parameters_of(spec: str) -> int:
     return parse_basis(spec).num_parameters
+
+
+def assert_every_multiple_is_exact(grid: int, impl: str, each: float = 3e-7) -> None:
+    """cos(mx) and sin(mx) for m = 1 to `grid`, about 0 and π/2 too, where recurrences lose most, as m·x rounds."""
+    around = torch.cat([torch.linspace(-4, 4, 31), torch.linspace(-0.01, 0.01, 21)])
+    x = torch.cat([around, around + torch.pi / 2])[None, None, :, None]
+    u = torch.eye(2 * grid)[None, :, None, :]
+    found = basis_attention(x, torch.ones(1, 1, 1, 1), u, f"fourier(grid={grid})", impl=impl)
+    multiples = x.double() * torch.arange(1, grid + 1)
+    exact = torch.cat([multiples.cos(), multiples.sin()], -1)
+    error = float((found.double() - exact).abs().max())
+    assert error <= each * (1 + grid), f"{error:.1e}"

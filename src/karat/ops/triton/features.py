@@ -84,16 +84,27 @@ def base_differentiate(
 
 @triton.jit
 def fourier_start(b_x, b_keep, HAS_MASK: tl.constexpr, SINE: tl.constexpr):
-    """2 cos x, then cos and sin of 1x and of 0x. Masked ones are zero, and the recurrence keeps them so."""
+    """cos and sin of 1x, again, and of 0x. Masked ones are zero, and `fourier_next` keeps them so."""
     b_c, b_s = sincos(b_x, SINE)
-    b_twice = 2.0 * b_c
     b_c0 = tl.full(b_x.shape, 1.0, tl.float32)
     b_s0 = tl.zeros(b_x.shape, tl.float32)
     if HAS_MASK:
         b_c = tl.where(b_keep, b_c, 0.0)
         b_s = tl.where(b_keep, b_s, 0.0)
         b_c0 = tl.where(b_keep, b_c0, 0.0)
-    return b_twice, b_c, b_s, b_c0, b_s0
+    return b_c, b_s, b_c, b_s, b_c0, b_s0
+
+
+@triton.jit
+def fourier_next(b_c1, b_s1, b_c, b_s, b_c0, b_s0, G: tl.constexpr):
+    """cos and sin of (m+1)x from those of x, mx and (m-1)x: by a recurrence, whose error grows with m² about 0.
+
+    For more than five harmonics by the sum of two angles, at two products more.
+    """
+    if G > 5:
+        return b_c * b_c1 - b_s * b_s1, b_s * b_c1 + b_c * b_s1, b_c, b_s
+    else:
+        return 2.0 * b_c1 * b_c - b_c0, 2.0 * b_c1 * b_s - b_s0, b_c, b_s
 
 
 @triton.jit
@@ -111,12 +122,11 @@ def fourier_contract(
     SINE: tl.constexpr,
 ):
     G: tl.constexpr = SETTINGS[0]
-    b_twice, b_c, b_s, b_c0, b_s0 = fourier_start(b_x, b_keep, HAS_MASK, SINE)
+    b_c1, b_s1, b_c, b_s, b_c0, b_s0 = fourier_start(b_x, b_keep, HAS_MASK, SINE)
     for m in tl.static_range(G):
         b_out = add_feature(b_out, b_c, load_u(p_u, s_f, m_n, FIRST_F + m, b_out), PRECISION)
         b_out = add_feature(b_out, b_s, load_u(p_u, s_f, m_n, FIRST_F + G + m, b_out), PRECISION)
-        b_c, b_c0 = b_twice * b_c - b_c0, b_c
-        b_s, b_s0 = b_twice * b_s - b_s0, b_s
+        b_c, b_s, b_c0, b_s0 = fourier_next(b_c1, b_s1, b_c, b_s, b_c0, b_s0, G)
     return b_out
 
 
@@ -143,7 +153,7 @@ def fourier_differentiate(
 ):
     """dS added to b_ds, and dU of the harmonics FIRST, ..., FIRST + COUNT - 1: (cos, sin, cos, sin, ...)."""
     G: tl.constexpr = SETTINGS[0]
-    b_twice, b_c, b_s, b_c0, b_s0 = fourier_start(b_x, b_keep, HAS_MASK, SINE)
+    b_c1, b_s1, b_c, b_s, b_c0, b_s0 = fourier_start(b_x, b_keep, HAS_MASK, SINE)
     new = ()
     for m in tl.static_range(G):
         if WITH_DS:  # cos(mx)' = -m sin(mx), sin(mx)' = m cos(mx)
@@ -154,8 +164,7 @@ def fourier_differentiate(
             if m >= FIRST and m < FIRST + COUNT:
                 new = new + (add_outer(du[2 * (m - FIRST)], b_c, b_do, PRECISION),)
                 new = new + (add_outer(du[2 * (m - FIRST) + 1], b_s, b_do, PRECISION),)
-        b_c, b_c0 = b_twice * b_c - b_c0, b_c
-        b_s, b_s0 = b_twice * b_s - b_s0, b_s
+        b_c, b_s, b_c0, b_s0 = fourier_next(b_c1, b_s1, b_c, b_s, b_c0, b_s0, G)
     return b_ds, new
 
 

@@ -81,7 +81,8 @@ inline bool any_large(const Scores& x) {
   return any_lane(large);
 }
 
-// cos(mx), sin(mx) for m = 1 to G by the recurrence c_{m+1} = 2 c_1 c_m - c_{m-1}. GRID is G, or 0 where it's read.
+// cos(mx), sin(mx) for m = 1 to G. Up to five, which GRID names, by the recurrence c_{m+1} = 2 c_1 c_m - c_{m-1}, whose
+// error grows with m² about 0; where GRID is 0, by sums of angles, at two products more.
 template <int GRID, bool EXACT>
 void write_fourier(const Scores x, long grid) {
   const long G = GRID ? GRID : grid;
@@ -94,12 +95,13 @@ void write_fourier(const Scores x, long grid) {
         sincos_exact(load(score), s, c);
       else
         sincos(load(score), s, c);
-      const vf twice = 2.0f * c;
+      const vf first_s = s, first_c = c, twice = 2.0f * c;
 #pragma GCC unroll 8
       for (long m = 0; m < G; ++m) {
         store(cosine + m * x.psi_f, c);
         store(sine + m * x.psi_f, s);
-        const vf c_next = twice * c - c_before, s_next = twice * s - s_before;
+        const vf c_next = GRID ? twice * c - c_before : c * first_c - s * first_s;
+        const vf s_next = GRID ? twice * s - s_before : s * first_c + c * first_s;
         c_before = c, s_before = s, c = c_next, s = s_next;
       }
     }
