@@ -22,6 +22,7 @@ from karat.analyze.loading import open_run
 from karat.analyze.report import SECTIONS
 from karat.analyze.subject import Options, open_subjects
 from karat.cli import main
+from support.paths import ROOT
 
 QUICK = "--images 2 --points 3 --samples 8 --eigenvalues 1 --probes 2 --hessian-samples 2"
 FIGURES = {
@@ -228,6 +229,12 @@ def test_report_takes_the_sections_that_are_named(karat_run: Path) -> None:
     assert main(f"report {karat_run} --sections curves weights".split()) == 0
     page = Page((karat_run / "report.html").read_text())
     assert page.tags.count("img") == 3
+
+
+def test_the_page_names_what_the_report_leaves_out() -> None:
+    page = " ".join((ROOT / "docs" / "analysis.md").read_text(encoding="utf-8").split())
+    left_out = page.split("for each subject below but ")[1].split(". ")[0]
+    assert set(re.findall(r"`(\w+)`", left_out)) == set(ANALYSES) - set(SECTIONS)
 
 
 @pytest.mark.parametrize("what", ANALYSES)

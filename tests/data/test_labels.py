@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from karat.data import labels
-from karat.data.sources import size_of
+from karat.data.sources import Record, size_of
 from karat.data.splits import open_splits
 
 
@@ -260,3 +260,21 @@ def test_a_name_that_two_classes_have_cannot_be_told():
     assert labels.positions(("crane", "crane"), ("crane", "crane"), "x").tolist() == [0, 1]
     with pytest.raises(ValueError, match="has two of that name"):
         labels.positions(("crane",), ("crane", "emu", "crane"), "x")
+
+
+def test_a_source_need_not_know_that_its_classes_are_numbered_anew():
+    class Pets:
+        """Records whose labels are not read from `labels`."""
+
+        labels = np.array([0, 1, 1])
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return Record(None, (0, 1, 1)[index], f"pet {index}")
+
+    found = labels.relabel(Pets(), ["cat", "dog"], ["dog", "owl", "cat"], "pets", "the model")
+    assert [record.label for record in found] == found.labels.tolist() == [2, 0, 0]
+    same = Pets()
+    assert labels.relabel(same, ["cat", "dog"], ["cat", "dog"], "pets", "the model") is same

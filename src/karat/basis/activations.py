@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from karat.basis.base import Basis, EdgeParameter, LinearBasis
+from karat.basis.base import Basis, EdgeParameter, LinearBasis, Shape
 
 
 class Activation(NamedTuple):
@@ -53,6 +53,13 @@ class _WithBase(Basis):
     @property
     def parts(self) -> tuple[str, Basis]:
         return self.activation, self.inner
+
+    @property
+    def reach(self) -> float:
+        return self.inner.reach
+
+    def shapes(self) -> list[Shape]:
+        return self.inner.shapes()
 
     def key_gain(self, num_keys: int) -> Tensor | None:
         return self.inner.key_gain(num_keys)

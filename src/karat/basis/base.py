@@ -9,6 +9,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+Shape = dict[str, tuple[float, ...]]  # parameter group -> its values
+
 
 class EdgeParameter(NamedTuple):
     """A named group of `count` learnable numbers that each edge function owns.
@@ -60,6 +62,15 @@ class Basis(ABC):
     @abstractmethod
     def edge_gradients(self, x: Tensor, u: Tensor, dphi: Tensor) -> tuple[Tensor, list[Tensor]]:
         """dφ/dx · dφ_ and [dφ/du_f · dφ_ for each f], elementwise, in the shape that x and u[f] broadcast to."""
+
+    @property
+    def reach(self) -> float:
+        """Up to which |x| the functions tell scores apart: a fit to attention brings scores there."""
+        return 3.0
+
+    def shapes(self) -> list[Shape]:
+        """Values of what isn't an amplitude, of which a fit to attention tries each; here the means alone."""
+        return [{group.name: (group.mean,) * group.count for group in self.parameters if not group.amplitude}]
 
     @property
     def parts(self) -> tuple[str, Basis]:

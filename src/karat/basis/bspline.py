@@ -62,6 +62,10 @@ class BSpline(LocalSplines):
         super().__post_init__()
 
     @property
+    def reach(self) -> float:
+        return self.range
+
+    @property
     def parameters(self) -> tuple[EdgeParameter, ...]:
         return (EdgeParameter("coefficients", self.grid + self.order, amplitude=True),)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,6 +32,10 @@ class Fourier(LinearBasis):
     @property
     def parameters(self) -> tuple[EdgeParameter, ...]:
         return (EdgeParameter("coefficients", 2 * self.grid, amplitude=True),)
+
+    @property
+    def reach(self) -> float:
+        return math.pi  # half a period
 
     def feature_list(self, x: Tensor) -> list[Tensor]:
         multiples = [m * x for m in range(1, self.grid + 1)]

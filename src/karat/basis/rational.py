@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from karat.basis.base import Basis, EdgeParameter, check_count
+from karat.basis.base import Basis, EdgeParameter, Shape, check_count
 
 
 def _tame(count: int) -> tuple[float, ...]:
@@ -43,6 +43,9 @@ class Rational(Basis):
             # Above zero: where the highest one vanishes, φ grows as x^m and its gradient explodes.
             EdgeParameter("denominator", self.n, amplitude=False, default_std=(0.01,) * self.n, default_mean=0.05),
         )
+
+    def shapes(self) -> list[Shape]:
+        return [{"denominator": (*(0.0,) * (self.n - 1), self.reach**-self.n)}]  # |b_n xⁿ| = 1 at the reach
 
     def _powers(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y in [-1,1] and w >= 1 with x^i / w^n = y^i w^(i-n), w = max(|x|, 1)."""

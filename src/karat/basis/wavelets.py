@@ -14,13 +14,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from karat.basis.base import Basis, EdgeParameter, check_positive
+from karat.basis.base import Basis, EdgeParameter, Shape, check_positive
 
 LEAST_DILATION = 1e-3
 
 
 class Wavelet(Basis):
     """φ(x) = w · mother((x - τ)/s)."""
+
+    breadth: ClassVar[float] = 0.5  # of the dilation that a fit starts from, as a share of the reach
 
     @property
     def parameters(self) -> tuple[EdgeParameter, ...]:
@@ -29,6 +31,10 @@ class Wavelet(Basis):
             EdgeParameter("translation", 1, amplitude=False, std=0.0),
             EdgeParameter("dilation", 1, amplitude=False, mean=1.0, std=0.0),
         )
+
+    def shapes(self) -> list[Shape]:
+        width = self.breadth * self.reach
+        return [{"translation": (self.reach * place,), "dilation": (width,)} for place in (-0.6, -0.2, 0.2, 0.6)]
 
     @abstractmethod
     def mother(self, x: Tensor) -> Tensor:
@@ -82,6 +88,7 @@ class Morlet(Wavelet):
     omega: float = 5.0
 
     name: ClassVar[str] = "morlet"
+    breadth: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         check_positive(self.name, "omega", self.omega)
@@ -117,6 +124,7 @@ class Meyer(Wavelet):
     """
 
     name: ClassVar[str] = "meyer"
+    breadth: ClassVar[float] = 1.0
 
     def mother(self, x: Tensor) -> Tensor:
         size = x.abs().clamp(max=1)  # ν is 1 and m is 0 from there on

@@ -11,16 +11,15 @@ import copy
 import math
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from karat.data.sources import Source, Stream, is_stream
+from karat.data.sources import Source, Stream, SubsetSource, is_stream
 from karat.errors import brief
 
 MOST_NUMBERS = 2**20  # a larger number is an identifier of something, and a head of so many classes fits nowhere
 SHOWN = 8  # names in a message
-P = TypeVar("P", Source, Stream, Source | Stream)
 
 
 class Column(NamedTuple):
@@ -134,19 +133,23 @@ def positions(names: Iterable[str], classes: Sequence[str], where: str, whose: s
     return np.array([places[name] for name in names], dtype=np.int64)
 
 
-def relabel(part: P, names: Sequence[str], classes: Sequence[str], where: str, whose: str) -> P:
+def relabel(
+    part: Source | Stream, names: Sequence[str], classes: Sequence[str], where: str, whose: str
+) -> Source | Stream:
     """A source or stream whose labels are places among `classes` instead of `names`; only the names that occur count.
 
     Raises ValueError as `positions`, of a stream when the row comes.
     """
-    changed: Any = copy.copy(part)
     if is_stream(part):
+        changed = copy.copy(part)
         changed.classes, changed.whose = tuple(classes), whose
         return changed
+    if list(names) == list(classes):
+        return part
     used, codes = np.unique(part.labels, return_inverse=True)
-    if list(names) != list(classes):
-        changed.labels = positions([names[label] for label in used], classes, where, whose)[codes]
-    return changed
+    found = SubsetSource(part, np.arange(len(part)))
+    found.labels = positions([names[label] for label in used], classes, where, whose)[codes]
+    return found
 
 
 def check_unchanged(before: Iterable[str], now: Iterable[str], where: object) -> None:

@@ -36,9 +36,14 @@ class Source(Protocol):
 
 
 class Stream(Protocol):
-    """Records in an order of its own; `length` of them an epoch."""
+    """Records in an order of its own; `length` of them an epoch.
+
+    classes: all names, `whose` they are, in the order of the labels that come out; None: a row's number is its label.
+    """
 
     length: int
+    classes: tuple[str, ...] | None
+    whose: str
 
     def records(self, *, seed: int, rank: int, world_size: int) -> Iterator[tuple[int, Record]]:
         """(number, record) of this process's share; the numbers of all processes together are disjoint."""

@@ -33,7 +33,7 @@ class PublishedFigure:
 
 @cache
 def published() -> tuple[PublishedFigure, ...]:
-    """All 468 figures of arXiv 2503.10632v3, table by table."""
+    """The figures of arXiv 2503.10632v3, table by table."""
     text = resources.files("karat.paper").joinpath("published.csv").read_text(encoding="utf-8")
     found: list[PublishedFigure] = []
     lines = list(csv.DictReader(text.splitlines()))

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from karat.models.distill.features import Shape, features, fixed_base, reach, shapes, write
+from karat.basis.base import Shape
+from karat.models.distill.features import features, fixed_base, write
 from karat.models.distill.least_squares import Moments, least_squares, reduced_rank
 from karat.operator.config import KArAtConfig
 from karat.operator.edges import EdgeLayer
@@ -149,7 +150,7 @@ def _share(moments: Moments, fitted: Tensor, weight: Tensor) -> Tensor:
 def _fit_outputs(op: KArAtOperator, rows: Source, ridge: float, *, hidden: bool) -> Tensor:
     """The last layer of the operator by least squares: its outputs are σ's row."""
     layer = op.edge_layers[-1]
-    chosen = shapes(layer.basis)
+    chosen = layer.basis.shapes()
     offset = layer if layer.has_fixed_base else None
     moments, weight = _collect(
         op, rows, lambda x, mask: _dictionary(layer, x, mask, chosen), offset=offset, hidden=hidden
@@ -212,7 +213,7 @@ def _first_map(
 ) -> tuple[Moments, Tensor, Tensor, Tensor]:
     """Reduced-rank regression of the targets on Φ's features, written into the first layer; moments, weight, K, W."""
     layer, rank = op.edge_layers[0], op.config.rank or 0
-    chosen = shapes(layer.basis)
+    chosen = layer.basis.shapes()
 
     def inputs(x: Tensor, mask: Tensor | None) -> Tensor:
         z = _dictionary(layer, x, mask, chosen)
@@ -259,7 +260,7 @@ def _fit_w_phi(op: KArAtOperator, rows: Source, ridge: float) -> Tensor:
 def _fit_last(op: KArAtOperator, rows: Source, ridge: float) -> Tensor:
     """Orders Φ∘W and Φ₂∘Φ₁: the first map to R numbers, then the last layer by least squares on what they are."""
     # the R numbers fill the last layer's reach: they lie within it at three standard deviations
-    size = reach(op.edge_layers[-1].basis) / 3
+    size = op.edge_layers[-1].basis.reach / 3
     if op.W is None:
         _first_map(op, rows, ridge, size)
     else:

@@ -7,55 +7,12 @@ of its own.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from karat.basis import Basis, LinearBasis
-from karat.basis.bspline import BSpline
-from karat.basis.fourier import Fourier
-from karat.basis.rational import Rational
-from karat.basis.wavelets import Meyer, Morlet, Wavelet
+from karat.basis import LinearBasis
+from karat.basis.base import Shape
 from karat.operator.edges import EdgeLayer, starts
-
-Shape = dict[str, tuple[float, ...]]  # parameter group -> its values
-
-DEFAULT_REACH = 3.0
-
-
-def reach(basis: Basis) -> float:
-    """Up to which |x| the functions of a family tell scores apart: half a Fourier period, a spline's grid, else 3."""
-    inner = getattr(basis, "inner", basis)
-    if isinstance(inner, Fourier):
-        return math.pi
-    return inner.range if isinstance(inner, BSpline) else DEFAULT_REACH
-
-
-def _wavelet_shapes(basis: Any, far: float) -> list[Shape]:
-    width = far if isinstance(basis, (Meyer, Morlet)) else far / 2
-    return [{"translation": (far * place,), "dilation": (width,)} for place in (-0.6, -0.2, 0.2, 0.6)]
-
-
-def _rational_shapes(basis: Any, far: float) -> list[Shape]:
-    return [{"denominator": (*(0.0,) * (basis.n - 1), far**-basis.n)}]  # |b_n xⁿ| = 1 at the reach
-
-
-# The shapes to start from, by family. A new family that isn't linear starts from the means of its parameters.
-SHAPES: dict[type[Any], Callable[[Any, float], list[Shape]]] = {Wavelet: _wavelet_shapes, Rational: _rational_shapes}
-
-
-def shapes(basis: Basis) -> list[Shape]:
-    """The shapes that a family's edges may start from; one empty shape for a basis without any."""
-    if isinstance(basis, LinearBasis):
-        return [{}]
-    inner = getattr(basis, "inner", basis)
-    for family, choose in SHAPES.items():
-        if isinstance(inner, family):
-            return choose(inner, reach(basis))
-    return [{group.name: (group.mean,) * group.count for group in basis.parameters if not group.amplitude}]
 
 
 def free_amplitudes(layer: EdgeLayer) -> list[int]:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from karat.models.attention import AttentionInputs
 from karat.models.distill import gauge
 from karat.models.distill.closed_form import Rows, check_fits, fit_operator
-from karat.models.distill.features import reach
 from karat.models.distill.least_squares import Moments, least_squares
 from karat.models.distill.sites import Site, arguments_at, sites
 from karat.models.evaluating import evaluating
@@ -137,7 +136,7 @@ def _fold(op: KArAtOperator, users: list[Site], source: nn.Module, images: Image
         seen = [mine for _, mine, _ in _inputs([site], source, images, TRIAL_BATCHES)]
         gauge.shift_keys(site.student, gauge.key_shift(seen), heads)
     seen = [mine for _, mine, _ in _inputs(users, source, images, TRIAL_BATCHES)]
-    whole = gauge.score_scale(seen, reach(op.edge_layers[0].basis))
+    whole = gauge.score_scale(seen, op.edge_layers[0].basis.reach)
     shares = []
     for factor in SCALES:
         trial = partial(_rows, op, users, source, images, whole * factor, TRIAL_BATCHES)

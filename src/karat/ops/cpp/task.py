@@ -36,19 +36,21 @@ _LAYOUT = Struct("14q 4qf4x f4x 6q 25q 5q 4q 5q 1q 5q 12q 4q 3q 2q 5q")
 _NONE = (0, 0, 0, 0)
 
 
-# How features.h's `Basis` has a family: family, grid, order, range; None where the kernel lacks that size of it. What
-# subclasses one has functions of its own.
-_FAMILIES: dict[type[Basis], Callable[[Any], tuple[int, int, int, float] | None]] = {
-    Fourier: lambda basis: (0, basis.grid, 0, 0.0),
-    type(NOTHING): lambda basis: (0, 0, 0, 0.0),
-    BSpline: lambda basis: (1, basis.grid, basis.order, basis.range) if basis.order <= MAX_ORDER else None,
-    Rational: lambda basis: (2, basis.m, basis.n, 0.0) if max(basis.m, basis.n) <= MAX_DEGREE else None,
-    MexicanHat: lambda basis: (3, 0, 0, 0.0),
-    Morlet: lambda basis: (4, 0, 0, basis.omega) if basis.omega <= MAX_OMEGA else None,
-    DerivativeOfGaussian: lambda basis: (5, 0, 0, 0.0),
-    Meyer: lambda basis: (6, 0, 0, 0.0),
-    Shannon: lambda basis: (7, basis.window == "score", 0, 0.0),
+# How features.h's `Basis` has a family: grid, order, range; None where the kernel lacks that size of it. In the order
+# of `enum Family` there. What subclasses one has functions of its own.
+_FAMILIES: dict[type[Basis], Callable[[Any], tuple[int, int, float] | None]] = {
+    Fourier: lambda basis: (basis.grid, 0, 0.0),
+    BSpline: lambda basis: (basis.grid, basis.order, basis.range) if basis.order <= MAX_ORDER else None,
+    Rational: lambda basis: (basis.m, basis.n, 0.0) if max(basis.m, basis.n) <= MAX_DEGREE else None,
+    MexicanHat: lambda basis: (0, 0, 0.0),
+    Morlet: lambda basis: (0, 0, basis.omega) if basis.omega <= MAX_OMEGA else None,
+    DerivativeOfGaussian: lambda basis: (0, 0, 0.0),
+    Meyer: lambda basis: (0, 0, 0.0),
+    Shannon: lambda basis: (basis.window == "score", 0, 0.0),
 }
+_NUMBERS = {family: number for number, family in enumerate(_FAMILIES)}
+# Without features at all: Fourier's none.
+_FAMILIES[type(NOTHING)], _NUMBERS[type(NOTHING)] = lambda basis: (0, 0, 0.0), _NUMBERS[Fourier]
 
 
 @lru_cache(maxsize=64)
@@ -57,7 +59,7 @@ def basis_of(basis: Basis) -> tuple[int, int, int, int, float] | None:
     activation, family = basis.parts
     base, describe = _ACTIVATIONS.get(activation), _FAMILIES.get(type(family))
     described = None if describe is None else describe(family)
-    return None if described is None or base is None else (described[0], base, *described[1:])
+    return None if described is None or base is None else (_NUMBERS[type(family)], base, *described)
 
 
 def stored(q: Tensor) -> torch.dtype:
