@@ -134,6 +134,7 @@ def code(names: Iterable[str]) -> list[str]:
 # What a page must name, as it stands there.
 NAMED: dict[str, list[str]] = {
     "docs/bases.md": code(BASES),
+    "docs/method.md": list(BASES),
     "docs/reference/basis.md": [kind.__name__ for kind in BASES.values()],
     "docs/operator.md": code([*(f.name for f in fields(KArAtConfig)), *FIXED, *(name for name, _ in ORDERS), *IMPLS]),
     "docs/cost.md": code(IMPLEMENTATIONS),

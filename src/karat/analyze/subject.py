@@ -16,18 +16,8 @@ from karat.analyze.landscape import Progress
 from karat.analyze.loading import Run, Samples, labels_of, open_run, runs_in
 from karat.data.images import read_file
 from karat.operator.config import KArAtConfig
-from karat.runs.settings import slug
+from karat.runs.settings import slug, told
 from karat.values import Count, Natural, Positive, Range, Seed
-
-# What is shown of a run's settings, and of its recipe.
-SHOWN_SETTINGS = (
-    *("model", "attention", "mlp", "data", "img_size", "patch_size", "embed_dim", "depth", "num_heads"),
-    *("init", "seed", "amp_dtype", "grad_accum_steps", "preset"),
-)
-SHOWN_RECIPE = (
-    *("opt", "lr", "operator_lr_scale", "weight_decay", "clip_grad", "sched", "epochs", "warmup_epochs", "min_lr"),
-    *("batch_size", "model_ema_decay", "aa", "mixup", "cutmix", "smoothing", "drop_path"),
-)
 
 
 @dataclass(frozen=True)
@@ -135,13 +125,10 @@ def open_subjects(folders: Sequence[Path], options: Options, progress: Progress 
 
 
 def shown_settings(subjects: Sequence[Subject]) -> dict[str, list[str]]:
-    """The settings of runs that are worth showing, in words: one text a run."""
-    plain = [s.run.settings.as_dict() for s in subjects]
-    plain = [one | one["recipe"] for one in plain]
-    return {
-        name: ["–" if one[name] is None else str(one[name]) for one in plain]
-        for name in (*SHOWN_SETTINGS, *SHOWN_RECIPE)
-    }
+    """The settings that say how runs were trained, in words: one text a run."""
+    plain = [told(s.run.settings) for s in subjects]
+    names = dict.fromkeys(name for one in plain for name in one)
+    return {name: ["–" if one.get(name) is None else str(one[name]) for one in plain] for name in names}
 
 
 def _check_object(options: Options) -> None:

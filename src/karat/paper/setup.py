@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from karat.basis.specs import split_list
 from karat.operator.config import KArAtConfig
-from karat.runs.recipes import RECIPES
+from karat.runs.recipes import RECIPES, recipe_of
 
 MODELS = {
     "vit_tiny": "vit_tiny_patch16_224",
@@ -163,7 +163,7 @@ def read_setup(model: str, variant: str, dataset: str, note: str) -> Setup:
         start = "random" if "init=random" in note else _run_name("torch/imagenet", name, "softmax")
         epochs = round(DETECTION_ITERATIONS * 32 / 118_287)
         return Setup("detect", name, attention_spec(variant), data, classes, "published", epochs, 32, init=start)
-    recipe = next((family for family in ("convit", "swin") if model.startswith(family)), "vit")
+    recipe = recipe_of(model)
     batch_size = RECIPES[recipe].batch_size if dataset == "imagenet1k" else 32  # SPEC §4
     common = (name, attention_spec(variant.split("<-")[0]), data, classes)
     if "<-" in variant:

@@ -14,7 +14,7 @@ from karat.data.splits import Opener, is_path
 from karat.models.create import PREFIX, check_said_once
 from karat.models.kan.peers import DEEP_KAN
 from karat.models.starts import STARTS
-from karat.runs.recipes import RECIPES, Recipe, get_recipe
+from karat.runs.recipes import RECIPES, Recipe, get_recipe, recipe_of
 from karat.runs.settings import AUTO, RunSettings, data_slug, first_change, slug
 from karat.values import Count, Label, Natural, OneOf, local_path
 
@@ -168,7 +168,7 @@ def preset_for(preset: str, data: str, model: str, init: str | None, opened: Ope
         return "digits"
     if is_small(data, opened):
         return "quick"
-    return next((name for name in ("convit", "swin") if model.removeprefix(PREFIX).startswith(name)), "vit")
+    return recipe_of(model.removeprefix(PREFIX))
 
 
 def resolve(settings: Settings, opened: Opener | None = None) -> Settings:

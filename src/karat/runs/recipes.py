@@ -154,6 +154,11 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+def recipe_of(model: str) -> str:
+    """The preset of a family of models, by its name: "convit" of convit_tiny; "vit" of those that have none."""
+    return next((name for name in RECIPES if model.startswith(name)), "vit")
+
+
 def get_recipe(name: str) -> Recipe:
     """The preset of that name. Raises ValueError for an unknown one."""
     if name not in RECIPES:

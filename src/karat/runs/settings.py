@@ -20,6 +20,9 @@ MAY_CHANGE = frozenset(
     | {"workers", "data_dir"}
 )
 
+# What says nothing about the trained model: the device too. A recipe is told by its values and its name.
+NOT_TOLD = MAY_CHANGE | {"preset", "recipe", "device"}
+
 Device = Literal["auto", "cpu"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -153,6 +156,13 @@ def slug(text: str) -> str:
 def data_slug(data: str) -> str:
     """A data set as part of a folder's name: of a path its last part."""
     return slug(Path(data).name if Path(data).exists() else data)
+
+
+def told(settings: RunSettings) -> dict[str, Any]:
+    """The settings that say how a model was trained, the recipe's among them, as plain values."""
+    plain = settings.as_dict()
+    values = {name: value for name, value in plain.items() if name not in NOT_TOLD} | {"recipe": settings.preset}
+    return values | plain["recipe"]
 
 
 def first_change(before: RunSettings, after: RunSettings) -> str | None:

@@ -78,7 +78,7 @@ def test_softmax_is_imitated_by_every_basis_in_every_order(basis: str, order: st
     """Of gentle attention nearly everything is additive in the scores; an operator as drawn explains nothing."""
     op = KArAtOperator(H, N, f"{basis}-b,{order}").double()
     share = fit_operator(op, source(softmax, images=100, size=0.3))
-    assert (share > 0.9).all()
+    assert (share > 0.9).all(), f"{share}: what `shapes` and `reach` of {basis} say is no start for a fit"
     fresh = next(source(softmax, size=0.3, seed=1)())
     output, guess = fresh.target @ fresh.values, op(fresh.scores) @ fresh.values
     assert (output - guess).square().sum() < 0.15 * output.square().sum()

@@ -17,7 +17,7 @@ import karat
 from karat.runs import files
 from karat.share.hub import KArAtModel, ModelConfig, storage
 from support.processes import python
-from support.small_models import SMALL, images
+from support.small_models import BACKBONES, SMALL, images
 
 NAMES = ("zero", "one", "two", "three")
 VARIANTS = [
@@ -85,7 +85,7 @@ def test_the_shared_operator_is_saved_once_and_names_are_the_backbones(tmp_path:
     assert again.blocks[0].attn.operator is again.blocks[1].attn.operator
 
 
-@pytest.mark.parametrize("name", ["vit", "convit", "swin"])
+@pytest.mark.parametrize("name", BACKBONES)
 def test_a_resampled_model_is_saved_at_its_new_size(name: str, tmp_path: Path) -> None:
     model = saved_model(name)
     side = 2 * model.config.sides[0]

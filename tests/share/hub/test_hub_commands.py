@@ -19,8 +19,9 @@ from karat import runs
 from karat.cli import main
 from karat.errors import parse
 from karat.runs.classification import Settings, resolve
+from karat.runs.settings import NOT_TOLD
 from karat.share.hub.predict import probabilities, read
-from karat.share.hub.runs import NOT_TOLD, open_model, train_command
+from karat.share.hub.runs import open_model, train_command
 from karat.train.commands import defaults
 
 

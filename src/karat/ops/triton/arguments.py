@@ -60,6 +60,7 @@ TILES: dict[str, dict[str, Tiles]] = {
         "dbias": Tiles(64, 16, 4, 1),
     },
 }
+WORDS = {"score": True, "key": False}  # a family's settings that are words, as its kernel has them
 FEW_TOKENS = 96
 LARGE_SHARED_BYTES = 200 << 10  # on chips with less, the widest tiles get smaller
 WIDEST = {"half": 128, "joint": 128, "few": 128, "float": 64, "edges": 16}  # outputs of one launch; wider ones are cut
@@ -94,7 +95,7 @@ class Arguments:
     def settings(self) -> tuple[int | float | bool, ...]:
         """The family's fields, in order, as numbers."""
         values = [getattr(self.family, field.name) for field in dataclasses.fields(self.family)]
-        return tuple(value == "score" if isinstance(value, str) else value for value in values)
+        return tuple(WORDS[value] if isinstance(value, str) else value for value in values)
 
     @property
     def leading(self) -> int:

@@ -14,13 +14,8 @@ from karat.runs.classification import Settings
 from karat.runs.model import class_names, input_size, load_run
 from karat.runs.recipes import get_recipe
 from karat.runs.saved import ModelConfig, is_saved
+from karat.runs.settings import NOT_TOLD, told
 from karat.share.hub.model import KArAtModel
-
-# Where a run lies, how it is kept and by how many processes its data is loaded says nothing about the model.
-NOT_TOLD = frozenset(
-    {"output", "resume", "overwrite", "preset", "recipe", "track", "data_dir", "workers", "device"}
-    | {"checkpoints", "checkpoint_hist", "recovery_interval", "max_bad_steps"}
-)
 
 
 def train_command(settings: Settings) -> str:
@@ -38,13 +33,6 @@ def train_command(settings: Settings) -> str:
             if f.name not in skipped and value != getattr(theirs, f.name):
                 words += _option(f.name, value)
     return shlex.join(words)
-
-
-def told(settings: Settings) -> dict[str, Any]:
-    """The settings that say how a model was trained, the recipe's among them, as plain values."""
-    plain = settings.as_dict()
-    values = {name: value for name, value in plain.items() if name not in NOT_TOLD} | {"recipe": settings.preset}
-    return values | plain["recipe"]
 
 
 def _option(name: str, value: Any) -> list[str]:

@@ -234,12 +234,16 @@ struct CurveGradients {
   float* memory;  // (rows, terms and two numbers of whole vectors)
 };
 
+// What `pull_back_curves` needs of memory for a row: the terms of the widest curve, and three vectors.
+constexpr int64_t CURVE_FLOATS = (MAX_DEGREE + 4) * LANES;
+
 template <class Curve>
 void pull_back_curves(const Basis& basis, const CurveGradients x) {
   struct Row {
     typename Curve::Terms terms;
     vf base, base_slope, dx;
   };
+  static_assert(sizeof(Row) <= CURVE_FLOATS * sizeof(float), "a row has no room: raise CURVE_FLOATS");
   const Curve curve(basis);
   const int based = basis.base != NONE;
   Row* rows = reinterpret_cast<Row*>(x.memory);
@@ -290,8 +294,5 @@ inline Curves curves_of(const Basis& basis) {
   if (basis.family == RATIONAL && basis.grid == 5 && basis.order == 4) return both<Rational<5, 4>>();
   return by_family[basis.family - RATIONAL];
 }
-
-// What `pull_back_curves` needs of memory for a row: the terms of the widest curve, and three vectors.
-constexpr int64_t CURVE_FLOATS = (MAX_DEGREE + 4) * LANES;
 
 }  // namespace karat
