@@ -19,6 +19,7 @@ import torch
 
 import karat.models.backbones
 from karat import KArAtConfig, paper
+from karat.analyze import cost
 from karat.analyze.analyses import ANALYSES
 from karat.basis import BASES
 from karat.cli import COMMANDS, main
@@ -178,6 +179,12 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], types.ModuleType]
 def test_pages_hold_the_tables_that_are_generated(script: Callable[[str], types.ModuleType]) -> None:
     tables = script("tables")
     assert [name_of(page) for page in PAGES if tables.filled(text := page.read_text(encoding="utf-8")) != text] == []
+
+
+def test_the_cost_of_every_published_model_is_measured(script: Callable[[str], types.ModuleType]) -> None:
+    rows = script("tables").read("performance/cost.json")["rows"]
+    measured = {(row["model"], row["attention"]) for row in rows}
+    assert measured == {*cost.PUBLISHED}, "karat bench cost --output docs/results/performance, see docs/house.md"
 
 
 def test_published_tables_are_the_papers(script: Callable[[str], types.ModuleType]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import karat
 from karat import KArAtConfig, KArAtOperator
 from karat.detect.trunk import create_trunk
+from karat.share.hub.model import KArAtModel
 from karat.study.bench import paper_way
 from support.small_models import VIT
 
@@ -124,6 +126,24 @@ def test_what_is_taken_changes_something(use: Use, family: str, name: str) -> No
         f"{use.__name__} takes {name} with {family} and ignores it: refuse it, see OF_EDGES, OF_GRIDS and OF_MODELS "
         "of karat/operator/rules.py"
     )
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_every_setting_is_exported_saved_and_carried_to_another_grid(name: str, tmp_path: Path) -> None:
+    config = KArAtConfig(**VALUES[name])
+    sizes = VIT | {"depth": 2 if "blocks" in VALUES[name] else 1}
+    model = KArAtModel.create("vit_tiny_patch16_224", str(config), num_classes=4, **sizes).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # gates and biases start at zero: every part speaks
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    images = torch.randn(2, 3, 16, 16)
+    wanted = model(images)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(KArAtModel.from_pretrained(tmp_path)(images), wanted)
+    exported = torch.export.export(model.backbone, (images,)).module()
+    torch.testing.assert_close(exported(images), wanted, rtol=1e-4, atol=1e-5)
+    karat.resample_tokens(model.backbone, img_size=24)
+    assert model(torch.randn(1, 3, 24, 24)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", VALUES)

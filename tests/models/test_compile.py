@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from karat import KArAtOperator, create_model
+from support.small_models import BACKBONES
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 3}
 MODELS = {
@@ -26,6 +27,10 @@ MODELS = {
         },
     ),
 }
+
+
+def test_every_backbone_is_compiled() -> None:
+    assert {*BACKBONES} <= {name.split(",")[0] for name in MODELS}
 
 
 @pytest.mark.slow

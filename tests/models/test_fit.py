@@ -11,6 +11,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 import karat
+from karat.models import backbones
+from karat.models.backbones import backbone_of
 from karat.models.fit import fit, places_of_weights
 from karat.operator.token_grid import TokenGrid
 
@@ -32,6 +34,11 @@ def model(name: str, attention: str, side: int, **more: Any) -> nn.Module:
         for parameter in made.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return made
+
+
+def test_every_backbone_starts_from_another_size() -> None:
+    found = [backbone_of(timm.create_model(name, **sizes)) for name, sizes in BACKBONES.items()]
+    assert all(record in found for record in backbones.BACKBONES.values())
 
 
 @pytest.mark.parametrize("known", [True, False])

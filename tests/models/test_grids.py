@@ -25,7 +25,7 @@ def dynamic(attention: str = "g3b", **kwargs: object) -> nn.Module:
 
 
 @pytest.mark.parametrize("attention", ["g3b", "g3u", "softmax"])
-@pytest.mark.parametrize("name", ["vit", "vit_registers", "deit_distilled", "swin"])
+@pytest.mark.parametrize("name", [name for name in SMALL if hasattr(small_model(name), "set_input_size")])
 def test_set_input_size_is_resample_tokens(name: str, attention: str) -> None:
     if name == "swin" and attention == "g3u":
         pytest.skip("Swin is blockwise only")

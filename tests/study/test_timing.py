@@ -30,6 +30,10 @@ def plan_of(folder: Path, *rows: dict[str, Any]) -> Plan:
     return make_plan(document, common_settings(document.settings), folder)
 
 
+def test_every_setting_of_a_step_is_tried() -> None:
+    assert set(timing._OF_A_STEP) == {*ALTERED, "model", "attention", "teacher"}
+
+
 def test_rows_that_take_other_steps_are_timed_apart(tmp_path: Path) -> None:
     rows = [{"attention": "softmax", "name": name, name: value} for name, value in ALTERED.items()]
     plan = plan_of(tmp_path, {"attention": "softmax"}, {"attention": "softmax", "name": "lr", "lr": 1.0}, *rows)

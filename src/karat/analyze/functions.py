@@ -140,7 +140,7 @@ def coefficients(op: KArAtOperator, *, bins: int = 50) -> list[Distribution]:
     for index, layer in enumerate(op.edge_layers):
         prefix = f"{index + 1}/" if len(op.layers) > 1 else ""
         groups |= {f"{prefix}{name}": value for name, value in layer.values().items()}
-    groups |= {name: matrix for name, matrix in (("W", op.projector), ("C", op.places)) if matrix is not None}
+    groups |= {name: getattr(op, name) * getattr(op, f"{name}_factor") for name in op.layout.maps}
     found = []
     for name, parameter in groups.items():
         values = parameter.detach().float().cpu()

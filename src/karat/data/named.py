@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def open_torch(name: str, root: Path | None) -> Splits:
     if name not in FILES:
         raise ValueError(f"unknown data set torch/{name}; known are {', '.join([*FILES, 'imagenet'])}")
     try:
-        return _OPENERS.get(name, _from_timm)(name, root)
+        return replace(_OPENERS.get(name, _from_timm)(name, root), mirror=name not in DIGITS)
     except Exception as error:  # urllib, tarfile, OSError, RuntimeError: whichever way a download can fail
         raise ValueError(
             f"torch/{name} is not in {root} and could not be downloaded ({reason_of(error)}); "
@@ -88,7 +89,7 @@ def _from_timm(name: str, root: Path) -> Splits:
     train, evaluation = parts
     names = tuple(str(c).split(" - ")[-1] for c in dataset.classes)
     in_chans, side = (1 if train.images.ndim == 3 else 3), train.images.shape[1]
-    return Splits(train, evaluation, names, in_chans=in_chans, native_size=side, mirror=name not in DIGITS)
+    return Splits(train, evaluation, names, in_chans=in_chans, native_size=side)
 
 
 def _channels_first(name: str, root: Path) -> Splits:
@@ -102,7 +103,7 @@ def _channels_first(name: str, root: Path) -> Splits:
         for d, split in zip(found, ("train", "test"), strict=True)
     )
     names = tuple(map(str, getattr(found[0], "classes", range(10))))
-    return Splits(train, evaluation, names, native_size=train.images.shape[1], mirror=name not in DIGITS)
+    return Splits(train, evaluation, names, native_size=train.images.shape[1])
 
 
 def _flowers102(name: str, root: Path) -> Splits:

@@ -42,6 +42,11 @@ class Layout(NamedTuple):
     sharpness: bool = False  # whether each head has a factor of its scores
 
     @property
+    def maps(self) -> dict[str, Axes]:
+        """Those of W and C that there are, by name."""
+        return {name: axes for name, axes in (("W", self.W), ("C", self.C)) if axes is not None}
+
+    @property
     def edges_last(self) -> bool:
         """Whether edge functions are, or are part of, what multiplies the values."""
         return bool(self.layers) and self.layers[-1][1] != RANK

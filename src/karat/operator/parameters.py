@@ -64,9 +64,8 @@ class OperatorParameters(nn.Module):
         self.W, self.C = (
             nn.Parameter(torch.empty(heads, *sizes(axes))) if axes else None for axes in (layout.W, layout.C)
         )
-        for name in ("W", "C"):
-            if getattr(self, name) is not None:
-                self.register_buffer(f"{name}_factor", torch.ones(()))
+        for name in layout.maps:
+            self.register_buffer(f"{name}_factor", torch.ones(()))
         self.gate = nn.Parameter(torch.empty(heads)) if gated else None
         self.sharpness = nn.Parameter(torch.empty(heads)) if layout.sharpness else None
 
@@ -110,7 +109,7 @@ class OperatorParameters(nn.Module):
 
     def factored(self) -> dict[str, tuple[str, ...]]:
         """The parameter that each buffer of a factor multiplies, by name; the layers have their own."""
-        return {f"{name}_factor": (name,) for name in ("W", "C") if getattr(self, name) is not None}
+        return {f"{name}_factor": (name,) for name in self.layout.maps}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         add_factors(self, state_dict, prefix)

@@ -179,12 +179,9 @@ def resampled_maps(op: KArAtOperator, old: TokenGrid, new: TokenGrid) -> tuple[T
     """W and C on another grid, as differentiable functions of the operator's, and their factors; those it has."""
     parameters: Tensors = {}
     buffers: Tensors = {}
-    for name, axes in (("W", op.layout.W), ("C", op.layout.C)):
-        x: Tensor | None = getattr(op, name)
-        if x is None or axes is None:
-            continue
+    for name, axes in op.layout.maps.items():
         halvings = _halvings(axes, old, new)
-        parameters[name] = _resample(x, axes, old, new, amplitude=True) / halvings
+        parameters[name] = _resample(getattr(op, name), axes, old, new, amplitude=True) / halvings
         buffers[f"{name}_factor"] = getattr(op, f"{name}_factor") * halvings
     return parameters, buffers
 

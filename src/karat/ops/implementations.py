@@ -51,9 +51,8 @@ IMPLEMENTATIONS: dict[str, str] = {
 # others are followed by it (by_parts.py).
 PROJECTED: dict[str, str] = {"cpp": "karat.ops.cpp.attend"}
 
-# What "auto" tries, in order, by device; the last one serves everything.
-PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "tiled"), "cpu": ("cpp", "tiled")}
-PREFERENCE_ELSEWHERE = ("tiled",)
+# What "auto" tries first, in order, by device; then "tiled", which serves everything.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton",), "cpu": ("cpp",)}
 
 
 @cache
@@ -83,8 +82,8 @@ def choice(impl: str, call: Call, u: Tensor, basis: Basis, v: Tensor | None = No
                 f"impl={impl!r} can't serve this call: {reason}; use impl='auto' or one of reference, {', '.join(able)}"
             )
         return impl
-    names = PREFERENCE.get(call.q.device.type, PREFERENCE_ELSEWHERE)
-    return next(name for name in names if load(name).unsupported(call, u, basis, v) is None)
+    names = PREFERENCE.get(call.q.device.type, ())
+    return next((name for name in names if load(name).unsupported(call, u, basis, v) is None), "tiled")
 
 
 def projecting(impl: str, call: Call, u: Tensor, basis: Basis, v: Tensor | None = None) -> bool:

@@ -21,7 +21,7 @@ from karat.cli import main
 from karat.operator.fixed import FIXED
 from karat.share.export import export_onnx, export_pt2, exported_program, plain_path
 from karat.share.export.graph import largest_difference
-from support.small_models import small_model
+from support.small_models import BACKBONES, small_model
 
 pytest.importorskip("onnxruntime", reason="ONNX is an optional extra: pip install 'karat[export]'")
 
@@ -50,6 +50,10 @@ ORDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 ORDERS |= {name: ("vit", name, TINY) for name in FIXED}
 CASES = ONNX | ORDERS
+
+
+def test_every_backbone_is_exported() -> None:
+    assert {*BACKBONES} <= {name for name, _, _ in ONNX.values()}
 
 
 def tiny(case: str) -> tuple[torch.nn.Module, tuple[int, int, int]]:

@@ -154,6 +154,14 @@ def test_a_backbone_that_the_config_does_not_describe_is_not_saved(tmp_path: Pat
     assert not (tmp_path / "config.json").exists()
 
 
+def test_a_backbone_of_the_same_weights_that_computes_something_else_is_not_taken() -> None:
+    model = saved_model("vit", "g3b")
+    for block in model.backbone.blocks:
+        block.mlp.act = torch.nn.ReLU()
+    with pytest.raises(ValueError, match=r"with the same weights its logits are .* of their size away"):
+        KArAtModel(model.config, model.backbone)
+
+
 def test_what_is_saved_stays_until_another_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, other = saved_model("vit", "g3b"), saved_model("vit", "g3b")
     model.save_pretrained(tmp_path)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from karat.models.backbones import backbone_of
 from karat.models.create import PREFIX, REGISTERED
+from karat.models.evaluating import evaluating
 from karat.models.regrid import check_patches
 from karat.runs import saved
 from karat.runs.checkpoint import first_difference
@@ -26,6 +27,7 @@ from karat.share.hub import card, storage
 SOURCES = ("pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
 # Arguments about images that are `ModelConfig`'s.
 OF_IMAGES = ("in_chans", "mean", "std", "crop_pct", "interpolation")
+ALIKE = 1e-2  # of the logits' size: more isn't the rounding of half precision
 
 
 class KArAtModel(
@@ -154,9 +156,9 @@ class KArAtModel(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.config = self.present_config()
-        check_rebuilds(self.backbone, self.config)
         weights = self.backbone.state_dict()
         saved.precision(weights, "the model")
+        check_rebuilds(self.backbone, self.config)
         storage.write(save_directory, self.config, weights)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -212,10 +214,19 @@ class KArAtModel(
 
 
 def check_rebuilds(backbone: nn.Module, config: ModelConfig) -> None:
-    """Raise ValueError unless `config` gives a model with the weights of this one, name by name, shape by shape."""
+    """Raise ValueError unless `config` gives a model with the weights of this one and, loaded with them, its logits."""
+    like = next(backbone.parameters())
     with torch.random.fork_rng(devices=()):
-        again = saved.build(config).state_dict()
-    difference = first_difference(again, backbone.state_dict())
+        again = saved.build(config).to(like)
+        images = torch.rand(1, config.in_chans, *config.sides).to(like)
+    difference = first_difference(again.state_dict(), backbone.state_dict())
+    if difference is None and len({p.dtype for p in backbone.parameters()}) == 1:  # of several none is saved
+        again.load_state_dict(backbone.state_dict())
+        with torch.no_grad(), evaluating(backbone), evaluating(again):
+            logits, wanted = again(images), backbone(images)
+        error = float((logits - wanted).norm() / wanted.norm().clamp(min=1e-6))
+        if not error <= ALIKE and bool(wanted.isfinite().all()):
+            difference = f"with the same weights its logits are {error:.1g} of their size away"
     if difference is not None:
         raise ValueError(f"the config does not describe this model, which could not be loaded again: {difference}")
 
