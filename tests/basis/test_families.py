@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -211,6 +212,14 @@ def test_bad_specs_say_what_to_do(spec: str, says: str) -> None:
     with pytest.raises(ValueError) as error:
         parse_basis(spec)
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_every_setting_is_held_to_what_its_default_is(name: str) -> None:
+    for field in dataclasses.fields(BASES[name]):
+        for value in (True, "3", None, -1, 0, math.inf, *([2.5] if isinstance(field.default, int) else [])):
+            with pytest.raises(ValueError, match=f"{name}: {field.name} must be"):
+                BASES[name](**{field.name: value})
 
 
 def test_a_setting_is_written_to_the_last_digit() -> None:

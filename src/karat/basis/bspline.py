@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from karat.basis.base import EdgeParameter, LinearBasis, check_count, check_positive
+from karat.basis.base import EdgeParameter, LinearBasis
 
 
 class LocalSplines(LinearBasis):
@@ -53,13 +53,6 @@ class BSpline(LocalSplines):
     range: float = 4.0
 
     name: ClassVar[str] = "bspline"
-
-    def __post_init__(self) -> None:
-        check_count(self.name, "grid", self.grid, 1)
-        check_count(self.name, "order", self.order, 1)
-        check_positive(self.name, "range", self.range)
-        object.__setattr__(self, "range", float(self.range))
-        super().__post_init__()
 
     @property
     def reach(self) -> float:

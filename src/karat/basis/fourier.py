@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from karat.basis.base import EdgeParameter, LinearBasis, check_count
+from karat.basis.base import EdgeParameter, LinearBasis
 
 BY_RECURRENCE = 5  # harmonics: more than this many need a way to the others whose error doesn't grow with their square
 
@@ -24,10 +24,6 @@ class Fourier(LinearBasis):
     grid: int = 3
 
     name: ClassVar[str] = "fourier"
-
-    def __post_init__(self) -> None:
-        check_count(self.name, "grid", self.grid, 1)
-        super().__post_init__()
 
     @property
     def parameters(self) -> tuple[EdgeParameter, ...]:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from karat.basis.base import Basis, EdgeParameter, Shape, check_count
+from karat.basis.base import Basis, EdgeParameter, Shape
 
 
 def _tame(count: int) -> tuple[float, ...]:
@@ -30,11 +30,6 @@ class Rational(Basis):
     n: int = 4
 
     name: ClassVar[str] = "rational"
-
-    def __post_init__(self) -> None:
-        check_count(self.name, "m", self.m, 1)
-        check_count(self.name, "n", self.n, 1)
-        super().__post_init__()
 
     @property
     def parameters(self) -> tuple[EdgeParameter, ...]:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from karat.basis.base import Basis, EdgeParameter, Shape, check_positive
+from karat.basis.base import Basis, EdgeParameter, Shape
 
 LEAST_DILATION = 1e-3
 
@@ -89,11 +89,6 @@ class Morlet(Wavelet):
 
     name: ClassVar[str] = "morlet"
     breadth: ClassVar[float] = 1.0
-
-    def __post_init__(self) -> None:
-        check_positive(self.name, "omega", self.omega)
-        object.__setattr__(self, "omega", float(self.omega))
-        super().__post_init__()
 
     def mother(self, x: Tensor) -> Tensor:
         return torch.cos(self.omega * x) * _gaussian(x)

@@ -77,7 +77,7 @@ def read_measures(folder: Path) -> Numbers | None:
     if not path.is_file() or not (folder / runs.DIGESTS).is_file():
         return None
     kept = read_json(path)
-    return kept["numbers"] if kept["key"] == _key(folder) else None
+    return kept["numbers"] if kept["key"] == _key(folder) and HEADINGS.keys() <= kept["numbers"].keys() else None
 
 
 def _key(folder: Path) -> dict[str, Any]:

@@ -16,6 +16,11 @@ from karat.runs.classification import Settings
 from karat.runs.model import build_model
 
 BATCH = 8
+OF_THE_PAPER = {  # metrics of Table 13
+    "params_M": "paper: parameters (M)",
+    "GFLOPs": "paper: multiply-adds an image (G)",
+    "gpu_memory_GB_batch32": "paper: GPU memory, batch 32 (GB)",
+}
 
 
 def analyse_cost(subjects: Sequence[Subject]) -> Analysis:
@@ -47,9 +52,7 @@ def analyse_cost(subjects: Sequence[Subject]) -> Analysis:
             published = PUBLISHED.get((asked.model, asked.attention)) if teacher is None else None
             if published is not None and published_size:
                 rows[label] |= {
-                    "paper: parameters (M)": published["params_M"],
-                    "paper: multiply-adds an image (G)": published["GFLOPs"],
-                    "paper: GPU memory, batch 32 (GB)": published["gpu_memory_GB_batch32"],
+                    words: published[metric] for metric, words in OF_THE_PAPER.items() if metric in published
                 }
             history = s.run.history
             if label == s.label and history:
