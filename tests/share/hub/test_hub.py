@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import karat
+from karat.ops.triton import attention as triton
 from karat.runs import files
 from karat.share.hub import KArAtModel, ModelConfig, storage
 from support.processes import python
@@ -160,6 +161,21 @@ def test_a_backbone_of_the_same_weights_that_computes_something_else_is_not_take
         block.mlp.act = torch.nn.ReLU()
     with pytest.raises(ValueError, match=r"with the same weights its logits are .* of their size away"):
         KArAtModel(model.config, model.backbone)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_backbone_is_taken_wherever_it_lies_and_whatever_ran_it(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "unsupported", lambda *_: "here it can't run")
+    model = saved_model("vit", "g3b")
+    backbone = karat.create_model(SMALL["vit"][0], "g3b,impl=triton", num_classes=4, **SMALL["vit"][1]).to(device)
+    assert KArAtModel(model.config, backbone).backbone.blocks[0].attn.operator.config.impl == "triton"
+
+
+def test_a_model_of_several_outputs_comes_back(tmp_path: Path) -> None:
+    model = saved_model("vit", "g3b", features_only=True, out_indices=(0, 1))
+    model.save_pretrained(tmp_path)
+    x = images("vit")
+    assert all(map(torch.equal, karat.from_pretrained(tmp_path)(x), model(x)))
 
 
 def test_what_is_saved_stays_until_another_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

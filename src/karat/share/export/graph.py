@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
-from karat.models.evaluating import evaluating
-from karat.operator.operator import karat_operators
+from karat.models.evaluating import computed_by, evaluating
 
 BATCHES = (1, 3)  # what an exported file is tried with: neither is the batch that it was traced with
 TRACED = 2
@@ -19,18 +17,10 @@ MOST_IMAGES = 1 << 16
 TOLERANCE = 1e-4
 
 
-@contextmanager
-def plain_path(model: nn.Module) -> Iterator[None]:
+def plain_path(model: nn.Module) -> AbstractContextManager[None]:
     """Within, every operator of the model computes by the definition of basis attention (impl="reference"): ordinary
     PyTorch operators that an exporter can translate, in place of karat's own kernels."""
-    before = {op: op.config for op in karat_operators(model).values()}
-    try:
-        for op, config in before.items():
-            op.config = replace(config, impl="reference")
-        yield
-    finally:
-        for op, config in before.items():
-            op.config = config
+    return computed_by(model, "reference")
 
 
 def exported_program(model: nn.Module, shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
