@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from karat.basis import BASES, LinearBasis, parse_basis, with_base
 from karat.basis.bspline import BSpline
+from karat.basis.fourier import Fourier
 from karat.basis.wavelets import Morlet
 
 VARIANTS = ["fourier(grid=1)", "fourier(grid=11)", "bspline(grid=4,order=1,range=2)", "rational(m=2,n=4)"]
@@ -220,6 +221,18 @@ def test_every_setting_is_held_to_what_its_default_is(name: str) -> None:
         for value in (True, "3", None, -1, 0, math.inf, *([2.5] if isinstance(field.default, int) else [])):
             with pytest.raises(ValueError, match=f"{name}: {field.name} must be"):
                 BASES[name](**{field.name: value})
+
+
+def test_a_setting_is_of_the_type_that_its_family_says() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Bumps(Fourier):
+        width: float = 4
+        least: int | None = 2
+        shift: float = 0.0
+
+    assert Bumps(width=0.5, least=None, shift=-1.5).width == 0.5
+    with pytest.raises(ValueError, match="width must be a number > 0, got -1"):
+        Bumps(width=-1)
 
 
 def test_a_setting_is_written_to_the_last_digit() -> None:

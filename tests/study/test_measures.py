@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from karat import runs
+from karat.analyze.analysis import FOLDER
+from karat.runs.checkpoint import MODEL
+from karat.runs.files import write_json
 from karat.study import measures
-from karat.study.measures import largest_eigenvalue, loss_rise
+from karat.study.measures import HEADINGS, MEASURES, largest_eigenvalue, loss_rise, read_measures
 
 
 class Weighed(nn.Module):
@@ -84,3 +90,12 @@ def test_the_rise_of_cross_entropy_of_one_weight() -> None:
 
     expected = (loss(1.5 * 1.1) + loss(1.5 * 0.9)) / 2 - loss(1.5)
     assert loss_rise(Weighed(weight), images, labels, radius=0.1) == pytest.approx(expected, rel=1e-6)
+
+
+def test_numbers_that_lack_a_measure_count_as_none(tmp_path: Path) -> None:
+    write_json(tmp_path / runs.DIGESTS, {MODEL: ["0"]})
+    (tmp_path / FOLDER).mkdir()
+    numbers: dict[str, float | None] = {**dict.fromkeys(HEADINGS), "map_faithfulness": 0.5}
+    for kept in (numbers, {"map_faithfulness": 0.5}):
+        write_json(tmp_path / FOLDER / MEASURES, {"key": measures._key(tmp_path), "numbers": kept})
+        assert read_measures(tmp_path) == (kept if kept is numbers else None)

@@ -37,8 +37,8 @@ class Basis(ABC):
     """A family of learnable univariate functions φ(x; u), one per edge, with F parameters u each.
 
     Subclasses are frozen dataclasses: their fields are the family's settings, `str(basis)` is the spec that
-    `parse_basis` reads back. Settings are held to what their defaults are: whole numbers, at least 1 where
-    the default is; numbers above zero.
+    `parse_basis` reads back. An `int` must be a whole number, at least 1 where its default is; a `float` above
+    zero where its default is.
     """
 
     name: ClassVar[str]
@@ -46,9 +46,9 @@ class Basis(ABC):
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, default = getattr(self, field.name), field.default
-            if isinstance(default, int) and not isinstance(default, bool):
+            if field.type in (int, "int") and isinstance(default, int):
                 check_count(self.name, field.name, value, min(default, 1))
-            elif isinstance(default, float) and default > 0:
+            elif field.type in (float, "float") and isinstance(default, int | float) and default > 0:
                 check_positive(self.name, field.name, value)
                 object.__setattr__(self, field.name, float(value))
         str(self)  # so that it's made before any code is compiled, which may take a setting for an open number
