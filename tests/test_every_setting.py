@@ -41,6 +41,7 @@ VALUES: dict[str, dict[str, Any]] = {
 }
 SETTINGS = [field.name for field in dataclasses.fields(KArAtConfig)]
 TELLS = [name for name in VALUES if name != "impl"]  # which changes no number
+ALONE = [name for name, given in VALUES.items() if not {"residual", "softmax_heads", "simplex"} & given.keys()]
 FAMILIES = ("fourier(grid=3)", "static", "softmax", "sigmoid", "lsa", "diff")
 
 
@@ -144,6 +145,37 @@ def test_every_setting_is_exported_saved_and_carried_to_another_grid(name: str, 
     torch.testing.assert_close(exported(images), wanted, rtol=1e-4, atol=1e-5)
     karat.resample_tokens(model.backbone, img_size=24)
     assert model(torch.randn(1, 3, 24, 24)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", VALUES)
+@torch.no_grad()
+def test_every_setting_is_what_attend_computes_and_what_analyses_see(name: str) -> None:
+    op = KArAtOperator(3, 9, KArAtConfig(**VALUES[name])).double()
+    for parameter in op.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    q, k, v = torch.randn(3, 2, 3, 9, 8, dtype=torch.float64).unbind()
+    scores = q @ k.mT / 8**0.5
+    torch.testing.assert_close(op.attend(q, k, v), op(scores) @ v)
+
+
+@pytest.mark.parametrize("name", ALONE)
+@torch.no_grad()
+def test_the_power_of_every_setting_is_what_it_says(name: str) -> None:
+    """`power` of its order, by which it is started, with unit scores."""
+    op = KArAtOperator(3, 9, KArAtConfig(**VALUES[name] | {"init": "paper"})).double()
+    for layer in op.layers:
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.1)
+    found = op(torch.randn(4096, 3, 9, 9, dtype=torch.float64)).square().sum(-1).mean((0, 2))
+    torch.testing.assert_close(op.order.power(op), found, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("name", TELLS)
+def test_what_every_setting_learns_is_not_decayed(name: str) -> None:
+    config = KArAtConfig(**VALUES[name])
+    model, plain = (karat.create_model("vit_tiny_patch16_224", one, **VIT) for one in (config, "softmax"))
+    own = {name for name, _ in model.named_parameters()} - {name for name, _ in plain.named_parameters()}
+    assert own <= model.no_weight_decay()
 
 
 @pytest.mark.parametrize("name", VALUES)
