@@ -1,7 +1,7 @@
 """The tables and the figure of wider models and longer training, from what `karat compare --study` wrote of them.
 
-The studies are docs/studies/starts-width.toml and starts-horizon.toml. Points lost by averaging attention over images
-are those of `karat analyze averaging` on the runs of the latter.
+The studies are docs/studies/starts-width.toml and starts-horizon.toml; starts-rivals.toml has softmax's best start.
+Points lost by averaging attention over images are those of `karat analyze averaging` on the runs of longer training.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from matplotlib.ticker import NullFormatter
 from starts_answer import MARKERS, read
 
 from karat.plots import INK, drawing, finish, line_style, whole_epochs
+from karat.study.effects import Fit
+from karat.study.rows import VariantRow
 
+STARTED = "mimetic, strong"  # weights and positions of the rivals
 ATTENTIONS = ("softmax", "static beside it", "operator in place", "operator beside it")
 HORIZONS = (4, 12, 36)
 Gain = tuple[float, float | None]  # points over softmax, and half the interval of 95 %
@@ -32,7 +35,31 @@ def wide() -> list[tuple[str, str, str, str, int]]:
         if gain is not None:
             over = (shown(gain["difference"], gain["high"] - gain["difference"]), f"{gain['least_seen']:.1f}")
         lines.append((row["name"], f"{fmean(runs):.1f} ± {stdev(runs):.1f}", *over, len(runs)))
+    fit, last = rivals("starts-width", "dim 96")
+    for name, runs in last.items():
+        if name.endswith(STARTED):
+            gain, half, least = fit.difference([(name, "softmax")])
+            top1 = f"{fmean(runs):.1f}" + (f" ± {stdev(runs):.1f}" if len(runs) > 1 else "")
+            lines.append((name, top1, shown(gain, half), f"{least:.1f}", len(runs)))
     return lines
+
+
+def rivals(study: str, size: str) -> tuple[Fit, dict[str, list[float]]]:
+    """The cells of a study with the rivals of that size among them, and the last top-1 of each one's runs."""
+    rows = [row for row in read(study)["rows"] if row["levels"]]
+    for row in read("starts-rivals")["rows"]:
+        name, its_size = row["name"].split(", ")
+        if its_size == size and row["seeds"]:
+            rows.append(row | {"name": f"{name}, {STARTED}"})
+    kept = ("name", "attention", "epochs", "planned", "amp_dtype", "seeds", "curves")
+    fit = Fit.of([VariantRow(**{key: row[key] for key in kept}) for row in rows])
+    return fit, {row["name"]: [curve[-1] for curve in row["curves"]] for row in rows}
+
+
+def apart(fit: Fit, ours: str, theirs: str) -> str:
+    """One cell minus another with its interval of 95 %."""
+    found, half, _ = fit.difference([(ours, theirs)])
+    return shown(found, half)
 
 
 def ends() -> dict[tuple[str, int], list[float]]:
@@ -78,15 +105,21 @@ def long() -> list[list[str]]:
             gain = over_softmax.get((name, epochs))
             yield "" if gain is None else shown(*gain)
 
-    return [[name, *cells(name)] for name in ATTENTIONS]
+    lines = [[name, *cells(name)] for name in ATTENTIONS]
+    fit, last = rivals("starts-horizon", "12 epochs")
+    for name, values in last.items():
+        if name.endswith(STARTED):
+            top1, gain = f"{fmean(values):.1f} ({len(values)})", apart(fit, name, "softmax, 12 epochs")
+            lines.append([name, "–", top1, "–", "", gain, ""])
+    return lines
 
 
 def lost() -> dict[str, list[list[dict[str, float]]]]:
     """Of each attention the lines of its runs: points lost by averaging at every fourth epoch."""
     names = {row["attention"]: row["name"].split(", ")[0] for row in read("starts-horizon")["rows"]}
     found: dict[str, list[list[dict[str, float]]]] = {}
-    for label, run in read("averaging").items():  # "g1b,rank=24 (folder)"
-        found.setdefault(names[label.split(" (")[0]], []).append(run["epochs"])
+    for label, run in read("averaging").items():  # "g1b,rank=24 seed 1", "g1b,rank=24 (folder)"
+        found.setdefault(names[label.split(" (")[0].split(" seed ")[0]], []).append(run["epochs"])
     return found
 
 
@@ -106,12 +139,13 @@ def figure() -> Figure:
         left.tick_params(axis="x", which="minor", length=0)
         sure = any(half for _, half in gains().values())
         finish(left, f"points over softmax{', 95 % intervals' if sure else ''}", "epochs of training")
-        for name, runs in lost().items():
+        for name, runs in sorted(lost().items(), key=lambda item: ATTENTIONS.index(item[0])):
             style = line_style(ATTENTIONS.index(name)) | {"marker": MARKERS[ATTENTIONS.index(name)], "markersize": 3}
             for number, lines in enumerate(runs):
                 epochs, values = zip(*((line["epoch"], line["lost"]) for line in lines), strict=True)
                 right.plot(epochs, values, label=None if number else name, **style)
         finish(right, "points lost by averaging attention over images", "epoch")
         whole_epochs(right)
-        right.legend()
+        right.set_ylim(top=49)
+        right.legend(loc="upper right", ncols=2)
     return drawn

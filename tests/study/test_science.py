@@ -443,22 +443,33 @@ def with_interval(gain: float, error: float | None, freedom: int) -> str:
     return signed(gain) + ("" if error is None else f" ({signed(gain - half)} to {signed(gain + half)})")
 
 
+def with_rivals(rows: list[dict[str, Any]], rivals: list[dict[str, Any]], size: str) -> list[dict[str, Any]]:
+    """The rows of a study, then the finished rows of that size with softmax's best start."""
+    names = {row["name"]: row["name"].removesuffix(f", {size}") for row in rivals if row["name"].endswith(f", {size}")}
+    finished = [row for row in rivals if row["name"] in names and row["seeds"]]
+    return [*rows, *(row | {"name": f"{names[row['name']]}, mimetic, strong"} for row in finished)]
+
+
 def test_the_table_of_wider_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its numbers are those of an analysis of variance, and the page's sentences have them."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    rows = importlib.import_module("longer_answer").read("starts-width")["rows"]
+    answer = importlib.import_module("longer_answer")
+    rows = answer.read("starts-width")["rows"]
+    found, beside = Anova(rows), with_rivals(rows, answer.read("starts-rivals")["rows"], "dim 96")
+    both = Anova(beside)
     page = {name: line for name, *line in table("dim 96, depth 6, four epochs")}
-    assert list(page) == [row["name"] for row in rows]
-    found = Anova(rows)
-    for row in rows:
+    assert list(page) == [row["name"] for row in beside]
+    for row in beside:
+        fit = found if row in rows else both
         runs = [curve[-1] for curve in row["curves"]]
         top1, over, least, count = page[row["name"]]
-        assert (top1, count) == (f"{fmean(runs):.1f} ± {stdev(runs):.1f}", str(len(runs)))
+        assert (top1.split(" ± ")[0], count) == (f"{fmean(runs):.1f}", str(len(runs)))
+        assert top1.split(" ± ")[1:] == [f"{stdev(some):.1f}" for some in [runs] if len(some) > 1]
         if row["name"] != "softmax":
-            gain, error = found.gap(row["name"], "softmax")
+            gain, error = fit.gap(row["name"], "softmax")
             assert error is not None
-            assert over == with_interval(gain, error, found.freedom)
-            power = stats.nct.sf(stats.t.ppf(0.975, found.freedom), found.freedom, float(least) / error)
+            assert over == with_interval(gain, error, fit.freedom)
+            power = stats.nct.sf(stats.t.ppf(0.975, fit.freedom), fit.freedom, float(least) / error)
             assert power == pytest.approx(0.8, abs=0.05)  # of a number with one digit
     words = " ".join(line.strip() for line in PAGE)
     gaps = {name: found.gap(name, "softmax")[0] for name in found.cells[1:]}
@@ -470,6 +481,15 @@ def test_the_table_of_wider_models(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"Static mixing gains {gaps['static beside it']:.1f}." in words
     apart = with_interval(*found.gap("operator in place", "static beside it"), found.freedom).replace(" (", " points (")
     assert f"the operator ends {apart} from static mixing." in words
+    rival = "softmax, mimetic, strong"
+    over = with_interval(*both.gap(rival, "softmax"), both.freedom).removeprefix("+").replace("+", "")
+    assert f"softmax gains {over.replace(' (', ' points (')}." in words
+    static, place = (
+        with_interval(*both.gap(name, rival), both.freedom) for name in ("static beside it", "operator in place")
+    )
+    assert f"static mixing ends {static} above that. The operator in softmax's place ends {place} above it." in words
+    above = [f"{both.gap(name, rival)[0]:.1f}" for name in ("static beside it", "operator in place")]
+    assert "Both end {} to {} above softmax".format(*above) in words
 
 
 def test_the_table_of_longer_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,8 +497,17 @@ def test_the_table_of_longer_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     answer = importlib.import_module("longer_answer")
     rows = answer.read("starts-horizon")["rows"]
-    found, last = Anova(row for row in rows if row["levels"]), {row["name"]: row["curves"] for row in rows}
-    for name, *cells in table("dim 64, depth 4, top-1 % (runs)"):
+    crossed = [row for row in rows if row["levels"]]
+    found, last = Anova(crossed), {row["name"]: row["curves"] for row in rows}
+    lines = {name: line for name, *line in table("dim 64, depth 4, top-1 % (runs)")}
+    beside = with_rivals(crossed, answer.read("starts-rivals")["rows"], "12 epochs")
+    both = Anova(beside)
+    for row in beside[len(crossed) :]:
+        runs, gap = [curve[-1] for curve in row["curves"]], both.gap(row["name"], "softmax, 12 epochs")
+        shown = ["–", f"{fmean(runs):.1f} ({len(runs)})", "–", "", with_interval(*gap, both.freedom), ""]
+        assert lines.pop(row["name"]) == shown
+    assert list(lines) == list(answer.ATTENTIONS)
+    for name, cells in lines.items():
         for epochs, top1, over in zip(answer.HORIZONS, cells[:3], cells[3:], strict=True):
             ours, softmax = f"{name}, {epochs} epochs", f"softmax, {epochs} epochs"
             runs, base = ([curve[-1] for curve in last.get(one, [])] for one in (ours, softmax))
@@ -501,22 +530,31 @@ def test_longer_training_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     static, place = ([gains[name, epochs] for epochs in (4, 12)] for name in ("static beside it", "operator in place"))
     assert "static mixing gains {} points after four epochs and {} after twelve.".format(*static) in words
     assert "in softmax's place gains {}, then {}.".format(*place) in words
-    assert f"After twelve epochs at dim 64 they gain {place[1]} and {static[1]}," in words
-    assert "on three degrees of freedom." in words
-    assert Anova(row for row in answer.read("starts-horizon")["rows"] if row["levels"]).freedom == 3
-    unsure = {name for (name, epochs), (gain, half) in answer.gains().items() if epochs == 12 and gain < half}
-    assert unsure == {"operator in place", "operator beside it"}
-    assert "After twelve epochs neither operator is told from softmax." in words
+    beside = {epochs: gain for (name, epochs), gain in answer.gains().items() if name == "operator beside it"}
+    assert f"beside softmax gains {beside[4][0]:.1f} points after four epochs." in words
+    low, high = beside[12][0] - beside[12][1], beside[12][0] + beside[12][1]
+    assert f"After twelve it gains {beside[12][0]:.1f} ({low:.1f} to {high:.1f})." in words
+    assert "One run each of 36 epochs doesn't tell it from softmax." in words
+    assert "on seven degrees of freedom." in words
+    assert Anova(row for row in answer.read("starts-horizon")["rows"] if row["levels"]).freedom == 7
+    unsure = {(name, epochs) for (name, epochs), (gain, half) in answer.gains().items() if gain < half}
+    assert unsure == {("operator in place", 12), ("operator beside it", 36)}
     assert {(run["images"], run["split"]) for run in answer.read("averaging").values()} == {(2000, "eval")}
-    ends = {name: [lines[-1] for lines in runs] for name, runs in answer.lost().items()}
-    assert {lines[-1]["epoch"] for lines in ends.values()} == {12}
-    costs = {name: fmean(line["lost"] for line in lines) for name, lines in ends.items()}
+    ends = {
+        (name, epochs): [lines[-1]["lost"] for lines in runs if lines[-1]["epoch"] == epochs]
+        for name, runs in answer.lost().items()
+        for epochs in (12, 36)
+    }
+    costs = {name: fmean(lost) for (name, epochs), lost in ends.items() if epochs == 12}
+    assert {len(lost) for (_, epochs), lost in ends.items() if epochs == 12} == {2}
     assert f"that costs softmax {costs['softmax']:.0f} points, static mixing beside softmax" in words
+    last = [*ends["softmax", 36], *ends["operator beside it", 36]]
+    assert "After 36 epochs softmax loses {:.0f} points and the operator beside it {:.0f}.".format(*last) in words
     assert (
         f"beside softmax {costs['static beside it']:.1f}, the operator in its place {costs['operator in place']:.1f}."
         in words
     )
     assert f"The operator beside softmax loses {costs['operator beside it']:.1f}." in words
     seeds = {row["name"]: len(row["seeds"]) for row in answer.read("starts-horizon")["rows"] if row["levels"]}
-    assert all(count == (2 if name.endswith(" 4 epochs") else 1) for name, count in seeds.items())
-    assert "Four epochs have two seeds each, twelve one." in words
+    assert {*seeds.values()} == {2}
+    assert "Four and twelve epochs have two seeds each, 36 one." in words
