@@ -27,6 +27,12 @@ DECIDING = (
     ("operator and static, mimetic, strong", "softmax, mimetic, strong"),
 )
 
+# Of what has eight seeds, each with its own best start; compared after all had been read.
+AFTERWARDS = (
+    ("operator beside it, usual, faint", "softmax, mimetic, strong"),
+    ("static beside it, usual, faint", "softmax, mimetic, strong"),
+)
+
 
 def read(name: str = "starts") -> dict[str, Any]:
     """What a study or an analysis wrote."""
@@ -68,6 +74,11 @@ def deciding() -> list[tuple[str, str, str, str, int]]:
         (level, place), against = ours.split(", ", 1), theirs.split(", ")[0]
         gap, low, high, seeds = paired(ours, theirs)
         lines.append((f"{level} − {against}", place, f"{gap:+.2f}", f"{low:+.2f} to {high:+.2f}", seeds))
+    for ours, theirs in AFTERWARDS:
+        gap, low, high, seeds = paired(ours, theirs)
+        pair = f"{ours.split(', ')[0]} − {theirs.split(', ')[0]}"
+        place = f"{ours.split(', ', 1)[1]} − {theirs.split(', ', 1)[1]}"
+        lines.append((pair, place, f"{gap:+.2f}", f"{low:+.2f} to {high:+.2f}", seeds))
     return lines
 
 

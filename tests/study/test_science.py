@@ -184,30 +184,54 @@ def test_the_first_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     study = importlib.import_module("starts_answer").read()
     screen = " ".join(line.strip() for line in takewhile(lambda line: not line.startswith("## "), PAGE))
-    gains = {(e["level"], *e["within"].values()): e["difference"] for e in study["effects"] if len(e["within"]) == 2}
-    beside, static, place = "operator beside it", "static beside it", "operator in place"
-    usual = {level: gains[level, "usual", "faint"] for level in (beside, static, place)}
-    assert f"Beside softmax the operator gains {usual[beside]:.1f} points where positions are faint." in screen
-    assert f"the same for every image, gains {usual[static]:.1f} there." in screen
-    assert f"it gains {usual[place]:.1f} points with the usual start and faint positions." in screen
-    made = {
-        level: [gains[level, start, at] for start in ("mimetic", "impulse") for at in ("faint", "strong")]
-        for level in usual
-    }
-    assert f"it ends {signed(min(made[beside]))} to {signed(max(made[beside]))} points from softmax" in screen
-    assert f"Static mixing still gains {min(made[static]):.1f} to {max(made[static]):.1f}." in screen
-    assert f"it ends {signed(min(made[place]))} to {signed(max(made[place]))} from softmax" in screen
+    found = Anova(study["rows"])
+    beside, static, place, both = "operator beside it", "static beside it", "operator in place", "operator and static"
+
+    def over(level: str, *cells: str) -> str:
+        pairs = [(f"{level}, {cell}", f"softmax, {cell}") for cell in cells]
+        gain, error = found.contrast(pairs)
+        assert error is not None
+        half = float(stats.t.ppf(0.975, found.freedom)) * error
+        return f"{gain:.1f} ({gain - half:.1f} to {gain + half:.1f})".replace("-", "−")
+
+    usual, started = (
+        "usual, faint",
+        [f"{start}, {at}" for start in ("mimetic", "impulse") for at in ("faint", "strong")],
+    )
+    points = over(beside, usual).replace(" (", " points (")
+    assert f"The operator gains {points}. Static mixing gains {over(static, usual)[:3]}: over eight seeds" in screen
+    assert f"the operator gains +{over(beside, 'usual, strong').replace('to ', 'to +')}." in screen
+    assert f"ends +{over(beside, *started).replace(' (', ' points (').replace('to ', 'to +')} from softmax." in screen
+    assert f"Static mixing gains {over(static, *started)}." in screen
+    assert f"it gains {over(place, usual).replace(' (', ' points (')} with the usual start" in screen
+    gain, error = found.contrast([(f"{place}, {cell}", f"softmax, {cell}") for cell in started])
+    assert error is not None
+    half = float(stats.t.ppf(0.975, found.freedom)) * error
+    assert f"it loses {-gain:.1f} ({-gain - half:.1f} to {-gain + half:.1f})." in screen
     main = {effect["level"]: effect for effect in study["effects"] if not effect["within"]}
     runs = sum(len(row["seeds"]) for row in study["rows"])
     assert f"{runs} of the {sum(row['planned'] for row in study['rows'])} runs" in screen
-    least = max(main[level]["least_seen"] for level in (*usual, "operator and static"))
-    assert f"differences of {least:.1f} points would be seen" in screen
+    least = max(main[level]["least_seen"] for level in (beside, static, place, both))
+    in_one_cell = max(effect["least_seen"] for effect in study["effects"] if len(effect["within"]) == 2)
+    assert f"differences of {least:.1f} points would be seen there, and of {in_one_cell:.1f} in one cell." in screen
+    means = {row["name"]: row["top1"]["mean"] for row in study["rows"]}
+    fitted = [
+        abs(
+            found.gap(f"{level}, {usual}", f"softmax, {usual}")[0]
+            - means[f"{level}, {usual}"]
+            + means[f"softmax, {usual}"]
+        )
+        for level in (beside, static, place, both)
+    ]
+    assert f"they may differ from the table's by {max(fitted):.1f}." in screen
     answer = importlib.import_module("starts_answer")
-    below, over = (answer.paired(*answer.DECIDING[place]) for place in (0, 2))
-    down = [-below[place] for place in (0, 2, 1)]
-    assert "ends {:.1f} points ({:.1f} to {:.1f}) below that matrix".format(*down) in screen
-    assert "ends {} points ({} to {}) from softmax".format(*map(signed, over[:3])) in screen
-    assert {below[3], over[3]} == {8}
+    below, named = (answer.paired(*answer.DECIDING[pair]) for pair in (0, 2))
+    assert "ends {:.1f} points ({:.1f} to {:.1f}) below it.".format(*(-below[n] for n in (0, 2, 1))) in screen
+    assert "Both together gain {} ({} to {}) in the pair".format(*map(signed, named[:3])) in screen
+    ours, theirs = (answer.paired(*pair) for pair in answer.AFTERWARDS)
+    assert "softmax ends {:.1f} points ({:.1f} to {:.1f}) below that operator.".format(*ours[:3]) in screen
+    assert f"It ends {theirs[0]:.1f} below static mixing." in screen
+    assert {below[3], named[3], ours[3], theirs[3]} == {8}
     assert "over eight seeds" in screen.lower()
     means = {row["name"]: row["top1"]["mean"] for row in study["rows"]}
     advised = means["softmax, mimetic, strong"] - means["softmax, usual, faint"]
@@ -217,6 +241,20 @@ def test_the_first_screen(monkeypatch: pytest.MonkeyPatch) -> None:
         "softmax explains {:.0f} % and the operator {:.0f} ± {:.0f}, over".format(*map(fmean, band), stdev(band[1]))
         in screen
     )
+
+
+def test_the_odd_one_out_by_size() -> None:
+    runs = json.loads((RESULTS / "score_tasks.json").read_text(encoding="utf-8"))["runs"]
+    runs = [run for run in runs if run["task"] == "odd one out" and run["seed"] < 5]
+    gaps = []
+    for size in ([16, 16], [16, 32], [32, 16]):
+        ours, softmax = (
+            fmean(run["explained"] for run in runs if (run["row"], run["size"]) == (row, size))
+            for row in ("operator G3, rank 12", "softmax")
+        )
+        gaps.append(ours - softmax)
+    assert [gap > 0 for gap in gaps].count(True) == 1
+    assert "In the odd one out it wins at one size and loses at two." in " ".join(line.strip() for line in PAGE)
 
 
 def of_the_band(*rows: str) -> list[list[float]]:
@@ -359,7 +397,9 @@ def test_the_pairs_that_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {row["name"]: row for row in answer.read()["rows"]}
     page = table("of one seed each")
     assert page == [[str(cell) for cell in line] for line in answer.deciding()]
-    for (ours, theirs), (_, place, points, interval, seeds) in zip(answer.DECIDING, page, strict=True):
+    for (ours, theirs), (_, place, points, interval, seeds) in zip(
+        answer.DECIDING + answer.AFTERWARDS, page, strict=True
+    ):
         both = [
             [curve[-1] for seed, curve in zip(rows[name]["seeds"], rows[name]["curves"], strict=True) if seed in shared]
             for shared in [{*rows[ours]["seeds"]} & {*rows[theirs]["seeds"]}]
@@ -369,8 +409,9 @@ def test_the_pairs_that_decide(monkeypatch: pytest.MonkeyPatch) -> None:
         sure = test.confidence_interval()
         assert (points, interval) == (f"{np.subtract(*both).mean():+.2f}", f"{sure.low:+.2f} to {sure.high:+.2f}")
         assert len(both[0]) == int(seeds) == rows[ours]["planned"] == max(row["planned"] for row in rows.values())
-        assert ours.endswith(f", {place}")
-        assert theirs.endswith(f", {place}")
+        named = [name.split(", ", 1)[1] for name in (ours, theirs)]
+        assert place == (named[0] if (ours, theirs) in answer.DECIDING else " − ".join(named))
+        assert (ours, theirs) in answer.AFTERWARDS or named[0] == named[1]
 
 
 def test_the_study_of_starts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,10 +472,15 @@ class Anova:
 
     def gap(self, ours: str, theirs: str) -> tuple[float, float | None]:
         """One cell minus another, and its standard error; None where no two runs tell how far runs scatter."""
-        mine, others = self.cells.index(ours), self.cells.index(theirs)
-        squared = self.inverse[mine, mine] + self.inverse[others, others] - 2 * self.inverse[mine, others]
-        error = float(self.variance * squared) ** 0.5 if self.freedom else None
-        return float(self.means[mine] - self.means[others]), error
+        return self.contrast([(ours, theirs)])
+
+    def contrast(self, pairs: Iterable[tuple[str, str]]) -> tuple[float, float | None]:
+        """The mean of such differences."""
+        mine, others = ([self.cells.index(name) for name in names] for names in zip(*pairs, strict=True))
+        weights = np.bincount(mine, minlength=len(self.means)) - np.bincount(others, minlength=len(self.means))
+        weights = weights / len(mine)
+        error = float(self.variance * (weights @ self.inverse @ weights)) ** 0.5 if self.freedom else None
+        return float(weights @ self.means), error
 
 
 def with_interval(gain: float, error: float | None, freedom: int) -> str:
@@ -489,7 +535,7 @@ def test_the_table_of_wider_models(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert f"static mixing ends {static} above that. The operator in softmax's place ends {place} above it." in words
     above = [f"{both.gap(name, rival)[0]:.1f}" for name in ("static beside it", "operator in place")]
-    assert "Both end {} to {} above softmax".format(*above) in words
+    assert "softmax ends {} to {} below them.".format(*above) in words
 
 
 def test_the_table_of_longer_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,10 +577,10 @@ def test_longer_training_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "static mixing gains {} points after four epochs and {} after twelve.".format(*static) in words
     assert "in softmax's place gains {}, then {}.".format(*place) in words
     beside = {epochs: gain for (name, epochs), gain in answer.gains().items() if name == "operator beside it"}
-    assert f"beside softmax gains {beside[4][0]:.1f} points after four epochs." in words
+    assert f"At dim 64 the operator gains {beside[4][0]:.1f} points after four epochs." in words
     low, high = beside[12][0] - beside[12][1], beside[12][0] + beside[12][1]
     assert f"After twelve it gains {beside[12][0]:.1f} ({low:.1f} to {high:.1f})." in words
-    assert "One run each of 36 epochs doesn't tell it from softmax." in words
+    assert "After 36, in one run each, nothing is seen." in words
     assert "on seven degrees of freedom." in words
     assert Anova(row for row in answer.read("starts-horizon")["rows"] if row["levels"]).freedom == 7
     unsure = {(name, epochs) for (name, epochs), (gain, half) in answer.gains().items() if gain < half}
