@@ -233,7 +233,7 @@ def test_the_first_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "over eight seeds" in screen.lower()
     means = {row["name"]: row["top1"]["mean"] for row in study["rows"]}
     advised = means["softmax, mimetic, strong"] - means["softmax, usual, faint"]
-    assert f"There it gained {advised:.1f} points." in " ".join(line.strip() for line in PAGE)
+    assert f"There it gained {advised:.1f} points, at dim 96" in " ".join(line.strip() for line in PAGE)
     band = of_the_band("softmax", "operator G3, rank 12")
     assert (
         "softmax explains {:.0f} % and the operator {:.0f} ± {:.0f}, over".format(*map(fmean, band), stdev(band[1]))
@@ -518,8 +518,11 @@ def test_the_table_of_wider_models(monkeypatch: pytest.MonkeyPatch) -> None:
         with_interval(*both.gap(name, rival), both.freedom) for name in ("static beside it", "operator in place")
     )
     assert f"static mixing ends {static} above that. The operator in softmax's place ends {place} above it." in words
+    gap = with_interval(*both.gap("static beside it, mimetic, strong", rival), both.freedom)
+    assert f"adds nothing that was seen: it ends {gap.replace(' (', ' points (')} from softmax." in words
+    assert f"at dim 96 {both.gap(rival, 'softmax')[0]:.1f}." in words
     above = [f"{both.gap(name, rival)[0]:.1f}" for name in ("static beside it", "operator in place")]
-    assert "softmax ends {} to {} below them.".format(*above) in words
+    assert "softmax ends {} to {} below them,".format(*above) in words
 
 
 def test_the_table_of_longer_training(monkeypatch: pytest.MonkeyPatch) -> None:
