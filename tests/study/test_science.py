@@ -546,7 +546,9 @@ def test_the_table_of_longer_training(monkeypatch: pytest.MonkeyPatch) -> None:
         shown = ["–", f"{fmean(runs):.1f} ({len(runs)})", "–", "", with_interval(*gap, both.freedom), ""]
         assert lines.pop(row["name"]) == shown
         words = shown[-2].replace(" (", " points (")
-        assert f"softmax ends {words} from the usual start, at the rate" in " ".join(line.strip() for line in PAGE)
+        page = " ".join(line.strip() for line in PAGE)
+        assert f"softmax ends {words} from the usual start, at the rate" in page
+        assert f"In twelve epochs it lost {-gap[0]:.1f}." in page
     assert list(lines) == list(answer.ATTENTIONS)
     for name, cells in lines.items():
         for epochs, top1, over in zip(answer.HORIZONS, cells[:3], cells[3:], strict=True):
